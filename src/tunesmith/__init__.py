@@ -1,0 +1,46 @@
+"""tunesmith: fine-tune open language models on your own data, on one machine, and know what you trained.
+
+Importing this package imports nothing heavy and changes nothing anywhere: every public name is loaded on first use.
+Read next: ``api.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME_OF = {
+    "FastLanguageModel": "tunesmith.api",
+    "FastModel": "tunesmith.api",
+    "SFTConfig": "tunesmith.training.config",
+    "SFTTrainer": "tunesmith.training.sft",
+    "train_on_responses_only": "tunesmith.training.responses",
+    "get_chat_template": "tunesmith.api",
+    "is_bfloat16_supported": "tunesmith.core.device",
+    "TunesmithError": "tunesmith.core.errors",
+}
+
+__all__ = [*_HOME_OF, "__version__"]
+
+if TYPE_CHECKING:
+    from tunesmith.api import FastLanguageModel as FastLanguageModel
+    from tunesmith.api import FastModel as FastModel
+    from tunesmith.api import get_chat_template as get_chat_template
+    from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
+    from tunesmith.core.errors import TunesmithError as TunesmithError
+    from tunesmith.training.config import SFTConfig as SFTConfig
+    from tunesmith.training.responses import train_on_responses_only as train_on_responses_only
+    from tunesmith.training.sft import SFTTrainer as SFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Import the home module of a public name when it is first asked for."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

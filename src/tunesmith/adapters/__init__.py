@@ -1,0 +1,1 @@
+"""LoRA adapters on a transformers model, by PEFT: where they go, how they start, how they are kept."""

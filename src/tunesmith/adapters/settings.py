@@ -1,0 +1,99 @@
+"""Settings of the adapter. Their meaning is the contract of ``get_peft_model``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tunesmith.core.settings import Guide, Settings
+
+__all__ = ["AdapterSettings"]
+
+
+class AdapterSettings(Settings):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): y = x W' + scale * (dropout(x) A') B'."""
+
+    r: Annotated[
+        int,
+        Field(ge=1),
+        Guide(
+            "4 to 128; 8, 16, 32, 64 and 128 are usual",
+            "underfits: too little capacity for the task",
+            "overfits and costs memory; from 128 on only with rsLoRA and a lower learning rate",
+        ),
+    ] = 16
+    """Rank: width of A and B, the adapter's capacity."""
+
+    target_modules: Annotated[
+        list[str] | str | None,
+        Guide(
+            "leave out, or all-linear", "attention only: weaker on new facts", "all linear layers: the strong default"
+        ),
+    ] = None
+    """Which linear layers get an adapter: names, "all-linear" or a regular expression; none means q, k, v, o, gate,
+    up and down projections or the family's equivalents."""
+
+    lora_alpha: Annotated[
+        float,
+        Field(gt=0),
+        Guide("r or 2 r", "weak updates: the base shows through", "unstable: the loss jumps or diverges"),
+    ] = 16
+    """Numerator of the adapter's scale (alpha / r)."""
+
+    lora_dropout: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Guide("0; 0.05 to 0.1 on small data, up to 0.2", "may overfit on few rows", "learns slowly"),
+    ] = 0.0
+    """Dropout on the adapter's input; 0 is fastest."""
+
+    bias: Annotated[
+        Literal["none", "lora_only", "all"], Guide("none", "nothing is lost", "more parameters for little gain")
+    ] = "none"
+    """Which biases train beside the adapter."""
+
+    use_gradient_checkpointing: Annotated[
+        bool | Literal["unsloth", "auto", "selective", "offload"],
+        Guide("unsloth", "off: fastest, most memory", "on: recomputes each layer, about a third slower, least memory"),
+    ] = "unsloth"
+    """Keep only layer inputs and recompute the rest in the backward pass (True and "unsloth"), or keep all (False)."""
+
+    random_state: Annotated[int, Field(ge=0)] = 3407
+    """Seeds A; two runs with one seed start from equal adapters."""
+
+    use_rslora: Annotated[
+        bool, Guide("on for r >= 32", "scale alpha / r shrinks as r grows", "scale alpha / sqrt(r)")
+    ] = False
+    """Rank-stabilized scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+    use_dora: Annotated[bool, Guide("off", "plain LoRA", "slower, sometimes better at low rank")] = False
+    """Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)."""
+
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """Start of A and B: True (A Kaiming, B zero), "gaussian" (A normal, B zero), False (both random, for tests)."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter, for example a classifier head."""
+
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the only layers that get an adapter."""
+
+    layers_pattern: list[str] | str | None = None
+    """Name of the layer list that layers_to_transform counts in, where PEFT cannot tell."""
+
+    finetune_last_n_layers: Annotated[int | None, Field(ge=1)] = None
+    """Adapt only the last n layers."""
+
+    rank_pattern: dict[str, int] | None = None
+    """Ranks for layers whose name matches, for example {"down_proj": 32}."""
+
+    alpha_pattern: dict[str, float] | None = None
+    """Alphas for layers whose name matches."""
+
+    exclude_modules: list[str] | str | None = None
+    """Layers that target_modules matches and that still get no adapter."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as keywords of ``get_peft_model``."""
+        return {name: getattr(self, name) for name in AdapterSettings.model_fields}

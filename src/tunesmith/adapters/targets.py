@@ -1,0 +1,80 @@
+"""Which modules of a model get an adapter, and clear errors for names that match nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tunesmith.core.errors import AdapterError
+from tunesmith.core.names import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["linear_names", "resolve_targets"]
+
+_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Fused projections of families that have no separate ones: phi-3, and the plain MLP of phi and gpt-neox.
+_EQUIVALENTS = ("qkv_proj", "gate_up_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the last name parts of all linear layers except output heads, in model order, each once."""
+    from torch import nn
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not name.endswith(("score", "classifier"))
+    ]
+    return list(dict.fromkeys(names))
+
+
+def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str:
+    """Return what PEFT gets as ``target_modules``: a list of names, or a regular expression as given.
+
+    None means the seven projections of llama-like models, else the family's equivalents, else every linear layer.
+
+    Raises:
+        AdapterError: a name or expression matches no layer that can carry an adapter; the message lists those that
+            exist and the nearest one.
+    """
+    existing = linear_names(model)
+    if not existing:
+        raise AdapterError(f"{type(model).__name__} has no linear layers that LoRA could adapt.")
+    if asked is None:
+        usual = [name for name in (*_SEVEN, *_EQUIVALENTS) if name in existing]
+        return usual or existing
+    if asked == "all-linear":
+        return existing
+    if isinstance(asked, str):
+        return _checked_expression(model, asked, existing)
+    if not asked:
+        raise AdapterError(f"target_modules is empty. Linear layers are: {', '.join(existing)}.")
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in asked:
+        if not any(name == wanted or name.endswith("." + wanted) for name in modules):
+            raise AdapterError(
+                f"target_modules {wanted!r} matched no layer of {type(model).__name__}. Linear layers are: "
+                f"{', '.join(existing)}.{did_you_mean(wanted, existing)} "
+                'Use target_modules="all-linear" for every linear layer except the output head.'
+            )
+    return list(asked)
+
+
+def _checked_expression(model: nn.Module, expression: str, existing: list[str]) -> list[str] | str:
+    if expression in existing:
+        return [expression]
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise AdapterError(f"target_modules {expression!r} is no regular expression: {error}.") from None
+    if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
+        raise AdapterError(
+            f"target_modules {expression!r} matched no layer of {type(model).__name__} (the expression must match the "
+            f"whole name, for example r'.*\\.q_proj'). Linear layers are: {', '.join(existing)}."
+            f"{did_you_mean(expression, existing)}"
+        )
+    return expression

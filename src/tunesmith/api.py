@@ -1,0 +1,230 @@
+"""The public classes: composition, no logic. The contract of every argument is in ``docs/parameters.md``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.adapters.inject import inject_adapter, set_checkpointing
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.state import attach_adapter, base_of
+from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.names import did_you_mean
+from tunesmith.core.settings import validate
+from tunesmith.models.aliases import find_model
+from tunesmith.models.load import load_causal_lm, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["FastLanguageModel", "FastModel", "get_chat_template"]
+
+
+def _refuse_not_yet(function: Any, given: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse arguments of the contract whose code is not written, unless they keep their default."""
+    parameters = inspect.signature(function).parameters
+    for name in names:
+        if given[name] != parameters[name].default:
+            raise NotSupportedYetError(
+                f"{name}={given[name]!r} is not supported yet. Leave it at {parameters[name].default!r}."
+            )
+
+
+def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
+    if unknown:
+        name = next(iter(unknown))
+        known = [key for key in inspect.signature(function).parameters if key not in ("model", "unknown")]
+        raise TypeError(f"{function.__qualname__}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
+
+
+class FastLanguageModel:
+    """Load a causal language model, adapt it, switch it between training and generation."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int | None = 2048,
+        dtype: str | torch.dtype | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool | None = None,
+        full_finetuning: bool = False,
+        *,
+        max_sequence_length: int | None = None,
+        token: str | None = None,
+        device_map: Any = None,
+        rope_scaling: Any = None,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        resize_model_vocab: int | None = None,
+        revision: str | None = None,
+        offload_embedding: bool = False,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float = 0.5,
+        float8_kv_cache: bool = False,
+        random_state: int = 3407,
+        max_lora_rank: int = 64,
+        qat_scheme: Any = None,
+        load_in_fp8: bool | str = False,
+        attn_implementation: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        chat_template: str | None = None,
+        task_type: str = "CAUSAL_LM",
+        **unknown: Any,
+    ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
+
+        Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. An adapter folder gives
+        the base that it names with the adapter on it, ready to train on.
+
+        Raises:
+            ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
+            NotSupportedYetError: an argument whose code is not written yet has another value than its default.
+            TypeError: an unknown argument; the message names the nearest.
+        """
+        given = dict(locals())
+        _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
+        not_yet = (
+            "load_in_4bit", "load_in_8bit", "load_in_fp8", "full_finetuning", "rope_scaling", "resize_model_vocab",
+            "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
+            "qat_scheme", "random_state", "task_type",
+        )  # fmt: skip
+        _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
+        _refuse_other_width(load_in_16bit, dtype)
+        _refuse_checkpointing(use_gradient_checkpointing)
+        if max_sequence_length is not None:
+            if max_seq_length not in (2048, max_sequence_length):
+                raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
+            max_seq_length = max_sequence_length
+        hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code,
+               "local_files_only": local_files_only}  # fmt: skip
+        hub = {name: value for name, value in hub.items() if value}
+        source = find_model(model_name)
+        base = base_of(Path(source.path)) if source.kind == "adapter" else source
+        model, tokenizer = load_causal_lm(
+            base,
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            chat_template=chat_template,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            **hub,
+        )
+        if source.kind == "adapter":
+            if (Path(source.path) / "tokenizer_config.json").is_file():
+                tokenizer = load_tokenizer(source, chat_template=chat_template)
+            model = attach_adapter(model, Path(source.path))
+        set_checkpointing(model, use_gradient_checkpointing)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel | PeftModel,
+        r: int = 16,
+        target_modules: list[str] | tuple[str, ...] | str | None = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
+        finetune_last_n_layers: int | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: dict[str, Any] | None = None,
+        temporary_location: str | None = None,
+        qat_scheme: Any = None,
+        target_parameters: list[str] | None = None,
+        ensure_weight_tying: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        **unknown: Any,
+    ) -> PeftModel:
+        """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
+
+        Raises:
+            AdapterError: a target matches no layer, or the model already has an adapter with other settings.
+            SettingsError: a value is of the wrong type or out of range; all problems at once.
+            NotSupportedYetError: an argument whose code is not written yet has another value than its default.
+        """
+        given = dict(locals())
+        _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
+        if loftq_config == {}:
+            given["loftq_config"] = None  # Unsloth's own default.
+        not_yet = ("loftq_config", "temporary_location", "qat_scheme", "target_parameters", "ensure_weight_tying")
+        _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
+        if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
+            raise NotSupportedYetError(
+                f"init_lora_weights={init_lora_weights!r} is not supported yet. Use True, False or 'gaussian'."
+            )
+        _refuse_checkpointing(use_gradient_checkpointing)
+        if max_seq_length is not None and max_seq_length > model.tunesmith_facts.window:
+            raise SettingsError(
+                f"max_seq_length={max_seq_length} is above the {model.tunesmith_facts.window} tokens that the model "
+                "was loaded with. Give it to from_pretrained."
+            )
+        chosen = {name: given[name] for name in AdapterSettings.model_fields}
+        if isinstance(target_modules, tuple):
+            chosen["target_modules"] = list(target_modules)
+        return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"))
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Switch to generation: evaluation mode, cache on, no checkpointing. Returns the model."""
+        model.eval()
+        model.config.use_cache = True
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.gradient_checkpointing_disable()
+        return model
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
+        """Switch back to training; None restores the checkpointing that the model had. Returns the model."""
+        from tunesmith.models.load import facts_of
+
+        model.train()
+        mode = facts_of(model).checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        _refuse_checkpointing(mode)
+        set_checkpointing(model, mode)
+        return model
+
+
+class FastModel(FastLanguageModel):
+    """The name that Unsloth uses for every architecture; here one class serves them all."""
+
+
+def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
+    """Give ``tokenizer`` a built-in chat template or one from a file, and return it."""
+    from tunesmith.data.templates import apply_template
+
+    apply_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _refuse_other_width(load_in_16bit: bool | None, dtype: Any) -> None:
+    """Refuse ``load_in_16bit`` where ``dtype`` says otherwise; None asks for nothing."""
+    from tunesmith.core.device import parse_dtype
+
+    is_32bit = dtype is not None and parse_dtype(dtype).itemsize > 2
+    if load_in_16bit and is_32bit:
+        raise SettingsError(f"load_in_16bit=True and dtype={dtype}: give one of them.")
+    if load_in_16bit is False and not is_32bit:
+        raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")
+
+
+def _refuse_checkpointing(mode: bool | str) -> None:
+    if mode in ("auto", "selective", "offload"):
+        raise NotSupportedYetError(
+            f"use_gradient_checkpointing={mode!r} is not supported yet. Use True, False or 'unsloth'."
+        )
+    if not isinstance(mode, bool) and mode != "unsloth":
+        raise SettingsError(f"use_gradient_checkpointing={mode!r}: allowed are True, False and 'unsloth'.")

@@ -1,0 +1,1 @@
+"""Errors, strict settings, devices, files and versions: what every other layer stands on."""

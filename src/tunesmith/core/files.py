@@ -1,0 +1,157 @@
+"""Folders that are written whole or not at all.
+
+    with whole_folder(path) as temporary: ...
+
+fills ``.<name>.partial-<pid>`` beside ``path``, writes a manifest with the size and SHA-256 of every file, flushes all
+of it to disk and renames. A reader that finds ``path`` with a manifest whose sizes and sums agree has a folder that
+some process finished; anything else is damage and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.core.errors import OutputError
+
+__all__ = ["MANIFEST", "damage", "free_bytes", "require_space", "sha256", "whole_folder", "write_text"]
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes free for this user on the disk that holds ``folder`` or its nearest existing parent."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise :class:`OutputError` when the disk under ``folder`` has fewer than ``needed`` bytes free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise OutputError(
+            f"{what} needs {needed / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f} MiB free. "
+            "Free some space or choose another output_dir."
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole: a crash leaves the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with _as_output_error(path):
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    An existing ``path`` is replaced only at that moment. Partial folders of dead processes are removed first.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    with _as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up_after_a_crash(path)
+        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        temporary.mkdir()
+    try:
+        with _as_output_error(path):
+            yield temporary
+            _seal(temporary)
+            retired = path.with_name(f".{path.name}.replaced")
+            if path.exists():
+                path.rename(retired)
+            temporary.rename(path)
+            _flush(path.parent)
+            shutil.rmtree(retired, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder written by :func:`whole_folder`, or None when every byte is as written."""
+    try:
+        entries: dict[str, dict[str, object]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
+        if sha256(file) != entry["sha256"]:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _clean_up_after_a_crash(path: Path) -> None:
+    retired = path.with_name(f".{path.name}.replaced")
+    if retired.exists() and not path.exists():
+        retired.rename(path)
+    for stale in [retired, *path.parent.glob(f".{path.name}.partial-*")]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest and flush every file and folder below ``folder`` to disk."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+    for entry in [*files, manifest, *(child for child in folder.rglob("*") if child.is_dir()), folder]:
+        _flush(entry)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_WRITE_PROBLEMS = {
+    errno.ENOSPC: "the disk is full. Free some space or choose another folder.",
+    errno.EDQUOT: "the disk quota is used up. Free some space or choose another folder.",
+    errno.EACCES: "no permission to write there. Choose a folder that you may write to.",
+    errno.EPERM: "no permission to write there. Choose a folder that you may write to.",
+    errno.EROFS: "the file system is read-only. Choose another folder.",
+    errno.ENOTDIR: "part of the path is a file. Choose another folder.",
+    errno.EEXIST: "a file of that name is in the way. Choose another folder.",
+}
+
+
+@contextlib.contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno not in _WRITE_PROBLEMS:
+            raise
+        raise OutputError(f"cannot write {path}: {_WRITE_PROBLEMS[error.errno]}") from error

@@ -1,0 +1,223 @@
+"""Any source of rows - a file, a folder, a hub id, a ``datasets`` object, a list - as one stream of :class:`SourceRow`.
+
+Local paths come first; the hub is asked only for a name that is no local path. One file or one list has the single
+split ``"train"``; a folder has the splits whose files it holds (``train.jsonl``, ``valid.csv``, ...); a ``DatasetDict``
+has those it names. How a file is parsed is in ``readers.py``; what a row means in ``formats.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from tunesmith.core.errors import DataError
+from tunesmith.core.names import did_you_mean
+from tunesmith.data.readers import SUFFIXES, kind_of, read_file, without_nested_nulls
+from tunesmith.data.types import SourceRow
+
+__all__ = ["Source", "list_splits", "read_rows"]
+
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""A path, a hub id, a ``datasets`` object, or dicts."""
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "eval", "dev"),
+    "test": ("test",),
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def read_rows(source: Source, *, split: str = "train", name: str | None = None) -> Iterator[SourceRow]:
+    """Return the rows of ``source``, in order; what is wrong with the source itself is raised before the first row.
+
+    Args:
+        source: a ``.jsonl .json .csv .parquet .arrow .txt`` file; a folder with ``train.*`` and, if wanted,
+            ``valid.*`` (or validation, val, eval, dev) and ``test.*``; the id of a dataset on the hub; a ``datasets``
+            object; a list or any iterable of dicts. A ``.txt`` file is paragraphs separated by blank lines, each a row
+            ``{"text": ...}``.
+        split: ``"train"``, ``"valid"`` or ``"test"`` (aliases as above), or a name that the ``datasets`` object uses.
+        name: configuration of a hub dataset that has several.
+
+    Raises:
+        DataError: nothing is there (with the nearest name), the split does not exist, or, while iterating, a file is
+            malformed, a row is no object, or there is no row at all.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        found = _locate(source, name=name)
+        if isinstance(found, Path):
+            file = _split_file(found, split) if found.is_dir() else _only_train(found, split, str(found))
+            return _not_empty(read_file(file), str(file))
+        source, label = found, str(source)
+    else:
+        _refuse_name(name, kind_of(source))
+        label = "the dataset"
+    splits = _dataset_splits(source)
+    if splits is not None:
+        chosen = _match_split(split, splits, label)
+        return _not_empty(_dataset_rows(splits[chosen], label), f"{label}, split {chosen!r}")
+    if _is_dataset(source):
+        return _not_empty(_dataset_rows(_only_train(source, split, label), label), label)
+    return _not_empty(_object_rows(_only_train(source, split, "a list of rows")), "the list of rows")
+
+
+def list_splits(source: Source, *, name: str | None = None) -> tuple[str, ...]:
+    """Return the splits that :func:`read_rows` can give, ``"train"`` first; common aliases come as train, valid, test.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = _locate(source, name=name)
+    if isinstance(source, Path):
+        found = [split for split, _ in _folder_files(source)] if source.is_dir() else ["train"]
+    else:
+        splits = _dataset_splits(source)
+        found = ["train"] if splits is None else [_canonical(split) for split in splits]
+    order = list(_SPLIT_NAMES)
+    return tuple(sorted(set(found), key=lambda split: (order.index(split) if split in order else len(order), split)))
+
+
+def _not_empty(rows: Iterator[SourceRow], label: str) -> Iterator[SourceRow]:
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    if is_empty:
+        raise DataError(f"{label} holds no rows. At least one is needed.")
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def _locate(source: str | os.PathLike[str], *, name: str | None) -> Any:
+    """Return the existing :class:`Path`, or the dataset that the hub has under this name."""
+    path = Path(source).expanduser()
+    if path.is_file() or path.is_dir():
+        _refuse_name(name, f"the local path {path}")
+        return path
+    is_hub_id = isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES
+    if is_hub_id:
+        return _load_from_hub(cast(str, source), name)
+    raise DataError(f"no data at {os.fspath(source)!r}.{_nearby(path)} {_ACCEPTED}")
+
+
+def _nearby(path: Path) -> str:
+    """Say what stands where ``path`` was looked for."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" The folder {os.fspath(parent)!r} does not exist."
+    names = sorted(os.listdir(parent))
+    readable = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    listed = f" Data files there: {', '.join(readable[:6])}{' ...' if len(readable) > 6 else ''}." if readable else ""
+    return did_you_mean(path.name, names) + listed
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    files = _folder_files(folder)
+    wanted = _canonical(split)
+    found = [file for name, file in files if name == wanted]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(file.name for file in found)
+        raise DataError(f"{folder} holds {names}, both for the split {wanted!r}. Keep one, or name the file itself.")
+    have = sorted({name for name, _ in files})
+    near = did_you_mean(split, have)
+    raise DataError(f"{folder} has no file for the split {split!r}; it has {', '.join(have)}.{near}")
+
+
+def _folder_files(folder: Path) -> list[tuple[str, Path]]:
+    """Return ``(split, file)`` for every file that is named after a split."""
+    known = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files = [(_canonical(file.stem), file) for file in known if _canonical(file.stem) in _SPLIT_NAMES]
+    if files:
+        return files
+    there = ", ".join(file.name for file in known[:6]) or "no data file at all"
+    raise DataError(
+        f"the folder {folder} holds no train, valid or test file ({', '.join(SUFFIXES)}); there is {there}. "
+        "Rename one to train.jsonl or the like, or name the file itself."
+    )
+
+
+def _canonical(split: str) -> str:
+    return next((name for name, aliases in _SPLIT_NAMES.items() if split.lower() in aliases), split)
+
+
+def _only_train(source: Any, split: str, label: str) -> Any:
+    if _canonical(split) != "train":
+        raise DataError(f"{label} has only the split 'train', not {split!r}. Name the file of that split instead.")
+    return source
+
+
+def _refuse_name(name: str | None, label: str) -> None:
+    if name is not None:
+        raise DataError(f"name={name!r} chooses a configuration of a hub dataset, but the source is {label}. Drop it.")
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+def _object_rows(source: Any) -> Iterator[SourceRow]:
+    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
+        raise DataError(f"rows must be a list of dicts, not {kind_of(source)}. {_ACCEPTED}")
+    for number, row in enumerate(cast(Iterable[object], source), 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number}: a row must be a dict, this is {kind_of(row)}.")
+        yield SourceRow(dict(cast(Mapping[str, Any], row)), f"row {number}")
+
+
+def _dataset_rows(dataset: Any, label: str) -> Iterator[SourceRow]:
+    for number, row in enumerate(dataset.with_format(None), 1):
+        yield SourceRow(without_nested_nulls(row), f"{label} row {number}")
+
+
+def _dataset_splits(source: Any) -> Mapping[str, Any] | None:
+    """Return the splits of a ``DatasetDict`` or ``IterableDatasetDict``; None for anything else."""
+    datasets = sys.modules.get("datasets")  # nobody can hold one of its objects without having imported it
+    if datasets is not None and isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        return cast(Mapping[str, Any], source)
+    return None
+
+
+def _is_dataset(source: Any) -> bool:
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(source, (datasets.Dataset, datasets.IterableDataset))
+
+
+def _match_split(wanted: str, splits: Iterable[str], label: str) -> str:
+    available = list(splits)
+    if wanted in available:
+        return wanted
+    found = [split for split in available if _canonical(split) == _canonical(wanted)]
+    if len(found) == 1:
+        return found[0]
+    raise DataError(
+        f"{label} has no split {wanted!r}; it has {', '.join(map(repr, available))}.{did_you_mean(wanted, available)}"
+    )
+
+
+def _load_from_hub(hub_id: str, name: str | None) -> Any:
+    import datasets
+    import datasets.config
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(hub_id, name)
+    # What the hub, the network and the dataset's own files raise has no common base beyond these.
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        offline = " HF_HUB_OFFLINE is set, so nothing was downloaded." if datasets.config.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"{hub_id!r} is no local path, and it cannot be loaded as a hub dataset: {first_line[:300]}.{offline}"
+            f"{_nearby(Path(hub_id))} {_ACCEPTED}"
+        ) from error
+
+
+_ACCEPTED = (
+    f"Give a {', '.join(SUFFIXES)} file, a folder with train.jsonl or the like, a datasets object, or a list of dicts."
+)

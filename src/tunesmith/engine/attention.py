@@ -1,0 +1,136 @@
+"""Our attention under transformers' own registry, so that documents joined on one token axis never see each other.
+
+``use_document_attention(model)`` selects it on one model instance. It cuts the token axis where ``cu_seq_lens_q`` says
+so, or where position ids restart; with a padding mask or a key-value cache (generation, padded evaluation) it hands
+over to transformers' own SDPA. Nothing of transformers is replaced: the registry entry is ours alone.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.ops.attention_varlen import attention_varlen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ATTENTION", "use_document_attention"]
+
+ATTENTION = "tunesmith"
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
+
+
+def use_document_attention(model: PreTrainedModel) -> str | None:
+    """Select document attention on ``model``; return None, or the reason why its own attention stays.
+
+    Attention that was asked for by name (eager, flash_attention_2 ...) is left alone; only the default is replaced.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    config = model.config.get_text_config()
+    if not getattr(type(model), "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not call transformers' attention interface"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= _LAYER_KINDS:
+        return f"{type(model).__name__} mixes in layers of kind {', '.join(sorted(kinds - _LAYER_KINDS))}"
+    if model.config._attn_implementation not in ("sdpa", ATTENTION) and not _needs_eager(config):
+        return f"attn_implementation={model.config._attn_implementation!r} was chosen"
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+    model.set_attn_implementation(ATTENTION)
+    return None
+
+
+def _needs_eager(config: Any) -> bool:
+    """Return whether transformers falls back to eager for features that our attention computes itself."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def _mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """Build no mask where the token axis itself says everything, else the one transformers' SDPA would get."""
+    from transformers.masking_utils import sdpa_mask
+
+    is_plain = attention_mask is None and q_length == kv_length and not kwargs.get("use_vmap", False)
+    if is_plain:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention interface of transformers: (B,H,T,E) in, (B,T,H,E) out."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None or query.shape[2] != key.shape[2] or dropout > 0.0:
+        return _masked(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs), None
+    rows = [
+        attention_varlen(
+            query[row], key[row], value[row], lengths, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        )
+        for row, lengths in enumerate(_lengths(query, kwargs))
+    ]
+    return (rows[0][None] if len(rows) == 1 else torch.stack(rows)), None
+
+
+def _lengths(query: torch.Tensor, kwargs: dict[str, Any]) -> list[list[int]]:
+    """Return the document lengths of every row of the batch."""
+    batch, tokens = query.shape[0], query.shape[2]
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None and batch == 1:
+        return [(bounds[1:] - bounds[:-1]).tolist()]
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.ndim != 2:
+        return [[tokens]] * batch
+    lengths: list[list[int]] = []
+    for row in positions.expand(batch, -1).tolist():
+        # A row may start anywhere (a window cut from a longer text); a document starts where positions do not go on.
+        starts = [0, *(t for t in range(1, tokens) if row[t] != row[t - 1] + 1), tokens]
+        lengths.append([end - start for start, end in pairwise(starts)])
+    return lengths
+
+
+def _masked(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention under an explicit mask: SDPA, or plain torch where softcap or sinks are asked for."""
+    if softcap is None and sinks is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)[0]
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    keys = scores.shape[-1]
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :keys]
+    weights = torch.nn.functional.dropout(weights, dropout, training=module.training)
+    # A fully masked row (left padding) is all -inf: its weights are NaN and its output is never read.
+    return (weights.nan_to_num() @ value).transpose(1, 2).contiguous()

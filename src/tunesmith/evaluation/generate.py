@@ -1,0 +1,262 @@
+"""Answers of a model to many prompts: batched, greedy by default, in the order of the prompts.
+
+Prompts are sorted by length, so that a batch holds similar ones, and padded on the left under an attention mask; the
+answers come back in the order given. Nothing of the model or the tokenizer is changed for good: training mode, padding
+side and cache flags are afterwards what they were. The sampling defaults that some models carry in
+``generation_config.json`` do not apply, since a score should not depend on them; its end tokens do.
+
+In float32 a batched greedy answer equals the one generated alone. In bfloat16 a padded batch rounds differently, so
+now and then a near tie between two tokens falls the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.errors import EvaluationError
+from tunesmith.data.turns import ChatRenderer
+from tunesmith.data.types import RowRefusedError
+from tunesmith.evaluation.modes import evaluation_mode
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "encode_prompt", "generate_answers", "stop_token_ids"]
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""Plain text, chat messages up to the turn to be answered, or token ids."""
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int = 3407,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Return one answer a prompt, without special tokens and without the stop string that ended it.
+
+    Args:
+        model: any causal language model of transformers, PEFT models included.
+        prompts: see :data:`Prompt`; messages go through the tokenizer's chat template with the assistant's turn opened.
+        temperature: 0 takes the likeliest token each time; above 0 samples, with ``top_p``, ``top_k`` (0 = off) and
+            ``min_p``. The same seed, prompts and batch size give the same answers; torch's generator is left as it was.
+        stop: generation of a row ends where one of these strings appears in its answer.
+        progress: called with (answers so far, all) after each batch.
+
+    Raises:
+        EvaluationError: a sampling setting outside its range, or an empty prompt.
+    """
+    sampling = _Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    _check(sampling, max_new_tokens, batch_size)
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if "" in stops:
+        raise EvaluationError("stop: an empty string would end every answer at once. Give strings with characters.")
+    config = _generation_config(model, tokenizer, sampling, max_new_tokens)
+    encoded = [_require_tokens(encode_prompt(tokenizer, prompt), row) for row, prompt in enumerate(prompts, 1)]
+    # Longest first: if a batch does not fit into memory, it is the first one and not the last.
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    answers = [""] * len(encoded)
+    with evaluation_mode(model), _seeded(model, seed):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = _answer_batch(model, tokenizer, [encoded[row] for row in rows], config, stops)
+            for row, answer in zip(rows, batch, strict=True):
+                answers[row] = answer
+            if progress is not None:
+                progress(start + len(rows), len(order))
+    return answers
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Return the token ids of ``prompt``: plain text with the tokenizer's own BOS, messages as the template renders.
+
+    A BOS in a rendered conversation comes from the template alone, never a second one from the tokenizer.
+
+    Raises:
+        ModelError: messages, and the tokenizer has no chat template.
+        RowRefusedError: the template refuses these messages.
+    """
+    if isinstance(prompt, str):
+        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = list(tokenizer(prompt)["input_ids"])
+        # Some tokenizers also append EOS, after which there is nothing to say.
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:] else ids
+    if all(isinstance(part, int) for part in prompt):
+        return [int(part) for part in prompt]
+    rendered = ChatRenderer(tokenizer).render(list(prompt), list(tools) if tools else None, generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends an answer: the model's end tokens, the tokenizer's, the template's end of turn.
+
+    The last one matters where a base model was given a chat template: its ``eos_token`` then is not the token that
+    the template writes after an assistant's turn, and without it the model would go on with the user's next turn.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids |= {tokenizer.eos_token_id, _end_of_turn_id(tokenizer)}
+    return sorted(token for token in ids if token is not None)
+
+
+def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template writes after an assistant's words, None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    renderer, words = ChatRenderer(tokenizer), "words of the assistant"
+    try:
+        turn = renderer.locate_answer([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], 1)
+    except RowRefusedError:  # a template that wants other messages than these; then the configured tokens must do
+        return None
+    found = renderer.special.search(turn.text[turn.start : turn.end].rpartition(words)[2])
+    return tokenizer.convert_tokens_to_ids(found.group()) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """How the next token is chosen; the values are checked by :func:`_check`."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
+def _check(sampling: _Sampling, max_new_tokens: int, batch_size: int) -> None:
+    """Raise one error that names every setting outside its range."""
+    checks = (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+        ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more"),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (off) or more"),
+        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 (off) to 1"),
+        ("repetition_penalty", sampling.repetition_penalty, sampling.repetition_penalty > 0, "above 0 (1 is off)"),
+    )
+    faults = [f"{name}={value} must be {allowed}" for name, value, is_fine, allowed in checks if not is_fine]
+    if faults:
+        raise EvaluationError(f"generation settings: {'; '.join(faults)}.")
+
+
+def _require_tokens(ids: list[int], row: int) -> list[int]:
+    if not ids:
+        raise EvaluationError(f"prompt {row} is empty: it has no token to go on from. Drop the row or give it a text.")
+    return ids
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: _Sampling, max_new_tokens: int
+) -> GenerationConfig:
+    """Return settings with no sampling value left at None, which transformers would fill from the model's own file."""
+    from transformers import GenerationConfig
+
+    stops = stop_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    is_sampled = sampling.temperature > 0
+    choice = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
+    neutral = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+    }  # transformers' defaults; others warn beside do_sample=False
+    return GenerationConfig(
+        do_sample=is_sampled,
+        **(choice if is_sampled else neutral),
+        repetition_penalty=sampling.repetition_penalty,
+        num_beams=1,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=stops or None,
+        # Padding is told by the mask, so any id will do for a tokenizer that has none.
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+    )
+
+
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Seed torch for the block; its generators afterwards stand where they stood."""
+    import torch
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[list[int]],
+    config: GenerationConfig,
+    stops: list[str],
+) -> list[str]:
+    """Generate for one batch of encoded prompts and decode what is new."""
+    input_ids, mask = _pad_left(batch, pad_id=config.pad_token_id, device=model.device)
+    width = input_ids.shape[1]
+    criteria = [_stop_criterion(tokenizer, stops, width)] if stops else None
+    output = model.generate(
+        input_ids=input_ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+    )
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [_cut_at(text, stops) for text in texts]
+
+
+def _pad_left(batch: list[list[int]], *, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask (B, T), the rows flush right."""
+    import torch
+
+    width = max(map(len, batch))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in batch], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
+    return ids, mask
+
+
+def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stops: list[str], prompt_width: int) -> Any:
+    """Return a criterion that ends a row once a stop string stands in what it has generated.
+
+    transformers' own ``stop_strings`` also looks into the prompt, and would end an answer whose first character
+    completes a stop string that the prompt began.
+    """
+    import torch
+    from transformers import StoppingCriteria
+
+    # A token holds at least one byte, so the newest stop string lies in this many tokens; 8 more keep it off the edge,
+    # where some tokenizers drop a leading space.
+    tail = max(len(text.encode()) for text in stops) + 8
+
+    class EndsWithStop(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            texts = tokenizer.batch_decode(input_ids[:, prompt_width:][:, -tail:], skip_special_tokens=True)
+            found = [any(text in answer for text in stops) for answer in texts]
+            return torch.tensor(found, device=input_ids.device)
+
+    return EndsWithStop()
+
+
+def _cut_at(text: str, stops: list[str]) -> str:
+    """Return ``text`` up to the first stop string in it."""
+    ends = [position for position in map(text.find, stops) if position >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,55 @@
+"""The model card of a trained adapter: what was trained, on what, how, and with which versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["adapter_card"]
+
+
+def adapter_card(
+    *,
+    base: str,
+    settings: Mapping[str, Any],
+    ledger: Mapping[str, Any],
+    result: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> str:
+    """Return a README.md with the YAML head that the hub reads.
+
+    Args:
+        base: the name of the base model.
+        settings: the resolved settings of the run.
+        ledger: counts of the data, plain values.
+        result: final numbers (steps, losses, seconds), plain values.
+        versions: library -> version.
+    """
+    import yaml
+
+    head = yaml.safe_dump(
+        {"base_model": base, "library_name": "peft", "tags": ["lora", "sft", "tunesmith"]}, sort_keys=False
+    )
+    parts = [
+        f"---\n{head}---",
+        f"# LoRA adapter for {base}",
+        (
+            "Trained with tunesmith. Load it with `FastLanguageModel.from_pretrained(folder)`, or with "
+            "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`."
+        ),
+        "## Result\n\n" + _table(result),
+        "## Data\n\n" + _table({key: value for key, value in ledger.items() if isinstance(value, (int, float, str))}),
+        "## Settings\n\n```yaml\n" + yaml.safe_dump(dict(settings), sort_keys=False).rstrip() + "\n```",
+        "## Versions\n\n" + _table(versions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

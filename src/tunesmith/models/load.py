@@ -1,0 +1,190 @@
+"""Load a causal language model and its tokenizer from any source that a name can mean.
+
+Reads local files first and asks the network only for hub ids. The dtype comes with its reason. Read next:
+``aliases.py`` (what a name means), ``gguf_cache.py`` (GGUF files), ``adapters/state.py`` (adapter folders).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
+from tunesmith.core.errors import ModelError
+from tunesmith.models.aliases import ALIASES, ModelSource
+from tunesmith.models.gguf_cache import converted_gguf
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ModelFacts", "facts_of", "load_causal_lm", "load_tokenizer", "native_window"]
+
+
+@dataclass(slots=True)
+class ModelFacts:
+    """What was decided when a model was loaded; kept on the model instance as ``tunesmith_facts``.
+
+    Attributes:
+        name: how the user called the model.
+        dtype: dtype of the weights with its reason.
+        window: longest sequence in tokens that this model is used with.
+        notes: lines for the banner (a fast path refused).
+        adapter: the arguments of ``get_peft_model``, None before it.
+        checkpointing: whether layers are recomputed in the backward pass.
+    """
+
+    name: str
+    dtype: DtypeChoice
+    window: int
+    notes: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
+    checkpointing: bool = False
+
+
+def facts_of(model: Any) -> ModelFacts:
+    """Return the facts of a model, also of one that another library loaded."""
+    known = getattr(model, "tunesmith_facts", None)
+    if isinstance(known, ModelFacts):
+        return known
+    dtype = model.get_input_embeddings().weight.dtype
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    window = min(native_window(model.config) or 2048, 2048)
+    return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window)
+
+
+def load_causal_lm(
+    source: ModelSource,
+    *,
+    max_seq_length: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    chat_template: str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of a "folder", "gguf" or "hub" source in 16 or 32 bit, and its tokenizer.
+
+    The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
+    (token, revision, cache_dir ...).
+
+    Raises:
+        ModelError: files are missing or corrupt, the architecture is no causal language model, or
+            ``max_seq_length`` is above the model's own window.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.engine.attention import use_document_attention
+
+    device = choose_device()
+    choice = choose_dtype(dtype, device)
+    place = _local_place(source)
+    tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
+    arguments: dict[str, Any] = {"dtype": choice.dtype, **hub}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    with _readable_errors(source):
+        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
+    _refuse_missing_weights(source, info)
+    if device_map is None:
+        model.to(device)
+    facts = ModelFacts(source.name, choice, _window(model, max_seq_length))
+    if attn_implementation is None:
+        reason = use_document_attention(model)
+        if reason is not None:
+            facts.notes.append(f"attention per document is off: {reason}")
+    model.tunesmith_facts = facts
+    return model, tokenizer
+
+
+def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model or adapter and give it ``chat_template`` where one is asked for."""
+    from transformers import AutoTokenizer
+
+    from tunesmith.data.templates import apply_template
+
+    with _readable_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(_local_place(source), **hub)
+    if chat_template is not None:
+        apply_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def native_window(config: Any) -> int | None:
+    """Return the number of positions a model was trained for, or None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _window(model: PreTrainedModel, asked: int | None) -> int:
+    native = native_window(model.config)
+    if asked is None:
+        return min(native or 2048, 2048)
+    if native is not None and asked > native:
+        raise ModelError(
+            f"max_seq_length={asked} is above this model's own window of {native} positions. Stretching the window "
+            f"(RoPE scaling) is not supported yet: use at most {native}."
+        )
+    return asked
+
+
+def _local_place(source: ModelSource) -> str:
+    return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
+
+
+@contextmanager
+def _readable_errors(source: ModelSource) -> Iterator[None]:
+    """Turn what transformers, safetensors and the hub raise on unusable files into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except SafetensorError as error:
+        raise ModelError(
+            f"model {source.name}: a .safetensors file is corrupt or cut short ({error}). Copy or download it again."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"model {source.name}: a .json file is not valid JSON (line {error.lineno}: {error.msg})."
+        ) from error
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(_cannot_load(source, error)) from error
+    except (ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
+
+
+def _cannot_load(source: ModelSource, error: Exception) -> str:
+    if source.kind != "hub":
+        return f"model {source.name} cannot be loaded: {_first_sentence(error)}"
+    from tunesmith.core.names import did_you_mean
+
+    return (
+        f"model {source.name!r} is no local folder and the hub did not give it ({_first_sentence(error)})."
+        f"{did_you_mean(source.name.split('/')[-1], ALIASES)} To use local files, give the path of the model's folder."
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
+def _refuse_missing_weights(source: ModelSource, info: dict[str, Any]) -> None:
+    """Transformers fills missing weights with random numbers and only warns: such a model must not train."""
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
+    broken = missing + mismatched
+    if broken:
+        raise ModelError(
+            f"model {source.name}: {len(broken)} weights are missing or have another shape than config.json says "
+            f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}). The files do not belong together, or one "
+            "is incomplete."
+        )

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: no module, no global state. One folder an op, each with a readable reference."""

@@ -1,0 +1,48 @@
+"""Cross-entropy of the vocabulary projection without keeping logits.
+
+``reference.py`` is the definition; ``function.py`` computes loss and gradient chunk by chunk in the forward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tunesmith.core.errors import ShapeError
+from tunesmith.ops.linear_cross_entropy import reference
+from tunesmith.ops.linear_cross_entropy.function import LinearCrossEntropy
+
+__all__ = ["linear_cross_entropy", "reference"]
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    divisor: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Return ``sum(cross_entropy(logits, targets)) / divisor``, ``logits = cap(scale * (hidden @ weight.T + bias))``.
+
+    Equals :func:`reference.linear_cross_entropy`; holds the logits of one chunk of rows at a time and no logits for the
+    backward. Give only the rows that carry a label: there is no ignore index.
+
+    Args:
+        hidden: (N, D) float32, bfloat16, float16 or float64; N may be 0 (the loss is then 0 with a graph).
+        weight: (V, D), same dtype; gets a gradient, summed in float32, only where it requires one.
+        targets: (N,) int64 in [0, V).
+        divisor: the number of trained tokens of the whole optimizer step, over all micro-batches and processes.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+    Returns:
+        A scalar in float32 (float64 for float64 input).
+    Raises:
+        ShapeError: the shapes do not fit.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ShapeError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} differ: "
+            "(N, D), (V, D) and (N,) are needed"
+        )
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets, divisor, logit_scale, softcap)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on transformers' Trainer: settings, trainer, checkpoints, callbacks."""

@@ -1,0 +1,84 @@
+"""Checkpoints that are whole or not there, and that fit only the run that wrote them.
+
+A checkpoint folder is written by :func:`tunesmith.core.files.whole_folder` (temporary folder, checksums, flush,
+rename) and holds what transformers' Trainer reads on resume, plus ``run.json``: fingerprints of data, model and
+settings. :func:`find_checkpoint` takes the newest whole one, says which damaged ones it passed over, and refuses one
+that belongs to another run, naming the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import CheckpointError
+from tunesmith.core.files import damage
+
+__all__ = ["RUN_FILE", "check_same_run", "checkpoints_in", "find_checkpoint", "remove_old_checkpoints"]
+
+RUN_FILE = "run.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_log = logging.getLogger(__name__)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, whole or not."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path | None:
+    """Return the newest whole checkpoint in ``folder`` that belongs to ``run``; None when there is none at all.
+
+    Raises:
+        CheckpointError: the newest whole one belongs to another run, or every one is damaged.
+    """
+    candidates = checkpoints_in(folder)
+    for path in reversed(candidates):
+        broken = damage(path)
+        if broken is None:
+            check_same_run(path, run)
+            return path
+        _log.warning("%s is damaged (%s) and is passed over.", path, broken)
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: all {len(candidates)} checkpoints are damaged. Start the run again with another output_dir."
+        )
+    return None
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Raise :class:`CheckpointError` when ``checkpoint`` was written by a run with other data, model or settings."""
+    written: dict[str, Any] = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    differences = [
+        f"{part} {name}: {_short(written.get(part, {}).get(name))} then, {_short(run[part].get(name))} now"
+        for part in run
+        for name in sorted({*written.get(part, {}), *run[part]})
+        if written.get(part, {}).get(name) != run[part].get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run: {'; '.join(differences)}. "
+            "Use what it was started with, or start anew with another output_dir."
+        )
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int | None, best: str | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one; None keeps all."""
+    if keep is None:
+        return
+    for path in checkpoints_in(folder)[:-keep]:
+        if best is None or path.name != Path(best).name:
+            # Renamed first, so that a crash in the middle leaves no half checkpoint under its name.
+            doomed = path.with_name(f".{path.name}.partial-removed")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

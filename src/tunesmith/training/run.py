@@ -1,0 +1,245 @@
+"""One training run from settings to a folder: load, adapt, prepare, train, save.
+
+Used by ``tunesmith train`` and ``tunesmith demo``. Prints nothing: the caller is told what happens through
+``on_ready`` (once, before the first step) and sees steps through its own Trainer callbacks.
+
+The folder of a run::
+
+    settings.yaml        the resolved settings
+    ledger.json          what happened to every row
+    metrics.jsonl        a JSON line per log
+    training_loss.png    training and eval loss over steps
+    checkpoint-N/        the newest two and the best, whole with checksums
+    adapter/             the result: a plain PEFT folder with tokenizer and model card
+    result.json          final numbers
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.adapters.inject import inject_adapter, trainable_share
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.state import attach_adapter, base_of
+from tunesmith.core.errors import DataError, OutputError
+from tunesmith.core.files import whole_folder, write_text
+from tunesmith.core.memory import peak_bytes
+from tunesmith.core.versions import stack_versions
+from tunesmith.data.files import list_splits
+from tunesmith.data.masks import ExampleEncoder
+from tunesmith.data.prepare import PreparedData, prepare, split_documents
+from tunesmith.export.card import adapter_card
+from tunesmith.models.aliases import find_model
+from tunesmith.models.load import facts_of, load_causal_lm
+from tunesmith.training.callbacks import InterruptWatch, loss_plot
+from tunesmith.training.config import config_of
+from tunesmith.training.settings import RunSettings
+from tunesmith.training.sft import SFTTrainer
+
+__all__ = ["RunResult", "choose_folder", "run_training"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run's folder.
+        adapter: the trained adapter, None when the run was interrupted.
+        numbers: steps, losses, seconds, tokens/s, peak bytes; what ``result.json`` holds.
+        trainer: for what follows in the same process (generation, evaluation).
+    """
+
+    folder: Path
+    adapter: Path | None
+    numbers: dict[str, Any]
+    trainer: SFTTrainer
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run before its last step."""
+        return self.adapter is None
+
+
+def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
+    """Return the run's folder, and refuse one that holds something else.
+
+    Raises:
+        OutputError: the folder holds another run and ``resume`` is False, or holds files of another kind, or there
+            is nothing to resume.
+    """
+    if settings.output_dir is None:
+        if resume:
+            raise OutputError("--resume needs the folder of the run: give output_dir.")
+        model = Path(settings.model).name.replace(":", "-")
+        return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{model}"
+    folder = Path(settings.output_dir).expanduser()
+    if folder.is_file():
+        raise OutputError(f"output_dir {folder} is a file. Give a folder.")
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if entries and "settings.yaml" not in entries:
+        raise OutputError(f"output_dir {folder} holds other files ({', '.join(entries[:3])}). Give a new folder.")
+    if entries and not resume:
+        raise OutputError(
+            f"output_dir {folder} already holds a run. Continue it with --resume, or give another output_dir."
+        )
+    return folder
+
+
+def run_training(
+    settings: RunSettings,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    on_ready: Callable[[SFTTrainer], None] | None = None,
+) -> RunResult:
+    """Run ``settings`` and return how it ended.
+
+    Args:
+        resume: continue from the newest whole checkpoint of ``output_dir``; bit-equal to a run without a break.
+        callbacks: Trainer callbacks, for progress.
+        on_ready: called with the trainer before the first step, for a banner.
+
+    Raises:
+        TunesmithError: anything that the user can mend; see the modules that this composes.
+    """
+    folder = choose_folder(settings, resume=resume)
+    model, tokenizer = _load(settings)
+    train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
+    trainer = SFTTrainer(
+        model=model,
+        args=config_of(settings, folder),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    if trainer.args.should_save:
+        _write_plan(folder, settings, trainer)
+    if on_ready is not None:
+        on_ready(trainer)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    numbers = _numbers(trainer, time.perf_counter() - began)
+    interrupted = any(
+        callback.interrupted for callback in trainer.callback_handler.callbacks if isinstance(callback, InterruptWatch)
+    )
+    adapter = None if interrupted else folder / "adapter"
+    if trainer.args.should_save:
+        loss_plot(trainer.state.log_history, folder / "training_loss.png")
+        if adapter is not None:
+            _save(adapter, settings, trainer, numbers)
+            write_text(folder / "result.json", json.dumps(numbers, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(folder, adapter, numbers, trainer)
+
+
+def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[PreparedData, PreparedData | None]:
+    """Return training and evaluation rows: ``eval_data``, the folder's own valid files, or a share of the rows.
+
+    Raises:
+        DataError: a source cannot be read, or training or evaluation rows train on nothing.
+    """
+    encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)
+    common: dict[str, Any] = {
+        "max_length": settings.max_length or window,
+        "on_too_long": settings.on_too_long,
+        "mapping": settings.map,
+    }
+    train_data = prepare(settings.data, encoder, limit=settings.limit, **common)
+    train_data.ledger.check()
+    if settings.eval_data is not None:
+        eval_data = (
+            prepare(settings.eval_data, encoder, split="valid", **common)
+            if _has_valid(settings.eval_data)
+            else prepare(settings.eval_data, encoder, **common)
+        )
+    elif settings.eval_split and _has_valid(settings.data):
+        eval_data = prepare(settings.data, encoder, split="valid", **common)
+    elif settings.eval_split:
+        return split_documents(train_data, fraction=settings.eval_split, seed=settings.seed)
+    else:
+        return train_data, None
+    eval_data.ledger.check()
+    shared = {row.fingerprint() for row in train_data.rows} & {row.fingerprint() for row in eval_data.rows}
+    if shared and len(shared) == len({row.fingerprint() for row in eval_data.rows}):
+        raise DataError(
+            "every evaluation row is also a training row: the eval loss would say nothing. Give other rows."
+        )
+    if shared:
+        train_data.ledger.notes["evaluation row that is also a training row"] += len(shared)
+    return train_data, eval_data
+
+
+def _has_valid(source: str) -> bool:
+    return Path(source).is_dir() and "valid" in list_splits(source)
+
+
+def _load(settings: RunSettings) -> tuple[Any, Any]:
+    source = find_model(settings.model)
+    base = base_of(Path(source.path)) if source.kind == "adapter" else source
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
+    model, tokenizer = load_causal_lm(
+        base,
+        max_seq_length=settings.max_seq_length or settings.max_length,
+        dtype=settings.dtype,
+        chat_template=settings.chat_template,
+        attn_implementation=settings.attn_implementation,
+        **{name: value for name, value in hub.items() if value is not None},
+    )
+    if source.kind == "adapter":
+        return attach_adapter(model, Path(source.path)), tokenizer
+    return inject_adapter(model, settings.part(AdapterSettings)), tokenizer
+
+
+def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
+    ledgers = {"train": trainer.ledger.as_dict()}
+    if trainer.eval_data is not None:
+        ledgers["eval"] = trainer.eval_data.ledger.as_dict()
+    write_text(folder / "ledger.json", json.dumps(ledgers, indent=1) + "\n")
+
+
+def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    speeds = [entry["tokens_per_s"] for entry in history if "tokens_per_s" in entry]
+    trainable, total = trainable_share(trainer.model)
+    return {
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "best_eval_loss": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step or None,
+        "seconds": seconds,
+        "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "peak_bytes": peak_bytes(),
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+
+
+def _save(adapter: Path, settings: RunSettings, trainer: SFTTrainer, numbers: dict[str, Any]) -> None:
+    with whole_folder(adapter) as folder:
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        card = adapter_card(
+            base=settings.model,
+            settings=settings.model_dump(),
+            ledger=trainer.ledger.as_dict(),
+            result=numbers,
+            versions=stack_versions(),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")

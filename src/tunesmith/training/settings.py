@@ -1,0 +1,175 @@
+"""All settings of a run, in one strict flat model: what a YAML file and the flags of ``tunesmith train`` may say.
+
+``load_run_settings`` reads file, flags and ``--set`` into a :class:`RunSettings`; ``config.py`` turns its training
+part into an :class:`~tunesmith.training.config.SFTConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.core.errors import NotSupportedYetError
+from tunesmith.core.settings import Guide, Settings, read_yaml, validate
+from tunesmith.data.settings import DataSettings
+from tunesmith.models.settings import ModelSettings
+from tunesmith.training.aliases import translate
+
+__all__ = ["RunSettings", "TrainingSettings", "load_run_settings"]
+
+# Arguments of the published contract that are not written yet. They are refused by name, never unknown.
+_NOT_YET = (
+    "load_in_4bit", "load_in_8bit", "load_in_fp8", "full_finetuning", "rope_scaling", "qat_scheme", "loftq_config",
+    "target_parameters", "ensure_weight_tying", "embedding_learning_rate", "resize_model_vocab", "offload_embedding",
+    "temporary_location", "fast_inference", "task_type", "task",
+)  # fmt: skip
+
+
+class TrainingSettings(Settings):
+    """How long, how fast and in which steps; names as in transformers.TrainingArguments."""
+
+    output_dir: str | None = None
+    """Folder of the run; none makes runs/<date>-<model>. A folder with another run in it is refused."""
+
+    num_train_epochs: Annotated[
+        float,
+        Field(gt=0),
+        Guide(
+            "1 to 3", "underfits", "overfits and costs creativity, though it can reduce hallucination on a closed set"
+        ),
+    ] = 1.0
+    """How often each row is seen."""
+
+    max_steps: Annotated[int | None, Field(ge=1)] = None
+    """Stop after this many optimizer steps; overrides num_train_epochs."""
+
+    learning_rate: Annotated[
+        float,
+        Field(gt=0, lt=1),
+        Guide("5e-5 to 2e-4 for large models, up to 2e-3 for small ones", "needs more epochs", "the loss diverges"),
+    ] = 2e-4
+    """Step size of the optimizer. LoRA wants about 10 times the rate of full fine-tuning."""
+
+    lr_scheduler_type: Annotated[str, Guide("linear or cosine", "constant: no decay", "cosine: late, steep decay")] = (
+        "linear"
+    )
+    """linear, cosine, constant, constant_with_warmup, warmup_stable_decay (alias wsd) or another of transformers."""
+
+    warmup_ratio: Annotated[
+        float | None, Field(ge=0, lt=1), Guide("0.05 to 0.1", "early steps may jump", "time lost at a low rate")
+    ] = None
+    """Share of all steps over which the rate rises; 0.05 when neither this nor warmup_steps is given."""
+
+    warmup_steps: Annotated[int | None, Field(ge=0)] = None
+    """Number of steps over which the rate rises; excludes warmup_ratio."""
+
+    weight_decay: Annotated[
+        float, Field(ge=0), Guide("0.001 to 0.1", "more overfitting", "the adapter is pulled to zero")
+    ] = 0.01
+    """AdamW decay on A and B, none on biases and norms."""
+
+    per_device_train_batch_size: Annotated[
+        int, Field(ge=1), Guide("1 to 16", "slower on a GPU", "more memory; raise accumulation instead")
+    ] = 2
+    """Documents (with packing: bins) of one micro-batch on each device."""
+
+    gradient_accumulation_steps: Annotated[
+        int, Field(ge=1), Guide("1 to 16", "noisy gradients", "fewer optimizer steps an epoch")
+    ] = 4
+    """Micro-batches of one optimizer step. The same effective batch gives the same gradient however it is split."""
+
+    per_device_eval_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Documents of one evaluation batch; none means the training size."""
+
+    max_length: Annotated[
+        int | None, Field(ge=2), Guide("fit to the data", "rows are dropped", "costs memory on long rows")
+    ] = None
+    """Longest training row in tokens; none means max_seq_length."""
+
+    optim: Annotated[str, Guide("adamw_torch_fused")] = "adamw_torch_fused"
+    """adamw_torch_fused, adamw_torch, adafactor, sgd, lion_32bit (alias lion) or another name of transformers."""
+
+    max_grad_norm: Annotated[
+        float, Field(ge=0), Guide("0.3 to 1.0", "slow learning", "a bad batch moves far; 0: no clipping")
+    ] = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+    neftune_noise_alpha: Annotated[float | None, Field(gt=0), Guide("5", "no effect", "noise drowns the input")] = None
+    """NEFTune noise on the embeddings (Jain et al. 2023, arXiv:2310.05914)."""
+
+    seed: Annotated[int, Field(ge=0)] = 3407
+    """Seeds data order and dropout. Same seed, machine and settings: same bytes."""
+
+    logging_steps: Annotated[int, Field(ge=1)] = 1
+    """Write a line of metrics every so many steps."""
+
+    eval_steps: Annotated[int | None, Field(ge=1)] = None
+    """Evaluate every so many steps; none means about ten times a run."""
+
+    save_steps: Annotated[int | None, Field(ge=1)] = None
+    """Write a checkpoint every so many steps; none means at each evaluation."""
+
+    save_total_limit: Annotated[int | None, Field(ge=1)] = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+
+    early_stopping_patience: Annotated[
+        int | None, Field(ge=1), Guide("2 to 5 evaluations", "stops on noise", "trains on after the best step")
+    ] = None
+    """Stop when the eval loss has not fallen for so many evaluations; none never stops early."""
+
+    report_to: (
+        list[Literal["none", "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml"]]
+        | Literal["none", "tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml"]
+    ) = "none"
+    """Experiment trackers; none by default. metrics.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_ratio and warmup_steps both set the warmup. Give one of them.")
+        return self
+
+
+class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings):
+    """Everything that one training run needs."""
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Self:
+        if self.early_stopping_patience is not None and self.eval_data is None and self.eval_split == 0:
+            raise ValueError("early_stopping_patience needs an evaluation: give eval_data or an eval_split above 0.")
+        if self.max_length is not None and self.max_seq_length is not None and self.max_length > self.max_seq_length:
+            raise ValueError(f"max_length={self.max_length} is above max_seq_length={self.max_seq_length}.")
+        if self.finetune_last_n_layers is not None and self.layers_to_transform is not None:
+            raise ValueError("finetune_last_n_layers and layers_to_transform both choose layers. Give one of them.")
+        return self
+
+    def part(self, kind: type[Settings]) -> Any:
+        """Return the fields of one of the parent classes as an instance of it."""
+        return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
+
+
+def load_run_settings(file: Path | None, flags: Mapping[str, Any]) -> tuple[RunSettings, list[str]]:
+    """Return the settings of a YAML ``file`` with ``flags`` on top, and a line for every alias that was used.
+
+    Raises:
+        SettingsError: every unknown key, wrong type, bad value and conflict, all in one message.
+    """
+    values, used = translate(read_yaml(file)) if file is not None else ({}, [])
+    overrides, more = translate(dict(flags))
+    # A flag for one half of a pair replaces the other half of the file, or the two would conflict.
+    for ours, other in (("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")):
+        if ours in overrides and other not in overrides:
+            values.pop(other, None)
+    values.update(overrides)
+    for name in _NOT_YET:
+        # An option that is off asks for nothing.
+        if values.get(name) in (None, False):
+            values.pop(name, None)
+        elif name in values:
+            raise NotSupportedYetError(f"{name}={values[name]!r} is not supported yet. Leave it out.")
+    source = str(file) if file is not None else "settings"
+    return validate(RunSettings, values, source=source), [*used, *more]

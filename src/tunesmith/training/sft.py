@@ -1,0 +1,464 @@
+"""Supervised fine-tuning: transformers' Trainer on packed documents, with the checks that make a run trustworthy.
+
+Rows go in as they are (any schema of ``tunesmith.data``); masks, ledger and packing are made here. What is overridden,
+and why:
+
+* ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``: documents joined on one token axis, loss over the
+  trained tokens of the **whole** optimizer step, all micro-batches and processes counted together;
+* ``training_step``: gradients summed over processes once a step, non-finite values stop the run before they reach the
+  weights, and the first step proves that every lora_B learns;
+* ``evaluate``: loss per token, not a mean of batch means;
+* ``_save_checkpoint``: whole or not at all (``checkpoint.py``).
+
+Gradients are summed by us, not by DDP's hooks: the loss calls the decoder and the head directly, and one flat
+all-reduce of the adapter's gradients at the end of the step costs less than hooks in every backward.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from tunesmith.core.errors import ModelError, OutputError, SettingsError, TrainingError
+from tunesmith.core.files import require_space, whole_folder
+from tunesmith.core.memory import peak_bytes
+from tunesmith.data.masks import ExampleEncoder
+from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
+from tunesmith.engine.head import LossHead
+from tunesmith.models.load import facts_of
+from tunesmith.training.callbacks import default_callbacks
+from tunesmith.training.checkpoint import RUN_FILE, checkpoints_in, find_checkpoint, remove_old_checkpoints
+from tunesmith.training.config import SFTConfig
+from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
+from tunesmith.training.loader import DocumentBatches, DocumentLoader
+
+__all__ = ["SFTTrainer"]
+
+_log = logging.getLogger(__name__)
+
+
+class SFTTrainer(Trainer):
+    """Train an adapter (or every trainable weight) of a causal language model on rows.
+
+    Args:
+        model: from ``FastLanguageModel.get_peft_model``, or any transformers or PEFT causal language model.
+        args: an :class:`SFTConfig`; None uses its defaults.
+        train_dataset, eval_dataset: a ``datasets`` object, list of rows, path, hub id, or :class:`PreparedData`.
+        processing_class: the tokenizer (``tokenizer=`` is the older name).
+        formatting_func: row -> text or list of texts, for rows of your own shape.
+        mapping: column -> role or field, as in ``tunesmith train --map``.
+        dataset_text_field, max_seq_length, packing: the older call style; the same as the fields of ``args``.
+
+    Attributes:
+        ledger: what happened to every row; raises already on rows that would train nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        formatting_func: Callable[[Mapping[str, Any]], Any] | None = None,
+        mapping: Mapping[str, str] | None = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        packing: bool | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = SFTConfig() if args is None else args
+        if not isinstance(args, SFTConfig):
+            raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        self._tokenizer = _one_tokenizer(processing_class, tokenizer)
+        _apply_older_style(args, dataset_text_field, max_seq_length, packing)
+        _refuse_autocast(args, model)
+        self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
+        args.max_length = _length_limit(args.max_length, facts_of(model).window)
+        self._mapping = {args.dataset_text_field: "text"} if args.dataset_text_field else mapping
+        self._formatting_func = formatting_func
+        if train_dataset is None:
+            raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
+        train_data = self._prepare(train_dataset, args)
+        train_data.ledger.check()
+        self.ledger = train_data.ledger
+        eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
+        if eval_data is None and args.eval_split:
+            train_data, eval_data = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
+        if eval_data is not None:
+            eval_data.ledger.check()
+        self.train_data, self.eval_data = train_data, eval_data
+        train_set = self._as_dataset(train_data, args, ledger=True)
+        _set_cadence(args, len(train_set), has_eval=eval_data is not None)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_set,  # type: ignore[arg-type]
+            eval_dataset=None if eval_data is None else DocumentDataset(eval_data.documents),  # type: ignore[arg-type]
+            processing_class=self._tokenizer,
+            callbacks=[*default_callbacks(args), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        # Our loss is already divided by the tokens of the whole step; the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        # The Trainer's NEFTune scales by the length of the input, which here is the joined axis of many documents.
+        self.neftune_noise_alpha = None
+        self.head = LossHead(_base(model), noise_alpha=args.neftune_noise_alpha)
+        self.head.probe()
+        self._tokens_since_log, self._log_time = 0, time.perf_counter()
+        self._proved_gradients = False
+        self._batch: dict[str, Any] | None = None
+
+    # ---- data ----
+
+    def _prepare(self, rows: Any, args: SFTConfig) -> PreparedData:
+        if isinstance(rows, PreparedData):
+            return rows
+        if self._formatting_func is not None:
+            rows = list(_formatted(rows, self._formatting_func))
+        return prepare(
+            rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=self._mapping
+        )
+
+    def _as_dataset(self, data: PreparedData, args: SFTConfig, *, ledger: bool) -> DocumentDataset | PackedDataset:
+        if not args.packing:
+            return DocumentDataset(data.documents)
+        return PackedDataset(data.documents, args.max_length or 0, ledger=self.ledger if ledger else None)
+
+    def replace_train_data(self, data: PreparedData) -> None:
+        """Train on ``data`` from now on (``train_on_responses_only`` changes masks this way)."""
+        data.ledger.check()
+        self.train_data, self.ledger = data, data.ledger
+        self.train_dataset = self._as_dataset(data, self.args, ledger=True)
+
+    def replace_eval_data(self, data: PreparedData) -> None:
+        """Evaluate on ``data`` from now on."""
+        self.eval_data, self.eval_dataset = data, DocumentDataset(data.documents)
+
+    def get_train_dataloader(self) -> DocumentLoader:
+        """Return the loader of this process's micro-batches."""
+        return self._loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DocumentLoader:
+        """Return the loader of this process's evaluation batches."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def _loader(self, dataset: Any, batch_size: int, *, shuffle: bool) -> DocumentLoader:
+        batches = DocumentBatches(
+            len(dataset),
+            batch_size,
+            shuffle=shuffle,
+            seed=self.args.data_seed or self.args.seed,
+            rank=self.args.process_index,
+            processes=self.args.world_size,
+        )
+        return DocumentLoader(dataset, batches, pin_memory=self.args.device.type == "cuda")
+
+    # ---- one step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Return the micro-batches of one optimizer step and its number of trained tokens over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        trained = torch.tensor(float(sum(len(batch["rows"]) for batch in batches)), device=device)
+        self._tokens_since_log += sum(batch["input_ids"].numel() for batch in batches)
+        return batches, self._sum_over_processes(trained).clamp(min=1)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the summed loss of a micro-batch over ``num_items_in_batch`` (its own trained tokens if None)."""
+        divisor = max(len(inputs["rows"]), 1) if num_items_in_batch is None else num_items_in_batch
+        loss = self.head.loss(inputs, divisor)
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
+        self._batch = inputs
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("the loss")
+        if self.accelerator.sync_gradients:
+            self._sum_gradients()
+            self._check_gradients()
+        # The Trainer reports the mean over processes; each holds its share of one sum.
+        return loss * self.args.world_size
+
+    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size > 1:
+            _all_reduce(value)
+        return value
+
+    def _sum_gradients(self) -> None:
+        if self.args.world_size == 1:
+            return
+        grads = [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
+        flat = torch.cat([grad.reshape(-1).float() for grad in grads])
+        _all_reduce(flat)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+    def _check_gradients(self) -> None:
+        grads = [(name, parameter.grad) for name, parameter in self._trainable()]
+        norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
+        if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
+            self._stop("a gradient")
+        if not self._proved_gradients:
+            dead = [name for name, grad in grads if "lora_B" in name and (grad is None or not grad.any())]
+            if dead:
+                raise TrainingError(
+                    f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
+                    "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
+                )
+            self._proved_gradients = True
+
+    def _stop(self, what: str) -> None:
+        """Keep the weights of the last good step, and say which batch broke."""
+        self.model.zero_grad()
+        saved = ""
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, None)
+            saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
+        raise TrainingError(
+            f"{what} is not finite in step {self.state.global_step + 1}, batch {', '.join(self._where())}: the run "
+            f"stops before it reaches the weights.{saved} Lower learning_rate or max_grad_norm, or look at these rows."
+        )
+
+    def _where(self) -> list[str]:
+        places = list((self._batch or {}).get("where", ()))
+        return places if len(places) <= 8 else [*places[:8], f"... ({len(places)} documents)"]
+
+    # ---- logging and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens per second of all processes and the peak memory of this one to every line of training metrics."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_s"] = self._tokens_since_log * self.args.world_size / max(now - self._log_time, 1e-9)
+            logs["peak_bytes"] = peak_bytes()
+            self._tokens_since_log, self._log_time = 0, now
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return and log loss per trained token and perplexity over the evaluation rows."""
+        began = time.perf_counter()
+        if eval_dataset is not None and not isinstance(eval_dataset, (DocumentDataset, PackedDataset)):
+            eval_dataset = DocumentDataset(self._prepare(eval_dataset, self.args).documents)
+        if eval_dataset is None and self.eval_dataset is None:
+            raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            sums[0] += self.head.loss(batch, 1.0).double()
+            sums[1] += len(batch["rows"])
+        total, count = self._sum_over_processes(sums).tolist()
+        self.model.train()
+        loss = total / max(count, 1.0)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_tokens": count,
+            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # Time spent here is not training time.
+        self._log_time += time.perf_counter() - began
+        return metrics
+
+    # ---- checkpoints ----
+
+    def run_fingerprint(self) -> dict[str, Any]:
+        """Return data, model and settings of this run as comparable values."""
+        data = {"train": self.train_data.fingerprint()}
+        if self.eval_data is not None:
+            data["eval"] = self.eval_data.fingerprint()
+        settings = settings_fingerprint(self.args, self.args.world_size)
+        return {"data": data, "model": self._model_fingerprint, "settings": settings}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
+        was never interrupted; without one it starts from the beginning.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another run, or all are damaged.
+            OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
+            TrainingError: a loss or gradient is not finite, a lora_B gets no gradient, or another process died.
+        """
+        self._model_fingerprint = model_fingerprint(self.model)
+        folder = Path(self.args.output_dir)
+        checkpoint: str | None = None
+        if resume_from_checkpoint is True:
+            found = find_checkpoint(folder, self.run_fingerprint())
+            checkpoint = None if found is None else str(found)
+            _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
+        elif resume_from_checkpoint:
+            from tunesmith.training.checkpoint import check_same_run
+
+            check_same_run(Path(resume_from_checkpoint), self.run_fingerprint())
+            checkpoint = str(resume_from_checkpoint)
+        elif checkpoints_in(folder):
+            raise OutputError(
+                f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
+                "or choose another output_dir."
+            )
+        if self.args.should_save:
+            require_space(folder, 3 * self._checkpoint_bytes(), "keeping checkpoints")
+        self._log_time = time.perf_counter()
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _checkpoint_bytes(self) -> int:
+        # Adapter, two optimizer moments, and the tokenizer with small files.
+        return sum(3 * parameter.numel() * parameter.element_size() for _, parameter in self._trainable()) + 8 * 2**20
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write model, optimizer, scheduler, RNG states and trainer state into one folder, whole or not at all."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint_folder())
+        self.store_flos()
+        generators = self._generator_states()
+        if self.args.should_save and not self._checkpoint_folder().exists():
+            require_space(Path(self.args.output_dir), self._checkpoint_bytes(), "a checkpoint")
+            with whole_folder(self._checkpoint_folder()) as folder:
+                self.save_model(str(folder), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(folder))
+                for rank, states in enumerate(generators):
+                    name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{rank}.pth"
+                    torch.save(states, folder / name)
+                self.state.stateful_callbacks.update(self._callback_states())
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+            remove_old_checkpoints(
+                Path(self.args.output_dir),
+                keep=self.args.save_total_limit,
+                best=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _callback_states(self) -> dict[str, Any]:
+        from transformers.trainer_callback import ExportableState
+
+        sources = [*self.callback_handler.callbacks, self.control]
+        return {type(source).__name__: source.state() for source in sources if isinstance(source, ExportableState)}
+
+    def _generator_states(self) -> list[dict[str, Any]]:
+        """Return the random states of every process, in the form that the Trainer reads on resume."""
+        import random
+
+        import numpy as np
+
+        states: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.random.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            distributed = self.args.world_size > 1
+            states["cuda"] = torch.cuda.random.get_rng_state_all() if distributed else torch.cuda.get_rng_state()
+        if self.args.world_size == 1:
+            return [states]
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, states)
+        return gathered
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise SettingsError("processing_class and tokenizer are the same argument. Give one of them.")
+    chosen = processing_class if processing_class is not None else tokenizer
+    if chosen is None:
+        raise ModelError("the tokenizer is missing: give processing_class=tokenizer.")
+    return chosen
+
+
+def _apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
+    for name, value in (("dataset_text_field", field), ("max_length", length), ("packing", packing)):
+        current, unset = getattr(args, name), (None, False)
+        if value is None:
+            continue
+        if current not in unset and current != value:
+            raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
+        setattr(args, name, value)
+
+
+def _refuse_autocast(args: SFTConfig, model: Any) -> None:
+    dtype = facts_of(model).dtype
+    if args.asked_for_bf16 and dtype.dtype != torch.bfloat16:
+        raise SettingsError(
+            f"bf16=True, but the model's weights are {dtype.name} and this library does not autocast. "
+            "Load the model with dtype='bfloat16', or leave bf16 out."
+        )
+
+
+def _length_limit(asked: int | None, window: int) -> int:
+    if asked is not None and asked > window:
+        raise SettingsError(
+            f"max_length={asked} is above the {window} tokens that the model was loaded with. "
+            f"Load it with max_seq_length={asked}, or use at most {window}."
+        )
+    return asked or window
+
+
+def _set_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> None:
+    """Choose when to evaluate and save where nothing was asked: about ten times a run."""
+    together = args.per_device_train_batch_size * args.world_size
+    updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    tenth = max(1, math.ceil(total / 10))
+    args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
+    args.eval_steps = args.eval_steps_asked or tenth
+    args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)
+    if has_eval and args.load_best_model_at_end is None:
+        args.load_best_model_at_end = True
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps % args.eval_steps:
+        raise SettingsError(
+            f"save_steps={args.save_steps} is no multiple of eval_steps={args.eval_steps}: the best step could not be "
+            "kept. Leave save_steps out, or make it a multiple."
+        )
+    args.metric_for_best_model, args.greater_is_better = ("loss", False) if has_eval else (None, None)
+
+
+def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:
+    from tunesmith.data.files import read_rows
+
+    for row in read_rows(rows):
+        made = function(row.value)
+        for text in [made] if isinstance(made, str) else made:
+            yield {"text": text}
+
+
+def _all_reduce(value: torch.Tensor) -> None:
+    try:
+        torch.distributed.all_reduce(value)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"another process of this run died or stopped answering ({str(error).splitlines()[0]}). "
+            "Its own output says why; start all processes again with --resume."
+        ) from error
