@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -14,3 +15,9 @@ from .chat_families import build_tokenizer
 def chat_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
     """``chat_tokenizer(family)`` builds a small tokenizer with that family's special tokens and chat template."""
     return build_tokenizer
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """A seeded source of random choices."""
+    return random.Random(3407)

@@ -10,6 +10,7 @@ from tunesmith.data.markers import Markers, derive_markers, find_answers, resolv
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.types import Conversation, RowRefusedError, Text
 
+from .chat_families import template_text
 from .conversations import random_conversation
 
 AGREEING = ["chatml", "llama-3", "llama-3-original", "mistral", "mistral-pieces", "mistral-plain-markers", "gemma"]
@@ -49,6 +50,12 @@ def refusal(text: str, **options) -> RowRefusedError:
 def test_markers_are_derived_from_the_template(chat_tokenizer, family, instruction_part, response_part, ends):
     markers = derive_markers(chat_tokenizer(family))
     assert (markers.instruction_part, markers.response_part, markers.ends) == (instruction_part, response_part, ends)
+
+
+def test_a_think_block_that_only_the_last_answer_has_is_no_part_of_the_marker(chat_tokenizer):
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = template_text("trl:qwen3_5_think")
+    assert derive_markers(tokenizer).response_part == "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])

@@ -11,7 +11,7 @@ from tunesmith.data.masks import CUT_TOKEN, DROPS_MESSAGE, NO_EOS, SPLIT_BY_TURN
 from tunesmith.data.turns import DROPS_TEXT, NO_END_OF_TURN, PROMPT_DIFFERS
 from tunesmith.data.types import Completion, Conversation, RowRefusedError, Text
 
-from .chat_families import FAMILIES
+from .chat_families import FAMILIES, template_text
 from .conversations import TOOLS, random_conversation
 from .oracle import expected_documents
 
@@ -264,6 +264,22 @@ def test_dropped_tool_calls_are_refused_and_dropped_messages_noted(chat_tokenize
     assert document.notes == (DROPS_MESSAGE,)
     (document,) = ExampleEncoder(chat_tokenizer("phi-3")).encode(conversation([USER, ANSWER], tools=TOOLS))
     assert document.notes == (DROPS_MESSAGE,)
+
+
+def test_an_answer_that_the_template_drops_is_refused(chat_tokenizer):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = template_text("trl:smolvlm")  # it wants lists of parts and passes over plain text
+    assert refusal(ExampleEncoder(tokenizer), conversation([USER, ANSWER])).reason == "chat template drops the answer"
+
+
+def test_a_think_block_that_prompt_and_answer_open_differently_is_not_trained(chat_tokenizer):
+    """Nemotron: the prompt ends with "<think>\\n", the rendered answer starts with "<think></think>"."""
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = template_text("trl:nemotron_3_nano")
+    documents = ExampleEncoder(tokenizer).encode(conversation([USER, ANSWER, USER, ANSWER]))
+    for document in documents:
+        assert set(trained_text(tokenizer, document).split("<|im_end|>")) == {"Hello you", ""}
+        assert PROMPT_DIFFERS in document.notes
 
 
 def test_half_a_surrogate_pair_is_refused(chat_tokenizer):

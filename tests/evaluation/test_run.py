@@ -212,6 +212,19 @@ def test_rows_that_the_template_refuses_are_counted(model, tokenizer, monkeypatc
     assert report.refused == {"chat template refuses the row": 1}
 
 
+def test_a_reference_that_the_metric_cannot_use_is_found_before_any_answer_is_generated(model, tokenizer):
+    calls: list[object] = []
+    with pytest.raises(EvaluationError, match=r"row 2 is no valid pattern"):
+        evaluate(
+            model,
+            tokenizer,
+            [conversation("q", "a"), conversation("q", "(")],
+            "regex",
+            progress=lambda *done: calls.append(done),
+        )
+    assert calls == []
+
+
 def test_an_unknown_metric_and_a_missing_template_are_refused_before_any_work(model, tokenizer, monkeypatch):
     with pytest.raises(EvaluationError, match="Did you mean 'json_match'"):
         evaluate(model, tokenizer, [conversation("q", "a")], "jsn_match")

@@ -11,6 +11,7 @@ from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import resolve_targets
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.names import did_you_mean
+from tunesmith.engine.lora import fused_lora
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
     )
     with _seeded(settings.random_state):
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, fused_lora(config))
         except ValueError as error:
             raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
     facts.adapter = arguments

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.engine.lora import fused_lora
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import facts_of
 
@@ -64,7 +65,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
         if getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"):
             # Other starts change the base; a plain load would then add the adapter to the wrong weights.
             config.init_lora_weights = True
-        adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
     except SafetensorError as error:
         raise AdapterError(
             f"{adapter / _WEIGHTS} is corrupt or cut short ({error}). Copy the adapter again."

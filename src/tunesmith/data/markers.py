@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.data.templates import BUILT_IN_TEMPLATES
 from tunesmith.data.tokens import bos_text, eos_text
-from tunesmith.data.turns import PROMPT_DIFFERS, ChatRenderer, Message, Turn
+from tunesmith.data.turns import ChatRenderer, Message, Turn
 from tunesmith.data.types import RowRefusedError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def derive_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
     ]
     try:
         first, second = renderer.locate_answer(messages, 1), renderer.locate_answer(messages, 3)
-        response_part = _response_part(renderer, messages, first)
+        response_part = _response_part(renderer, messages)
     except RowRefusedError as refusal:
         raise ModelError(f"No markers can be derived from the chat template: {refusal}. {_GIVE_BOTH}") from refusal
     closing = _closing(first, _FIRST_ANSWER)
@@ -204,15 +204,19 @@ def response_mask(
     return mask
 
 
-def _response_part(renderer: ChatRenderer, messages: list[Message], first: Turn) -> str:
-    """Return what opens an answer: what the generation prompt adds, or else all between question and answer."""
-    before_answer = first.text[: first.start]
-    question, prompt = renderer.render(messages[:1]), first.prompt
-    if prompt is not None and PROMPT_DIFFERS not in first.notes and prompt.startswith(question):
-        added = prompt[len(question) :]
-        if added:
-            return added
-    return before_answer.partition(_FIRST_QUESTION)[2]
+def _response_part(renderer: ChatRenderer, messages: list[Message]) -> str:
+    """Return what opens an answer: as much of what the generation prompt adds as every answer has before it.
+
+    Where the prompt adds nothing (Mistral), all that stands between question and answer.
+    """
+    question, prompt = renderer.render(messages[:1]), renderer.render(messages[:1], generation_prompt=True)
+    between = renderer.render(messages).partition(_FIRST_QUESTION)[2].partition(_FIRST_ANSWER)[0]
+    added = prompt[len(question) :] if prompt.startswith(question) else ""
+    if added and added in between:
+        return added
+    # A prompt that opens a think block, which older answers do not have, is shared up to there.
+    shared = (added[:size] for size in range(len(added), 0, -1) if between.endswith(added[:size]))
+    return next(shared, between)
 
 
 def _closing(turn: Turn, answer: str) -> str:

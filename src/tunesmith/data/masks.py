@@ -305,8 +305,8 @@ def _check_train_on(train_on: str | None, *markers: str | None) -> None:
         )
     if train_on == "all" and any(markers):
         raise SettingsError(
-            "train_on='all' trains every token, but instruction_part and response_part pick out answers. Give one or the "
-            "other: train_on='assistant' or 'last' goes with markers."
+            "train_on='all' trains every token, but instruction_part and response_part pick out answers. Give one or "
+            "the other: train_on='assistant' or 'last' goes with markers."
         )
 
 

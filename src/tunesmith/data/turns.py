@@ -10,7 +10,7 @@ The template is rendered, and renderings are compared. For the assistant's turn 
 
 If E starts with P, everything after P was written by the model, think block and all: training starts there. If it
 does not (DeepSeek-R1 opens a think block in P that E lacks), training starts where S shows that the message's own
-text starts, provided P agrees up to there; else the row is refused. The turn ends with the first special token after
+text starts, provided P and E agree on all earlier messages; else the row is refused. The turn ends with the first special token after
 the message's own text and those joined to it; a turn with tool calls, which templates write after the text, ends with
 the last special token of E. White space behind that token belongs to nobody.
 """
@@ -125,7 +125,11 @@ class ChatRenderer:
         notes: list[str] = []
         if prompt is not None and text.startswith(prompt):
             start = len(prompt)
-        elif around is not None and text.startswith(around[0]) and (prompt is None or prompt.startswith(around[0])):
+        elif (
+            around is not None
+            and text.startswith(around[0])
+            and self._share_history(messages[:index], tools, prompt, text)
+        ):
             start = len(around[0])
             notes.append(PROMPT_DIFFERS)
         else:
@@ -136,6 +140,8 @@ class ChatRenderer:
             notes.append(NO_END_OF_TURN)
         answer = text[start:end]
         _refuse_lost_tool_calls(message, answer, index)
+        if around is None:
+            _refuse_lost_answer(message, answer, index)
         said = (_plain_text(message.get("content")), _plain_text(message.get("reasoning_content")))
         if not all(_is_shown(part, _squeeze(answer)) for part in said):
             notes.append(DROPS_TEXT)
@@ -183,6 +189,15 @@ class ChatRenderer:
             return self.render(history, tools, generation_prompt=True)
         except RowRefusedError:
             return None
+
+    def _share_history(
+        self, history: list[Message], tools: list[dict[str, Any]] | None, prompt: str | None, text: str
+    ) -> bool:
+        """Return whether prompt and text both go on from the same rendering of all earlier messages."""
+        if prompt is None:
+            return True
+        before = self.render(history, tools)
+        return prompt.startswith(before) and text.startswith(before)
 
     def _around(
         self, messages: list[Message], index: int, tools: list[dict[str, Any]] | None
@@ -275,6 +290,16 @@ def _squeeze(text: str) -> str:
 def _is_shown(text: str, squeezed: str) -> bool:
     """Return whether a text is part of a squeezed rendering, as it is or escaped as JSON."""
     return _squeeze(text) in squeezed or _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) in squeezed
+
+
+def _refuse_lost_answer(message: Message, answer: str, index: int) -> None:
+    """Refuse an answer of which the rendering holds nothing (templates of vision models want lists of parts)."""
+    content = _plain_text(message.get("content"))
+    if content.strip() and not message.get("tool_calls") and not _is_shown(content, _squeeze(answer)):
+        raise RowRefusedError(
+            "chat template drops the answer",
+            f"the chat template renders nothing of the content of message {index}, so there is nothing to learn",
+        )
 
 
 def _refuse_lost_tool_calls(message: Message, answer: str, index: int) -> None:

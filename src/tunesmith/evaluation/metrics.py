@@ -31,7 +31,17 @@ from tunesmith.core.errors import EvaluationError
 from tunesmith.core.names import did_you_mean
 from tunesmith.evaluation.intervals import bootstrap, paired_proportions, wilson
 
-__all__ = ["METRICS", "Difference", "Metric", "Score", "compare", "get_metric", "perplexity_score", "score_answers"]
+__all__ = [
+    "METRICS",
+    "Difference",
+    "Metric",
+    "Score",
+    "check_references",
+    "compare",
+    "get_metric",
+    "perplexity_score",
+    "score_answers",
+]
 
 Evidence = NDArray[np.float64]
 
@@ -131,7 +141,7 @@ def score_answers(
         raise EvaluationError(f"{metric}: {len(answers)} answers for {len(references)} references. Give one a row.")
     _require_rows(metric, len(answers))
     stripped = [answer.strip() for answer in answers]
-    wanted = [_strip_references(metric, row, reference) for row, reference in enumerate(references, 1)]
+    wanted = check_references(metric, references)
     hits = _judge(chosen.is_right, stripped, wanted)
     if chosen.statistic is None:
         low, high = wilson(int(hits.sum()), len(hits))
@@ -140,6 +150,15 @@ def score_answers(
     value, low, high = bootstrap(chosen.statistic, evidence, seed=seed)
     details = {"accuracy": float(hits.mean())}
     return Score(metric, value, max(low, 0.0), min(high, 1.0), len(hits), tuple(hits.tolist()), evidence, details)
+
+
+def check_references(metric: str, references: Sequence[str | Sequence[str]]) -> list[list[str]]:
+    """Return each row's references stripped; call it before generating, which takes longer than reading the error.
+
+    Raises:
+        EvaluationError: a row has none, or one that the metric cannot use.
+    """
+    return [_strip_references(metric, row, reference) for row, reference in enumerate(references, 1)]
 
 
 def perplexity_score(losses: Sequence[float], tokens: Sequence[int], *, seed: int = 0) -> Score:

@@ -23,7 +23,15 @@ from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.types import Completion, Conversation, Example, RowRefusedError, SourceRow, Text
 from tunesmith.evaluation.generate import encode_prompt, generate_answers
 from tunesmith.evaluation.likelihood import row_losses
-from tunesmith.evaluation.metrics import Difference, Score, compare, get_metric, perplexity_score, score_answers
+from tunesmith.evaluation.metrics import (
+    Difference,
+    Score,
+    check_references,
+    compare,
+    get_metric,
+    perplexity_score,
+    score_answers,
+)
 from tunesmith.evaluation.modes import adapter_disabled
 
 if TYPE_CHECKING:
@@ -143,6 +151,7 @@ def evaluate(
     needs_answers = get_metric(metric).needs_answers
     kept, refused = read_evaluation_rows(rows, split=split, mapping=mapping, limit=limit, with_reference=needs_answers)
     inputs, kept, refused = _encode(tokenizer, kept, refused, needs_answers=needs_answers)
+    references = check_references(metric, [row.references for row in kept]) if needs_answers else []
 
     def run(label: str) -> Side:
         report = None if progress is None else functools.partial(progress, label)
@@ -164,7 +173,7 @@ def evaluate(
         )
         seconds = time.perf_counter() - start
         tokens = sum(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
-        score = score_answers(metric, answers, [row.references for row in kept], seed=seed)
+        score = score_answers(metric, answers, references, seed=seed)
         return Side(score, tuple(answers), seconds, tokens)
 
     if not with_base or not _has_adapter(model):

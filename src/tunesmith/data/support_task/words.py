@@ -60,18 +60,18 @@ def _words(text: str) -> tuple[str, ...]:
 TRAIN = Words(
     names=_words(
         """
-        Abel Ada Adela Agnes Aldo Amir Anita Anton Arno Asta Bea Bela Boris Britta Carla Cedric Clara Corin
-        Cyrus Dagmar Dana Dario Delia Dimitri Edith Elio Emil Enzo Erika Esme Ezra Farah Felix Flora Freya Gerda
-        Gino Greta Gustav Hana Harun Hector Hugo Ida Igor Imogen Ines Isaac Jana Jasper Jonas Judith Kai Kamil
-        Katya Kira Klaus Lara Lena Leon Linus Lorena Luca Magnus Maja Malik Marek Marta Matteo Mina Mirko Nadia
-        Nils Nora Odette Olga Omar Otto Pavel Petra Piet Priya Rafael Ramona Remy Rosa Ruben Salma Samir Sara
-        Selma Silas Simon Tamara Tara Tessa Theo Tilda Tomas Ursula Vanja Vera Viktor Wanda Yara Yusuf Zeno Zoe
+        Abby Amir Anita Anna Arno Asta Bea Ben Britta Carl Carla Cedric Chris Corin Daniel Dario Dimitri Elio
+        Emil Emily Enzo Erika Esme Fred Freya Gerda Gino Hana Harun Hector Henry Ida Igor Imogen Ines Jack Jana
+        Jane Jasper Jim Jonas Josh Kira Klaus Kyle Lara Lena Leon Lewis Lily Louis Luca Luke Magnus Malik Maria
+        Marta Martin Matt Matteo Megan Mina Neil Nick Nils Odette Olga Paul Pavel Petra Phil Ramona Remy Rob
+        Ruben Salma Samir Sarah Scott Selma Silas Simon Stella Tamara Tessa Theo Tilda Tim Tom Tomas Vanja
+        Victor Wanda Yara Yusuf Zeno Zoe
         """
     ),
     brand_starts=_words(
         """
-        Bru Dal Fen Gri Hov Jas Kel Lum Mos Nar Pli Rud Sko Tav Ral Bex Cim Dro Ber Fli Gan Hep Vos Jol Kru Lir
-        Mav Nim Yam Pad
+        Hov Jas Tav Ral Bex Vos Jol Lir Mav Dov Gub Kov Lul Pim Sov Vad Wob Zik Brul Drev Gral Krim Plov Skon
+        Trax Flom Clev Dit Fub Nib
         """
     ),
     brand_ends=_words("bano dira fex gul kori mast nuvo pelo ridi sket tuma vorn zam leki"),
@@ -159,6 +159,8 @@ TRAIN = Words(
             "should have come by now",
             "is a week late",
             "has not come yet",
+            "is not here yet",
+            "should be here since Monday",
         ),
         "damaged": (
             "arrived broken",
@@ -169,6 +171,8 @@ TRAIN = Words(
             "arrived with a torn cover",
             "was bent when I opened it",
             "came cracked",
+            "arrived in pieces",
+            "was damaged on the way",
         ),
         "wrong_item": (
             "came in the wrong colour",
@@ -179,6 +183,8 @@ TRAIN = Words(
             "is a different model",
             "turned out to be the wrong one",
             "came in the wrong size",
+            "is too small, I ordered a large one",
+            "came as another model",
         ),
         "missing_part": (
             "came without its cable",
@@ -189,6 +195,8 @@ TRAIN = Words(
             "had no charger with it",
             "came with one piece missing",
             "lacks the strap",
+            "arrived with no handle",
+            "has a part missing",
         ),
         "not_working": (
             "does not turn on",
@@ -199,6 +207,8 @@ TRAIN = Words(
             "died after a day",
             "shuts down at once",
             "does nothing when I press the button",
+            "does not work at all",
+            "turns itself off after a minute",
         ),
         "billing": (
             "was charged twice",
@@ -209,6 +219,8 @@ TRAIN = Words(
             "was charged at full price despite my coupon",
             "has a wrong invoice",
             "was charged to my old card",
+            "was charged at double the price",
+            "is on my bill but I paid already",
         ),
     },
     requests={
@@ -242,11 +254,11 @@ TRAIN = Words(
 HELDOUT = Words(
     names=_words(
         """
-        Alma Bruno Celia Davor Elsa Fiona Gideon Helga Iris Jakob Karim Lydia Milan Noemi Oscar Paula Quentin
-        Rita Stefan Thea Ulrich Viola Wilma Xenia
+        Adam Alice Arthur Clark Davor Donna Fiona George Gideon Helga Liz Lydia Nate Noemi Paula Quentin Rita
+        Robert Ross Stan Thea Vince Wilma Xenia
         """
     ),
-    brand_starts=_words("Cor Zel Vim Hob Thu Wex Yol Qua"),
+    brand_starts=_words("Vim Quav Zun Kes Mub Rul Fiv Jeb Tib Wos"),
     brand_ends=_words("lado rix sumi wen tosu vandi"),
     variants=_words("Lite Duo Prime"),
     things=_words("toaster printer suitcase headset tablet vacuum bike freezer desk radio"),
