@@ -4,6 +4,10 @@ Nothing of ``HELDOUT`` occurs in ``TRAIN``: not a frame, not a name, not a produ
 category. Only the labels of the answer are shared, since they are what has to be learned. Every name is a plain first
 name; a product is an invented brand (``brand_starts`` x ``brand_ends``), sometimes a variant, and a thing.
 
+Names and brands are ones that SmolLM2's tokenizer cuts alike after a space (in the message) and after a quote (in the
+answer). Others have to be respelled from memory, at which a model of 135M fails ("Milan" became "Milton"), and that
+is not what the task is about. A new name should be checked for it.
+
 Slots: ``{name}``, ``{product}``, ``{problem}`` (a predicate, "arrived cracked"), ``{order}``; a distractor may also
 use ``{other_name}``, ``{other_product}``, ``{other_order}``, ``{city}`` and ``{date}``.
 """
