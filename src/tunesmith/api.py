@@ -13,7 +13,7 @@ from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.models.aliases import find_model
-from tunesmith.models.load import load_causal_lm, load_tokenizer
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        max_seq_length: int | None = 2048,
+        max_seq_length: int | None = DEFAULT_WINDOW,
         dtype: str | torch.dtype | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
@@ -97,7 +97,7 @@ class FastLanguageModel:
         _refuse_other_width(load_in_16bit, dtype)
         _refuse_checkpointing(use_gradient_checkpointing)
         if max_sequence_length is not None:
-            if max_seq_length not in (2048, max_sequence_length):
+            if max_seq_length not in (DEFAULT_WINDOW, max_sequence_length):
                 raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
             max_seq_length = max_sequence_length
         hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code,
@@ -167,9 +167,9 @@ class FastLanguageModel:
                 f"init_lora_weights={init_lora_weights!r} is not supported yet. Use True, False or 'gaussian'."
             )
         _refuse_checkpointing(use_gradient_checkpointing)
-        if max_seq_length is not None and max_seq_length > model.tunesmith_facts.window:
+        if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
-                f"max_seq_length={max_seq_length} is above the {model.tunesmith_facts.window} tokens that the model "
+                f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "
                 "was loaded with. Give it to from_pretrained."
             )
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
@@ -189,8 +189,6 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
         """Switch back to training; None restores the checkpointing that the model had. Returns the model."""
-        from tunesmith.models.load import facts_of
-
         model.train()
         mode = facts_of(model).checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         _refuse_checkpointing(mode)

@@ -1,1 +1,1 @@
-"""The command line: one file a command, heavy imports inside the command."""
+"""The command line: one file a command, thin over the layers below. Read first: ``main.py``."""

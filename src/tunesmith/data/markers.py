@@ -82,7 +82,7 @@ def derive_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
     ]
     try:
         first, second = renderer.locate_answer(messages, 1), renderer.locate_answer(messages, 3)
-        response_part = _response_part(renderer, messages)
+        response_part = _response_part(renderer, messages, first)
     except RowRefusedError as refusal:
         raise ModelError(f"No markers can be derived from the chat template: {refusal}. {_GIVE_BOTH}") from refusal
     closing = _closing(first, _FIRST_ANSWER)
@@ -204,10 +204,10 @@ def response_mask(
     return mask
 
 
-def _response_part(renderer: ChatRenderer, messages: list[Message]) -> str:
+def _response_part(renderer: ChatRenderer, messages: list[Message], first: Turn) -> str:
     """Return what opens an answer: as much of what the generation prompt adds as every answer has before it.
 
-    Where the prompt adds nothing (Mistral), all that stands between question and answer.
+    Where that is nothing (Mistral), all that stands between question and answer.
     """
     question, prompt = renderer.render(messages[:1]), renderer.render(messages[:1], generation_prompt=True)
     between = renderer.render(messages).partition(_FIRST_QUESTION)[2].partition(_FIRST_ANSWER)[0]
@@ -216,7 +216,7 @@ def _response_part(renderer: ChatRenderer, messages: list[Message]) -> str:
         return added
     # A prompt that opens a think block, which older answers do not have, is shared up to there.
     shared = (added[:size] for size in range(len(added), 0, -1) if between.endswith(added[:size]))
-    return next(shared, between)
+    return next(shared, first.text[: first.start].partition(_FIRST_QUESTION)[2])
 
 
 def _closing(turn: Turn, answer: str) -> str:

@@ -10,9 +10,9 @@ The template is rendered, and renderings are compared. For the assistant's turn 
 
 If E starts with P, everything after P was written by the model, think block and all: training starts there. If it
 does not (DeepSeek-R1 opens a think block in P that E lacks), training starts where S shows that the message's own
-text starts, provided P and E agree on all earlier messages; else the row is refused. The turn ends with the first special token after
-the message's own text and those joined to it; a turn with tool calls, which templates write after the text, ends with
-the last special token of E. White space behind that token belongs to nobody.
+text starts, provided P and E agree on all earlier messages; else the row is refused. The turn ends with the first
+special token after the message's own text and those joined to it; a turn with tool calls, which templates write after
+the text, ends with the last special token of E. White space behind that token belongs to nobody.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class ChatRenderer:
         _refuse_lost_tool_calls(message, answer, index)
         if around is None:
             _refuse_lost_answer(message, answer, index)
-        said = (_plain_text(message.get("content")), _plain_text(message.get("reasoning_content")))
-        if not all(_is_shown(part, _squeeze(answer)) for part in said):
+        shown = _squeeze(answer)
+        if not all(_is_shown(_plain_text(message.get(part)), shown) for part in ("content", "reasoning_content")):
             notes.append(DROPS_TEXT)
         return Turn(index, text, start, end, is_closed, prompt, tuple(notes))
 

@@ -37,7 +37,7 @@ def use_document_attention(model: PreTrainedModel) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= _LAYER_KINDS:
         return f"{type(model).__name__} mixes in layers of kind {', '.join(sorted(kinds - _LAYER_KINDS))}"
-    if model.config._attn_implementation not in ("sdpa", ATTENTION) and not _needs_eager(config):
+    if model.config._attn_implementation not in ("sdpa", ATTENTION) and not _needs_eager(model):
         return f"attn_implementation={model.config._attn_implementation!r} was chosen"
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, _mask)
@@ -45,9 +45,11 @@ def use_document_attention(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _needs_eager(config: Any) -> bool:
+def _needs_eager(model: PreTrainedModel) -> bool:
     """Return whether transformers falls back to eager for features that our attention computes itself."""
-    return getattr(config, "attn_logit_softcapping", None) is not None
+    config = model.config.get_text_config()
+    # gpt-oss has no SDPA path because of its sinks.
+    return getattr(config, "attn_logit_softcapping", None) is not None or not getattr(model, "_supports_sdpa", False)
 
 
 def _mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:

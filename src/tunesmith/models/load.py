@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelFacts", "facts_of", "load_causal_lm", "load_tokenizer", "native_window"]
+__all__ = ["DEFAULT_WINDOW", "ModelFacts", "facts_of", "load_causal_lm", "load_tokenizer", "native_window"]
+
+
+class _DefaultWindow(int):
+    """A window that nobody asked for: it gives way to a shorter one of the model, where a number asked for is refused."""
+
+
+DEFAULT_WINDOW: int = _DefaultWindow(2048)
 
 
 @dataclass(slots=True)
@@ -53,14 +60,14 @@ def facts_of(model: Any) -> ModelFacts:
         return known
     dtype = model.get_input_embeddings().weight.dtype
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    window = min(native_window(model.config) or 2048, 2048)
+    window = min(native_window(model.config) or DEFAULT_WINDOW, DEFAULT_WINDOW)
     return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window)
 
 
 def load_causal_lm(
     source: ModelSource,
     *,
-    max_seq_length: int | None = None,
+    max_seq_length: int | None = DEFAULT_WINDOW,
     dtype: str | torch.dtype | None = None,
     chat_template: str | None = None,
     attn_implementation: str | None = None,
@@ -124,13 +131,15 @@ def native_window(config: Any) -> int | None:
 def _window(model: PreTrainedModel, asked: int | None) -> int:
     native = native_window(model.config)
     if asked is None:
-        return min(native or 2048, 2048)
+        return native or DEFAULT_WINDOW
     if native is not None and asked > native:
+        if isinstance(asked, _DefaultWindow):
+            return native
         raise ModelError(
             f"max_seq_length={asked} is above this model's own window of {native} positions. Stretching the window "
             f"(RoPE scaling) is not supported yet: use at most {native}."
         )
-    return asked
+    return int(asked)
 
 
 def _local_place(source: ModelSource) -> str:

@@ -22,7 +22,7 @@ class ModelSettings(Settings):
         Field(ge=1),
         Guide("512 to 2048", "rows longer than it are dropped", "costs memory; above the model's own it is refused"),
     ] = None
-    """Longest training row and generation window in tokens; none means the model's own, at most 2048."""
+    """Longest training row and generation window in tokens; none means 2048, or the model's own where that is less."""
 
     dtype: Annotated[
         str | None,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.export.card import adapter_card
 from tunesmith.models.aliases import find_model
-from tunesmith.models.load import facts_of, load_causal_lm
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm
 from tunesmith.training.callbacks import InterruptWatch, loss_plot
 from tunesmith.training.config import config_of
 from tunesmith.training.settings import RunSettings
@@ -77,12 +78,17 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
         OutputError: the folder holds another run and ``resume`` is False, or holds files of another kind, or there
             is nothing to resume.
     """
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if settings.output_dir is None:
+        if processes > 1:
+            raise OutputError("several processes write one folder, and each would date its own: give output_dir.")
         if resume:
             raise OutputError("--resume needs the folder of the run: give output_dir.")
         model = Path(settings.model).name.replace(":", "-")
         return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{model}"
     folder = Path(settings.output_dir).expanduser()
+    if rank > 0:
+        return folder  # The first process looks at the folder, and is about to write to it.
     if folder.is_file():
         raise OutputError(f"output_dir {folder} is a file. Give a folder.")
     entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -190,7 +196,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any]:
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
     model, tokenizer = load_causal_lm(
         base,
-        max_seq_length=settings.max_seq_length or settings.max_length,
+        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
         chat_template=settings.chat_template,
         attn_implementation=settings.attn_implementation,

@@ -1,0 +1,79 @@
+"""What the commands print, and the one place where the libraries below are told to be quiet.
+
+Everything that may quote data or paths goes through :func:`plain`, never through rich's markup: a row with ``[red]`` in
+it is shown as it is, and no escape sequence of a data file reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["console", "is_first_process", "plain", "print_error", "print_lines", "silence_libraries"]
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process of a run or the one that speaks for all (torchrun sets ``RANK``)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console on the present stdout or stderr; silent in all but the first process of a run."""
+    return Console(stderr=stderr, quiet=not is_first_process(), highlight=False, markup=False, emoji=False)
+
+
+def plain(text: str) -> str:
+    """Return ``text`` with every character that could move the cursor or colour the terminal shown as ``?``."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they are: no markup, and no line broken in the middle of a path."""
+    out = console()
+    for line in lines:
+        out.print(Text(plain(line)), soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """Print ``error: MESSAGE`` in red to stderr, in every process: the one that fails may not be the first."""
+    rank = os.environ.get("RANK")
+    start = "error: " if rank in (None, "0") else f"error (process {rank}): "
+    Console(stderr=True).print(Text(start + plain(message), style="red"), soft_wrap=True)
+
+
+class _PlainLines(logging.Handler):
+    """Our own log messages as plain lines on stderr, above a live display where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_first_process():
+            # Looked up at each call: a live display puts itself in the place of sys.stderr.
+            sys.stderr.write(plain(record.getMessage()) + "\n")
+
+
+def silence_libraries() -> None:
+    """Switch off the bars, notices and warnings of the libraries below, and show our own messages as lines.
+
+    Call it at the start of a command that loads anything; the library itself never touches these switches.
+    """
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    ours = logging.getLogger("tunesmith")
+    if not any(isinstance(handler, _PlainLines) for handler in ours.handlers):
+        ours.addHandler(_PlainLines())
+    ours.setLevel(logging.INFO)
+    ours.propagate = False

@@ -1,0 +1,125 @@
+"""Flags made from the settings, so that a setting has one name, one help text and one set of checks everywhere.
+
+:func:`settings_flags` gives a command a flag for each setting it names; :func:`given_settings` turns what was typed
+into the mapping that :func:`~tunesmith.training.settings.load_run_settings` validates. Values stay text until pydantic
+reads them there, so a flag accepts and refuses exactly what the YAML file does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from tunesmith.cli.reference import Setting, settings_reference
+from tunesmith.core.errors import SettingsError
+from tunesmith.core.settings import parse_assignment
+from tunesmith.training.aliases import ALIASES
+
+__all__ = ["given_settings", "settings_flags"]
+
+
+def settings_flags(names: Iterable[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that puts the flags of ``names`` in the place of a command's ``**flags``.
+
+    None means every setting, and hidden flags for the names that other tools use.
+    """
+    wanted = None if names is None else set(names)
+    flags = [_flag(setting) for setting in settings_reference() if wanted is None or setting.name in wanted]
+    if wanted is None:
+        flags += [_alias_flag(alias) for alias in ALIASES]
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+        return function
+
+    return add
+
+
+def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the settings that were typed: flags that are there, and the ``key=value`` of ``--set``.
+
+    Raises:
+        SettingsError: a setting is given twice, or an assignment or mapping cannot be read.
+    """
+    known = {setting.name: setting for setting in settings_reference()}
+    values = {
+        name: _value(known[name], typed) if name in known else parse_assignment(f"{name}={typed}")[1]
+        for name, typed in flags.items()
+        if typed not in (None, [])
+    }
+    for assignment in assignments:
+        key, value = parse_assignment(assignment)
+        if key in values:
+            raise SettingsError(f"{key} is given twice: {values[key]!r} and, with --set, {value!r}. Give one of them.")
+        values[key] = value
+    return values
+
+
+def _flag(setting: Setting) -> inspect.Parameter:
+    option = f"--{setting.name.replace('_', '-')}"
+    default = "" if setting.default == "none" else f" (default: {setting.default})"
+    help_text = escape(f"{setting.meaning}{default}")
+    panel: dict[str, Any] = {"help": help_text, "rich_help_panel": setting.group, "show_default": False}
+    if setting.kinds == {bool}:
+        return _parameter(setting.name, bool | None, typer.Option(f"{option}/--no-{option[2:]}", **panel))
+    kind = list[str] | None if _is_repeatable(setting) else str | None
+    return _parameter(setting.name, kind, typer.Option(option, metavar=_metavar(setting), **panel))
+
+
+def _alias_flag(alias: str) -> inspect.Parameter:
+    return _parameter(alias, str | None, typer.Option(f"--{alias.replace('_', '-')}", hidden=True))
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _is_repeatable(setting: Setting) -> bool:
+    return bool(setting.kinds & {list, dict})
+
+
+def _metavar(setting: Setting) -> str:
+    if dict in setting.kinds:
+        return "COLUMN=ROLE" if setting.name == "map" else "NAME=NUMBER"
+    words = [*(["true", "false"] if bool in setting.kinds else []), *setting.choices]
+    if words and len("|".join(words)) <= 24:
+        return "|".join(words)
+    return "NAME,..." if list in setting.kinds else "NUMBER" if setting.kinds & {int, float} else "TEXT"
+
+
+def _value(setting: Setting, typed: Any) -> Any:
+    """Return what a YAML file would hold: ``none`` is null, lists and mappings are taken apart."""
+    if not isinstance(typed, list):
+        return None if typed == "none" and type(None) in setting.kinds else typed
+    if typed == ["none"] and type(None) in setting.kinds:
+        return None
+    if dict in setting.kinds:
+        return _mapping(setting.name, typed)
+    # A single value stays as it is where text is allowed too: a regular expression keeps its commas.
+    if str in setting.kinds and len(typed) == 1 and not all(part.isidentifier() for part in typed[0].split(",")):
+        return typed[0]
+    parts = [part.strip() for entry in typed for part in entry.split(",")]
+    return parts[0] if str in setting.kinds and len(parts) == 1 else parts
+
+
+def _mapping(name: str, typed: list[str]) -> dict[str, str]:
+    """Read ``a=x`` and ``a=x,b=y``; a key may itself hold ``=`` and ``,``."""
+    option = f"--{name.replace('_', '-')}"
+    pairs: dict[str, str] = {}
+    for entry in typed:
+        parts = entry.split(",")
+        for part in parts if all("=" in part for part in parts) else [entry]:
+            key, equals, value = part.rpartition("=")
+            if not equals or not key.strip():
+                wanted = "COLUMN=ROLE, for example question=user" if name == "map" else "NAME=NUMBER"
+                raise SettingsError(f"{option} {entry!r}: write {wanted}.")
+            if key.strip() in pairs:
+                raise SettingsError(f"{option}: {key.strip()!r} is given twice. Keep one.")
+            pairs[key.strip()] = value.strip()
+    return pairs

@@ -1,0 +1,79 @@
+"""``tunesmith COMMAND``: find the command, import only that one, and turn errors into exit codes.
+
+Exit codes: 0 done; 2 something that the user can mend, said in one message; 130 stopped by Ctrl-C. Anything else is a
+bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith import __version__
+from tunesmith.cli.console import print_error
+from tunesmith.core.errors import TunesmithError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": ("tunesmith.cli.train", "Train an adapter on rows, from a YAML file, flags, or both."),
+    "inspect": ("tunesmith.cli.inspect", "Show what would be trained on: the ledger and the trained tokens."),
+    "evaluate": ("tunesmith.cli.evaluate", "Score a model on rows, with the base beside the tuned model."),
+    "chat": ("tunesmith.cli.chat", "Talk to a model or a trained run."),
+    "generate": ("tunesmith.cli.generate", "Answer one prompt and print only the answer."),
+    "explain": ("tunesmith.cli.explain", "Say what a setting means, and what too little or too much of it does."),
+    "doctor": ("tunesmith.cli.doctor", "Show versions, devices, the dtype choice and optional packages."),
+    "demo": ("tunesmith.cli.demo", "Train a small model on a generated task and show what changed."),
+}
+"""Name -> the module whose function ``command`` it is, and a line for ``--help``."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that ``arguments`` (None: those of the process) name, and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _parser_for(words)(args=words, prog_name="tunesmith")
+    except TunesmithError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser_for(words: Sequence[str]) -> Callable[..., None]:
+    """Return a parser that knows all names, and what is behind the one in ``words``."""
+    app = typer.Typer(
+        name="tunesmith",
+        help="Fine-tune open language models on your own data, on one machine, and know what you trained.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, (module, line) in COMMANDS.items():
+        function = importlib.import_module(module).command if name == wanted else _not_wanted
+        app.command(name, short_help=line)(function)
+    # Typer's own call would also replace sys.excepthook.
+    return typer.main.get_command(app).main
+
+
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+def _not_wanted(**_: Any) -> None:
+    """Stand in for a command that this call does not run: its name and line are all that is needed."""
+
+
+if __name__ == "__main__":
+    main()
