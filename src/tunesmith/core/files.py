@@ -134,6 +134,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+_NEARLY_NOTHING = 2**20
 _WRITE_PROBLEMS = {
     errno.ENOSPC: "the disk is full. Free some space or choose another folder.",
     errno.EDQUOT: "the disk quota is used up. Free some space or choose another folder.",
@@ -155,3 +156,8 @@ def _as_output_error(path: Path) -> Iterator[None]:
         if error.errno not in _WRITE_PROBLEMS:
             raise
         raise OutputError(f"cannot write {path}: {_WRITE_PROBLEMS[error.errno]}") from error
+    except Exception as error:
+        # torch and safetensors wrap a full disk in errors of their own.
+        if "No space left" not in str(error) and free_bytes(path) > _NEARLY_NOTHING:
+            raise
+        raise OutputError(f"cannot write {path}: {_WRITE_PROBLEMS[errno.ENOSPC]}") from error

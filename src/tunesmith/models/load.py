@@ -26,7 +26,7 @@ __all__ = ["DEFAULT_WINDOW", "ModelFacts", "facts_of", "load_causal_lm", "load_t
 
 
 class _DefaultWindow(int):
-    """A window that nobody asked for: it gives way to a shorter one of the model, where a number asked for is refused."""
+    """A window that nobody asked for: it gives way to the model's own shorter one; a number asked for is refused."""
 
 
 DEFAULT_WINDOW: int = _DefaultWindow(2048)

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from tunesmith.core.files import write_text
 
@@ -24,7 +24,7 @@ def default_callbacks(config: SFTConfig) -> list[TrainerCallback]:
     """Return the callbacks that every run gets."""
     callbacks: list[TrainerCallback] = [MetricsFile(), EvaluateAtEnd(), OverfitWatch(), InterruptWatch()]
     if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStop(config.early_stopping_patience))
     return callbacks
 
 
@@ -49,9 +49,10 @@ class MetricsFile(TrainerCallback):
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a metrics line; one that a crash cut short counts as later than all."""
+    """Return the step of a metrics line; one that a crash cut short, and the closing line, count as later than all."""
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return float("inf") if "train_runtime" in entry else entry["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -64,6 +65,28 @@ class EvaluateAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
             control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+        return control
+
+
+class EarlyStop(TrainerCallback):
+    """Stops when the eval loss has not fallen for ``patience`` evaluations.
+
+    Counts in the log history, which checkpoints keep, so that a resumed run stops where a straight one would.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop, and say at which step the best loss was."""
+        losses = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
+        best = min(range(len(losses)), key=lambda index: losses[index][0])
+        if len(losses) - 1 - best >= self.patience:
+            control.should_training_stop = True
+            _log.warning(
+                "Stopping early: the eval loss has not fallen for %d evaluations since step %d (%.4f).",
+                self.patience, losses[best][1], losses[best][0],
+            )  # fmt: skip
         return control
 
 
@@ -113,6 +136,7 @@ class InterruptWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen for Ctrl-C where the main thread trains."""
+        self.interrupted = False
         try:
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
         except ValueError:  # Not the main thread: its owner decides what Ctrl-C means.
@@ -126,6 +150,10 @@ class InterruptWatch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give Ctrl-C back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give Ctrl-C back to whoever had it before; does nothing the second time."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

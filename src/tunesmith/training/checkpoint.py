@@ -69,6 +69,9 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
 
 def remove_old_checkpoints(folder: Path, *, keep: int | None, best: str | None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best one; None keeps all."""
+    # What a crash left: checkpoints half written or half removed. The caller has just written one, so none is in use.
+    for stale in folder.glob(".checkpoint-*.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     if keep is None:
         return
     for path in checkpoints_in(folder)[:-keep]:

@@ -34,7 +34,7 @@ from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
 from tunesmith.models.load import facts_of
-from tunesmith.training.callbacks import default_callbacks
+from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import RUN_FILE, checkpoints_in, find_checkpoint, remove_old_checkpoints
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
@@ -84,6 +84,8 @@ class SFTTrainer(Trainer):
         self._tokenizer = _one_tokenizer(processing_class, tokenizer)
         _apply_older_style(args, dataset_text_field, max_seq_length, packing)
         _refuse_autocast(args, model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
         self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
         args.max_length = _length_limit(args.max_length, facts_of(model).window)
         self._mapping = {args.dataset_text_field: "text"} if args.dataset_text_field else mapping
@@ -118,7 +120,7 @@ class SFTTrainer(Trainer):
         self.head.probe()
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
         self._proved_gradients = False
-        self._batch: dict[str, Any] | None = None
+        self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
 
     # ---- data ----
 
@@ -187,13 +189,15 @@ class SFTTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
-        self._batch = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop("the loss")
+        if not torch.isfinite(loss) and self.args.world_size == 1:
+            self._stop("the loss", inputs["where"])
+        # With several processes all must see it, or the others would wait: the summed gradient carries it to them.
+        self._places += inputs["where"]
         if self.accelerator.sync_gradients:
             self._sum_gradients()
             self._check_gradients()
+            self._places = []
         # The Trainer reports the mean over processes; each holds its share of one sum.
         return loss * self.args.world_size
 
@@ -218,7 +222,7 @@ class SFTTrainer(Trainer):
         grads = [(name, parameter.grad) for name, parameter in self._trainable()]
         norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
         if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
-            self._stop("a gradient")
+            self._stop("a gradient", self._places)
         if not self._proved_gradients:
             dead = [name for name, grad in grads if "lora_B" in name and (grad is None or not grad.any())]
             if dead:
@@ -228,21 +232,18 @@ class SFTTrainer(Trainer):
                 )
             self._proved_gradients = True
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, what: str, places: list[str]) -> None:
         """Keep the weights of the last good step, and say which batch broke."""
         self.model.zero_grad()
         saved = ""
         if self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
             saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
+        rows = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         raise TrainingError(
-            f"{what} is not finite in step {self.state.global_step + 1}, batch {', '.join(self._where())}: the run "
+            f"{what} is not finite in step {self.state.global_step + 1}, rows {rows}: the run "
             f"stops before it reaches the weights.{saved} Lower learning_rate or max_grad_norm, or look at these rows."
         )
-
-    def _where(self) -> list[str]:
-        places = list((self._batch or {}).get("where", ()))
-        return places if len(places) <= 8 else [*places[:8], f"... ({len(places)} documents)"]
 
     # ---- logging and evaluation ----
 
@@ -325,7 +326,13 @@ class SFTTrainer(Trainer):
         if self.args.should_save:
             require_space(folder, 3 * self._checkpoint_bytes(), "keeping checkpoints")
         self._log_time = time.perf_counter()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            # An error ends the run without on_train_end.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, InterruptWatch):
+                    callback.release()
 
     def _checkpoint_bytes(self) -> int:
         # Adapter, two optimizer moments, and the tokenizer with small files.

@@ -1,0 +1,152 @@
+"""``tunesmith evaluate``: a metric over rows, the base beside the tuned model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tunesmith.cli.console import console, print_lines, silence_libraries
+from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.core.errors import OutputError, SettingsError
+from tunesmith.core.files import write_text
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation import Report, Side
+
+__all__ = ["AnswerProgress", "command"]
+
+
+@settings_flags(["map", "chat_template"])
+def command(
+    model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="Rows with answers; of a folder the test, valid or train file.", show_default=False)
+    ],
+    metric: Annotated[
+        str,
+        typer.Option(help="exact_match, json_match, contains, regex, label_f1 or perplexity.", show_default=False),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter folder or run to put on the model.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many usable rows.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers generated together.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seeds sampling and the bootstrap.")] = 3407,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Score the model without its adapter too.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="New JSON file for all figures and every answer.", show_default=False)
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Score a model on rows, with a 95 % interval. With an adapter its base is scored on the same rows beside it."""
+    given = given_settings(flags)
+    if output is not None and output.exists():
+        raise OutputError(f"--output {output} exists already and is not overwritten. Give another path.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise OutputError(f"--output {output}: the folder {output.absolute().parent} does not exist. Make it first.")
+    if metric == "perplexity" and temperature:
+        raise SettingsError("--temperature has no effect on perplexity, which generates nothing. Leave it out.")
+    silence_libraries()
+    from tunesmith.cli.loading import load_for_answers
+    from tunesmith.evaluation import evaluate
+    from tunesmith.evaluation.metrics import get_metric
+
+    get_metric(metric)
+    loaded, tokenizer = load_for_answers(model, adapter, chat_template=given.get("chat_template"))
+    with AnswerProgress() as progress:
+        report = evaluate(
+            loaded,
+            tokenizer,
+            data,
+            metric,
+            mapping=given.get("map"),
+            limit=limit,
+            with_base=base,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
+    _print_report(report)
+    if output is not None:
+        about = {"model_name": model, "adapter": adapter, "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
+        figures = {**about, **report.as_dict(), "rows": list(report.row_dicts())}
+        write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+        print_lines([f"written: {output}"])
+
+
+class AnswerProgress:
+    """Rows done, on stderr: a live line a model in a terminal, one line a model in a pipe. Use it as a context."""
+
+    def __init__(self) -> None:
+        out = console(stderr=True)
+        columns = (TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self._console = out
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        """Start the display."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the display."""
+        self._bar.stop()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` rows of the model ``label`` are scored."""
+        if label not in self._tasks:
+            self._tasks[label] = self._bar.add_task(label, total=total)
+        self._bar.update(self._tasks[label], completed=done)
+        if done == total and not self._console.is_terminal:
+            self._console.print(f"{label}: {total} rows scored")
+
+
+def _print_report(report: Report) -> None:
+    table = Table(title=f"{report.metric} on {len(report.rows):,} rows", title_justify="left", box=None, pad_edge=False)
+    for name in ("", "value", "95 % interval", "rows right", "tokens/s", "seconds"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    tuned_name = "model" if report.base is None else "tuned"
+    sides = {"base": report.base, tuned_name: report.tuned}
+    for name, side in sides.items():
+        if side is not None:
+            table.add_row(name, *_side(side))
+    console().print(table)
+    for name, figure in report.tuned.score.details.items():
+        base = f", base {_figure(report.base.score.details[name], report.metric)}" if report.base is not None else ""
+        print_lines([f"{name}: {_figure(figure, name)}{base}"])
+    if report.difference is not None:
+        found = report.difference
+        low, high = (_figure(value, report.metric) for value in (found.low, found.high))
+        print_lines(
+            [
+                f"tuned - base: {_figure(found.value, report.metric)} (95 % from {low} to {high}); "
+                f"better on {found.wins:,} rows, worse on {found.losses:,}"
+            ]
+        )
+    print_lines(f"left out: {count:,} rows, {reason}" for reason, count in report.refused.items())
+
+
+def _side(side: Side) -> tuple[str, ...]:
+    score = side.score
+    interval = f"{_figure(score.low, score.metric)} to {_figure(score.high, score.metric)}"
+    right = "" if score.metric == "perplexity" else f"{sum(score.per_row):,.0f} of {score.count:,}"
+    speed = f"{side.tokens / side.seconds:,.0f}" if side.seconds > 0 else ""
+    return _figure(score.value, score.metric), interval, right, speed, f"{side.seconds:,.1f}"
+
+
+def _figure(value: float, metric: str) -> str:
+    """Return a share as a percentage, and a perplexity as a number."""
+    return f"{value:.4g}" if metric == "perplexity" else f"{100 * value:.1f} %"

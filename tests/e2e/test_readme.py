@@ -1,0 +1,48 @@
+"""What the README tells a newcomer to type works as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_example() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    return code
+
+
+def test_the_example_is_short():
+    assert len([line for line in python_example().splitlines() if line.strip()]) <= 15
+
+
+def test_the_example_runs_and_its_adapter_loads_in_plain_peft(smollm2, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(python_example(), "README.md", "exec"), scope)
+    losses = [entry["loss"] for entry in scope["trainer"].state.log_history if "loss" in entry]  # type: ignore[attr-defined]
+    assert len(losses) == 10
+    assert losses[-1] < 0.8 * losses[0]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs/sums/adapter")
+    assert any(parameter.any() for name, parameter in loaded.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:src|tests|docs|benchmarks)[\w/.]*)`", README))))
+def test_every_path_that_it_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE)) <= targets
