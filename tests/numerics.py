@@ -20,8 +20,11 @@ def outputs_and_grads(
     leaves = {name: _leaf(value, dtype) for name, value in inputs.items()}
     output = op(**leaves)
     generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    output.backward(cotangent)
+    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    if output.ndim == 0:
+        # A loss gets 1 or a loss scale: not 1, so that forgetting it shows, and exact in every dtype.
+        cotangent.fill_(0.5)
+    output.backward(cotangent.to(output.dtype))
     found = {"output": output.detach()}
     for name, leaf in leaves.items():
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:

@@ -11,7 +11,6 @@ from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import resolve_targets
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.names import did_you_mean
-from tunesmith.engine.lora import fused_lora
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
             adapter with other settings.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
+
+    from tunesmith.engine.lora import fused_lora
 
     arguments = settings.arguments()
     facts = facts_of(model)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import AdapterError, ModelError
-from tunesmith.engine.lora import fused_lora
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import facts_of
 
@@ -59,6 +58,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
+
+    from tunesmith.engine.lora import fused_lora
 
     try:
         config: Any = PeftConfig.from_pretrained(str(adapter))

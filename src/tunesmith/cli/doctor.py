@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import shutil
 from typing import Any
 
 from tunesmith import __version__
@@ -87,7 +86,6 @@ def _machine() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} of {psutil.cpu_count()} cores"),
         ("memory", f"{bytes_in_words(memory.available)} free of {bytes_in_words(memory.total)}"),
         ("cache", f"{cache}, {bytes_in_words(free_bytes(cache))} free"),
-        ("compiler", shutil.which("cc") or "none (none is needed)"),
     ]
 
 

@@ -20,7 +20,17 @@ from pathlib import Path
 
 from tunesmith.core.errors import OutputError
 
-__all__ = ["MANIFEST", "damage", "free_bytes", "require_space", "sha256", "whole_folder", "write_text"]
+__all__ = [
+    "MANIFEST",
+    "damage",
+    "free_bytes",
+    "make_folder",
+    "require_space",
+    "require_writable",
+    "sha256",
+    "whole_folder",
+    "write_text",
+]
 
 MANIFEST = "manifest.json"
 
@@ -49,13 +59,34 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def require_writable(folder: Path) -> None:
+    """Raise :class:`OutputError` when ``folder``, which need not exist, cannot be made or written to. Writes nothing."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"cannot write {folder}: {nearest} is a file. Choose another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {folder}: {_WRITE_PROBLEMS[errno.EACCES]}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents where they are missing, or raise :class:`OutputError`."""
+    with _as_output_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole: a crash leaves the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with _as_output_error(path):
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
+    try:
+        with _as_output_error(path):
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            temporary.replace(path)
+    except OutputError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -142,6 +173,7 @@ _WRITE_PROBLEMS = {
     errno.EPERM: "no permission to write there. Choose a folder that you may write to.",
     errno.EROFS: "the file system is read-only. Choose another folder.",
     errno.ENOTDIR: "part of the path is a file. Choose another folder.",
+    errno.ENOENT: "no folder can be made there. Choose another folder.",
     errno.EEXIST: "a file of that name is in the way. Choose another folder.",
 }
 

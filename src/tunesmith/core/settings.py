@@ -137,7 +137,8 @@ def describe_type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return describe_type(args[0])
     if origin is typing.Literal:
-        return "one of " + ", ".join(str(value) for value in args)
+        words = ", ".join(str(value) for value in args)
+        return f"one of {words}" if len(args) > 1 else words
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe_type(member) for member in args))
     return _TYPE_WORDS.get(origin or annotation, str(annotation))

@@ -68,6 +68,7 @@ class Ledger:
         lengths: tokens of each document, in order.
         answer_documents: documents in which an end of turn should be trained and none was cut off;
             ``untrained_ends`` of them have one that is not.
+        bins, bin_capacity, packed_tokens: what packing made; ``packed_tokens`` is None where all tokens were packed.
         splits: name -> counts of each side, once the data was split.
     """
 
@@ -88,6 +89,7 @@ class Ledger:
     untrained_end_places: list[str] = field(default_factory=list[str])
     bins: int | None = None
     bin_capacity: int | None = None
+    packed_tokens: int | None = None
     splits: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     _seen: set[bytes] = field(default_factory=set[bytes], repr=False)
 
@@ -111,7 +113,8 @@ class Ledger:
         """The share of the places in the bins that hold a token; None when nothing was packed."""
         if self.bins is None or self.bin_capacity is None:
             return None
-        return packing_efficiency(self.lengths, self.bins, self.bin_capacity)
+        lengths = self.lengths if self.packed_tokens is None else [self.packed_tokens]
+        return packing_efficiency(lengths, self.bins, self.bin_capacity)
 
     def keep(self, row: KeptRow) -> None:
         """Count a row that is trained on. ``rows_in`` is counted by whoever reads the row."""

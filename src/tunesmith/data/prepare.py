@@ -205,7 +205,8 @@ class PackedDataset:
         self.bins = pack_best_fit(sizes, capacity)
         self.lengths = [sum(sizes[index] for index in members) for members in self.bins]
         if ledger is not None:
-            ledger.bins, ledger.bin_capacity = len(self.bins), capacity
+            # After a split the ledger also counts rows that are not packed.
+            ledger.bins, ledger.bin_capacity, ledger.packed_tokens = len(self.bins), capacity, sum(sizes)
 
     def __len__(self) -> int:
         """Return the number of bins."""

@@ -46,6 +46,7 @@ def generate_answers(
     stop: str | Sequence[str] | None = None,
     seed: int = 3407,
     progress: Callable[[int, int], None] | None = None,
+    streamer: Any = None,
 ) -> list[str]:
     """Return one answer a prompt, without special tokens and without the stop string that ended it.
 
@@ -56,15 +57,18 @@ def generate_answers(
             ``min_p``. The same seed, prompts and batch size give the same answers; torch's generator is left as it was.
         stop: generation of a row ends where one of these strings appears in its answer.
         progress: called with (answers so far, all) after each batch.
+        streamer: a streamer of transformers that is given the tokens as they come; for one prompt only.
 
     Raises:
-        EvaluationError: a sampling setting outside its range, or an empty prompt.
+        EvaluationError: a sampling setting outside its range, an empty prompt, or a streamer for several prompts.
     """
     sampling = _Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     _check(sampling, max_new_tokens, batch_size)
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if "" in stops:
         raise EvaluationError("stop: an empty string would end every answer at once. Give strings with characters.")
+    if streamer is not None and len(prompts) != 1:
+        raise EvaluationError(f"a streamer follows one answer, and there are {len(prompts)} prompts. Give one at a time.")
     config = _generation_config(model, tokenizer, sampling, max_new_tokens)
     encoded = [_require_tokens(encode_prompt(tokenizer, prompt), row) for row, prompt in enumerate(prompts, 1)]
     # Longest first: if a batch does not fit into memory, it is the first one and not the last.
@@ -73,7 +77,7 @@ def generate_answers(
     with evaluation_mode(model), _seeded(model, seed):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = _answer_batch(model, tokenizer, [encoded[row] for row in rows], config, stops)
+            batch = _answer_batch(model, tokenizer, [encoded[row] for row in rows], config, stops, streamer)
             for row, answer in zip(rows, batch, strict=True):
                 answers[row] = answer
             if progress is not None:
@@ -212,13 +216,18 @@ def _answer_batch(
     batch: list[list[int]],
     config: GenerationConfig,
     stops: list[str],
+    streamer: Any,
 ) -> list[str]:
     """Generate for one batch of encoded prompts and decode what is new."""
     input_ids, mask = _pad_left(batch, pad_id=config.pad_token_id, device=model.device)
     width = input_ids.shape[1]
     criteria = [_stop_criterion(tokenizer, stops, width)] if stops else None
     output = model.generate(
-        input_ids=input_ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=config,
+        stopping_criteria=criteria,
+        streamer=streamer,
     )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [_cut_at(text, stops) for text in texts]

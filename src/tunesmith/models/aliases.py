@@ -35,7 +35,7 @@ class ModelSource:
     """What a name resolved to.
 
     Attributes:
-        kind: "folder" (model), "adapter" (PEFT folder), "gguf" (one file) or "hub".
+        kind: "folder" (model), "adapter" (PEFT folder, also that of a run's folder), "gguf" (one file) or "hub".
         path: the local path; for "hub" the id.
         name: how the user called it.
     """
@@ -89,6 +89,8 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         return ModelSource("adapter", str(path), name)
     if (path / "config.json").is_file():
         return ModelSource("folder", str(path), name)
+    if (path / "settings.yaml").is_file() and (path / "adapter" / "adapter_config.json").is_file():
+        return ModelSource("adapter", str(path / "adapter"), name)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelSource("gguf", str(ggufs[0]), name)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_WINDOW", "ModelFacts", "facts_of", "load_causal_lm", "load_tokenizer", "native_window"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "ModelFacts",
+    "facts_of",
+    "load_causal_lm",
+    "load_tokenizer",
+    "load_window",
+    "native_window",
+]
 
 
 class _DefaultWindow(int):
@@ -101,7 +109,7 @@ def load_causal_lm(
     _refuse_missing_weights(source, info)
     if device_map is None:
         model.to(device)
-    facts = ModelFacts(source.name, choice, _window(model, max_seq_length))
+    facts = ModelFacts(source.name, choice, _window(model.config, max_seq_length))
     if attn_implementation is None:
         reason = use_document_attention(model)
         if reason is not None:
@@ -123,13 +131,26 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **h
     return tokenizer
 
 
+def load_window(source: ModelSource, asked: int | None = DEFAULT_WINDOW, **hub: Any) -> int:
+    """Return the window that :func:`load_causal_lm` would use the model with, from its config alone.
+
+    Raises:
+        ModelError: config.json is missing or corrupt, or ``asked`` is above the model's own window.
+    """
+    from transformers import AutoConfig
+
+    with _readable_errors(source):
+        config = AutoConfig.from_pretrained(_local_place(source), **hub)
+    return _window(config, asked)
+
+
 def native_window(config: Any) -> int | None:
     """Return the number of positions a model was trained for, or None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _window(model: PreTrainedModel, asked: int | None) -> int:
-    native = native_window(model.config)
+def _window(config: Any, asked: int | None) -> int:
+    native = native_window(config)
     if asked is None:
         return native or DEFAULT_WINDOW
     if native is not None and asked > native:

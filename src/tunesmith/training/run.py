@@ -30,7 +30,7 @@ from tunesmith.adapters.inject import inject_adapter, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import attach_adapter, base_of
 from tunesmith.core.errors import DataError, OutputError
-from tunesmith.core.files import whole_folder, write_text
+from tunesmith.core.files import make_folder, require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
@@ -91,6 +91,7 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
         return folder  # The first process looks at the folder, and is about to write to it.
     if folder.is_file():
         raise OutputError(f"output_dir {folder} is a file. Give a folder.")
+    require_writable(folder)
     entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if entries and "settings.yaml" not in entries:
         raise OutputError(f"output_dir {folder} holds other files ({', '.join(entries[:3])}). Give a new folder.")
@@ -172,7 +173,9 @@ def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[Pr
     elif settings.eval_split and _has_valid(settings.data):
         eval_data = prepare(settings.data, encoder, split="valid", **common)
     elif settings.eval_split:
-        return split_documents(train_data, fraction=settings.eval_split, seed=settings.seed)
+        train_rows, eval_rows = split_documents(train_data, fraction=settings.eval_split, seed=settings.seed)
+        # The ledger of the whole source goes on: only it knows what was dropped before the split.
+        return PreparedData(train_rows.rows, train_data.ledger), eval_rows
     else:
         return train_data, None
     eval_data.ledger.check()
@@ -210,8 +213,10 @@ def _load(settings: RunSettings) -> tuple[Any, Any]:
 def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:
     import yaml
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "settings.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
+    trainer.require_disk_space()
+    make_folder(folder)
+    resolved = {**settings.model_dump(), "output_dir": str(folder)}
+    write_text(folder / "settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     ledgers = {"train": trainer.ledger.as_dict()}
     if trainer.eval_data is not None:
         ledgers["eval"] = trainer.eval_data.ledger.as_dict()

@@ -324,7 +324,7 @@ class SFTTrainer(Trainer):
                 "or choose another output_dir."
             )
         if self.args.should_save:
-            require_space(folder, 3 * self._checkpoint_bytes(), "keeping checkpoints")
+            self.require_disk_space()
         self._log_time = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -333,6 +333,10 @@ class SFTTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, InterruptWatch):
                     callback.release()
+
+    def require_disk_space(self) -> None:
+        """Raise :class:`OutputError` when the disk of ``output_dir`` has no room for the checkpoints of a run."""
+        require_space(Path(self.args.output_dir), 3 * self._checkpoint_bytes(), "keeping checkpoints")
 
     def _checkpoint_bytes(self) -> int:
         # Adapter, two optimizer moments, and the tokenizer with small files.

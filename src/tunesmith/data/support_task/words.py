@@ -20,7 +20,7 @@ from dataclasses import dataclass
 __all__ = ["HELDOUT", "ISSUES", "REQUESTS", "TRAIN", "Words"]
 
 ISSUES = ("late", "damaged", "wrong_item", "missing_part", "not_working", "billing")
-"""Labels of the ``issue`` field; every ticket has one, never named by its label."""
+"""Labels of the ``issue`` field; every ticket has one, to be inferred from how the customer puts it."""
 
 REQUESTS = ("refund", "replacement", "callback")
 """Labels of the ``request`` field; null where the customer asks for nothing."""

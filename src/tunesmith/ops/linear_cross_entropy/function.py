@@ -78,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if hidden is None else hidden * incoming.to(hidden.dtype),
+            None if hidden is None else hidden * incoming,
             None if weight is None else (weight * incoming).to(weight_dtype),
             None if bias is None else (bias * incoming).to(bias_dtype),
             None,

@@ -1,0 +1,52 @@
+"""One process of a distributed run: torchrun, or a test that sets RANK and WORLD_SIZE, starts several of it.
+
+    python -m tests.e2e._worker FOLDER equal|endless
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+EQUAL: dict[str, Any] = {
+    "rows": 22, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "num_train_epochs": 2,
+    "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", "save_steps": 3,
+}  # fmt: skip
+"""22 rows by 8: the last step of an epoch has 6, so that one process gets fewer rows than the other."""
+
+
+def main() -> None:
+    """Train as asked and leave gradients, losses and the adapter in the folder."""
+    import torch
+
+    from tests import tiny
+    from tests.training import support
+    from tests.training.test_equality import GradientRecorder
+
+    torch.set_num_threads(1)
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    rank = os.environ["RANK"]
+    (folder / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    recorder = GradientRecorder()
+    settings = EQUAL if kind == "equal" else {"rows": 40, "max_steps": 100_000, "save_strategy": "no"}
+    evaluation = tiny.chat_rows(5, seed=9) if kind == "equal" else None
+    trainer = support.trainer(
+        folder / "run", per_device_train_batch_size=2, callbacks=[recorder], eval_dataset=evaluation, **settings
+    )
+    tokens = [sum(len(batch["rows"]) for batch in trainer.get_train_dataloader())]
+    trainer.train()
+    result = {
+        "gradients": recorder.steps,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "eval": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
+        "weights": support.trainable(trainer.model),
+        "tokens": tokens[0],
+    }
+    torch.save(result, folder / f"result-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

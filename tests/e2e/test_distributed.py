@@ -1,0 +1,104 @@
+"""Two real processes on gloo: they compute what one computes, and neither waits for a dead one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import ROOT
+from tests.e2e._worker import EQUAL
+from tests.engine.test_head import assert_close
+from tests.training import support
+from tests.training.test_equality import GradientRecorder
+
+PATIENCE_S = 30
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(free_port()), "-m", "tests.e2e._worker", str(tmp_path), "equal"]  # fmt: skip
+    ended = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    recorder = GradientRecorder()
+    alone = support.trainer(
+        tmp_path / "alone", per_device_train_batch_size=4, callbacks=[recorder],
+        eval_dataset=tiny.chat_rows(5, seed=9), **EQUAL,
+    )  # fmt: skip
+    alone.train()
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in (0, 1))
+    assert first["tokens"] != second["tokens"], "the point of the test is unequal shares"
+
+    history = alone.state.log_history
+    assert first["losses"] == pytest.approx([entry["loss"] for entry in history if "loss" in entry], rel=1e-5)
+    assert first["eval"] == pytest.approx([entry["eval_loss"] for entry in history if "eval_loss" in entry], rel=1e-5)
+    assert len(recorder.steps) == len(first["gradients"]) == 6
+    for mine, other, single in zip(first["gradients"], second["gradients"], recorder.steps, strict=True):
+        for name, gradient in single.items():
+            assert torch.equal(mine[name], other[name]), f"the processes differ in {name}"
+            assert_close(mine[name], gradient, 1e-5, name)
+    for name, weight in support.trainable(alone.model).items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert_close(first["weights"][name], weight, 1e-5, name)
+    # Written once, by the first process, with the random states of both.
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-6").iterdir()} >= {
+        "adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "manifest.json"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: Path) -> None:
+    """Without torchrun, which would end the other one itself."""
+    shared = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    logs = [tmp_path / f"log-{rank}" for rank in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e._worker", str(tmp_path), "endless"],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=logs[rank].open("w"),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_for_steps(tmp_path / "run" / "metrics.jsonl", processes, logs)
+        processes[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        survivor = processes[1 - victim]
+        assert survivor.wait(PATIENCE_S) != 0
+        assert time.monotonic() - began < PATIENCE_S
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    log = logs[1 - victim].read_text(encoding="utf-8")
+    assert "TrainingError: another process of this run died or stopped answering" in log
+    assert "start all processes again with --resume" in log
+
+
+def wait_for_steps(metrics: Path, processes: list[Any], logs: list[Path]) -> None:
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 3:
+        assert all(process.poll() is None for process in processes), [log.read_text() for log in logs]
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.1)
