@@ -77,4 +77,6 @@ def assert_equal_in_float64(
     ours, truth = (outputs_and_grads(function, inputs, torch.float64) for function in (op, reference))
     assert ours.keys() == truth.keys()
     for name, exact in truth.items():
-        torch.testing.assert_close(ours[name], exact, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], exact, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,6 +1,6 @@
 """One process of a distributed run: torchrun, or a test that sets RANK and WORLD_SIZE, starts several of it.
 
-    python -m tests.e2e._worker FOLDER equal|endless
+python -m tests.e2e._worker FOLDER equal|endless|poisoned
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 EQUAL: dict[str, Any] = {
-    "rows": 22, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "num_train_epochs": 2,
+    "rows": 22, "optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "num_train_epochs": 2,
     "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", "save_steps": 3,
 }  # fmt: skip
 """22 rows by 8: the last step of an epoch has 6, so that one process gets fewer rows than the other."""
 
 
+class PoisonOneProcess(TrainerCallback):
+    """After two steps, the frozen base of process 1 computes NaN."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2 and args.process_index == 1:
+            model.get_input_embeddings().weight.data.fill_(float("nan"))
+
+
 def main() -> None:
     """Train as asked and leave gradients, losses and the adapter in the folder."""
     import torch
-
     from tests import tiny
     from tests.training import support
     from tests.training.test_equality import GradientRecorder
@@ -31,9 +40,14 @@ def main() -> None:
     (folder / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
     recorder = GradientRecorder()
     settings = EQUAL if kind == "equal" else {"rows": 40, "max_steps": 100_000, "save_strategy": "no"}
+    if kind == "poisoned":
+        settings["callbacks"] = [PoisonOneProcess()]
     evaluation = tiny.chat_rows(5, seed=9) if kind == "equal" else None
     trainer = support.trainer(
-        folder / "run", per_device_train_batch_size=2, callbacks=[recorder], eval_dataset=evaluation, **settings
+        folder / "run",
+        per_device_train_batch_size=2,
+        eval_dataset=evaluation,
+        **{**settings, "callbacks": [recorder, *settings.get("callbacks", ())]},
     )
     tokens = [sum(len(batch["rows"]) for batch in trainer.get_train_dataloader())]
     trainer.train()

@@ -8,18 +8,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
 from tests import tiny
 from tests.conftest import ROOT
 from tests.e2e._worker import EQUAL
 from tests.engine.test_head import assert_close
 from tests.training import support
 from tests.training.test_equality import GradientRecorder
+
+from tunesmith.core.files import damage
 
 PATIENCE_S = 30
 
@@ -67,33 +70,48 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: Path) -> None:
-    """Without torchrun, which would end the other one itself."""
+@contextmanager
+def two_processes(folder: Path, kind: str) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    """Start both without torchrun, which would end one when the other dies; give them and their logs."""
     shared = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    logs = [tmp_path / f"log-{rank}" for rank in (0, 1)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e._worker", str(tmp_path), "endless"],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=logs[rank].open("w"),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    logs = [folder / f"log-{rank}" for rank in (0, 1)]
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.e2e._worker", str(folder), kind],
+                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
+                    stdout=subprocess.DEVNULL, stderr=output,
+                )
+            )  # fmt: skip
     try:
-        wait_for_steps(tmp_path / "run" / "metrics.jsonl", processes, logs)
-        processes[victim].send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        survivor = processes[1 - victim]
-        assert survivor.wait(PATIENCE_S) != 0
-        assert time.monotonic() - began < PATIENCE_S
+        yield processes, logs
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: Path) -> None:
+    with two_processes(tmp_path, "endless") as (processes, logs):
+        wait_for_steps(tmp_path / "run" / "metrics.jsonl", processes, logs)
+        processes[victim].send_signal(signal.SIGKILL)
+        assert processes[1 - victim].wait(PATIENCE_S) != 0
     log = logs[1 - victim].read_text(encoding="utf-8")
     assert "TrainingError: another process of this run died or stopped answering" in log
     assert "start all processes again with --resume" in log
+
+
+def test_a_nan_on_one_process_stops_both(tmp_path: Path) -> None:
+    with two_processes(tmp_path, "poisoned") as (processes, logs):
+        assert [process.wait(150) for process in processes] == [1, 1]
+    for log in logs:
+        text = log.read_text(encoding="utf-8")
+        assert "TrainingError: a gradient is not finite in step 3, rows" in text
+        assert "The state after step 2 is kept in" in text
+    assert damage(tmp_path / "run" / "checkpoint-2") is None
 
 
 def wait_for_steps(metrics: Path, processes: list[Any], logs: list[Path]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests import tiny
+
 from tunesmith.engine.attention import ATTENTION, use_document_attention
 
 IMPLEMENTATION = {"gemma2": "eager", "gpt-oss": "eager"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests import tiny
 from tests.training.support import adapted, trainable
+
 from tunesmith.data.collate import IGNORED, DocumentCollator
 from tunesmith.engine.attention import use_document_attention
 from tunesmith.engine.head import LossHead
@@ -132,7 +132,9 @@ def test_a_projection_of_its_own_goes_through_full_logits() -> None:
     assert head.loss(batch, len(batch["rows"])).item() == pytest.approx(own_loss(model, documents).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("family", "setting"), [("CohereConfig", {"logit_scale": 0.3}), ("GraniteConfig", {"logits_scaling": 4.0})])
+@pytest.mark.parametrize(
+    ("family", "setting"), [("CohereConfig", {"logit_scale": 0.3}), ("GraniteConfig", {"logits_scaling": 4.0})]
+)
 def test_logit_scales_of_other_families(family: str, setting: dict[str, float]) -> None:
     import transformers
 

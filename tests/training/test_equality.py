@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
-
 from tests import tiny
 from tests.engine.test_head import assert_close
 from tests.training import support
+from transformers import TrainerCallback
 
 
 class GradientRecorder(TrainerCallback):
@@ -80,7 +79,12 @@ def test_packing_changes_neither_loss_nor_gradients(family: str, tmp_path: Path)
     """One step over all rows: in bins of a window each, or as they are."""
     separate, expected = train(tmp_path / "a", rows=12, per_device_train_batch_size=12, model=support.adapted(family))
     packed, found = train(
-        tmp_path / "b", rows=12, per_device_train_batch_size=12, packing=True, max_length=200, model=support.adapted(family)
+        tmp_path / "b",
+        rows=12,
+        per_device_train_batch_size=12,
+        packing=True,
+        max_length=200,
+        model=support.adapted(family),
     )
     assert len(packed.train_dataset) < 12
     assert_same_steps(found, expected)

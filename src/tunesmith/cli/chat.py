@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import console, print_lines, silence_libraries
+from tunesmith.cli.console import console, print_lines
 from tunesmith.core.names import did_you_mean
 
 __all__ = ["command"]
@@ -30,17 +30,20 @@ def command(
     chat_template: Annotated[
         str | None, typer.Option(help="Built-in template or .jinja file, for a base model.", show_default=False)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32; none lets the hardware decide.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds sampling.")] = 3407,
 ) -> None:
     """Talk to a model. Lines that begin with / are commands; /help lists them."""
-    silence_libraries()
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.data.templates import require_chat_template
 
-    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template)
+    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template, dtype=dtype)
     require_chat_template(tokenizer)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     chat = _Chat(loaded, tokenizer, system, sampling)

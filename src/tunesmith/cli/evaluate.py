@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tunesmith.cli.console import console, print_lines, silence_libraries
+from tunesmith.cli.console import console, print_lines
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.files import write_text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerProgress", "command"]
 
 
-@settings_flags(["map", "chat_template"])
+@settings_flags(["map", "chat_template", "dtype"])
 def command(
     model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     data: Annotated[
@@ -54,13 +54,14 @@ def command(
         raise OutputError(f"--output {output}: the folder {output.absolute().parent} does not exist. Make it first.")
     if metric == "perplexity" and temperature:
         raise SettingsError("--temperature has no effect on perplexity, which generates nothing. Leave it out.")
-    silence_libraries()
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.evaluation import evaluate
     from tunesmith.evaluation.metrics import get_metric
 
     get_metric(metric)
-    loaded, tokenizer = load_for_answers(model, adapter, chat_template=given.get("chat_template"))
+    loaded, tokenizer = load_for_answers(
+        model, adapter, chat_template=given.get("chat_template"), dtype=given.get("dtype")
+    )
     with AnswerProgress() as progress:
         report = evaluate(
             loaded,
@@ -115,38 +116,33 @@ class AnswerProgress:
 
 
 def _print_report(report: Report) -> None:
+    is_share = report.metric != "perplexity"
     table = Table(title=f"{report.metric} on {len(report.rows):,} rows", title_justify="left", box=None, pad_edge=False)
-    for name in ("", "value", "95 % interval", "rows right", "tokens/s", "seconds"):
+    for name in ("", "value", "95 % interval", *(["rows right"] if is_share else []), "tokens/s", "seconds"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    tuned_name = "model" if report.base is None else "tuned"
-    sides = {"base": report.base, tuned_name: report.tuned}
+    sides = {"base": report.base, "model" if report.base is None else "tuned": report.tuned}
     for name, side in sides.items():
         if side is not None:
-            table.add_row(name, *_side(side))
+            table.add_row(name, *_side(side, is_share=is_share))
     console().print(table)
     for name, figure in report.tuned.score.details.items():
-        base = f", base {_figure(report.base.score.details[name], report.metric)}" if report.base is not None else ""
-        print_lines([f"{name}: {_figure(figure, name)}{base}"])
+        beside = "" if report.base is None else f", base {_figure(report.base.score.details[name], is_share)}"
+        print_lines([f"{name}: {_figure(figure, is_share)}{beside}"])
     if report.difference is not None:
         found = report.difference
-        low, high = (_figure(value, report.metric) for value in (found.low, found.high))
-        print_lines(
-            [
-                f"tuned - base: {_figure(found.value, report.metric)} (95 % from {low} to {high}); "
-                f"better on {found.wins:,} rows, worse on {found.losses:,}"
-            ]
-        )
+        value, low, high = (_figure(figure, is_share) for figure in (found.value, found.low, found.high))
+        counts = f"better on {found.wins:,} rows, worse on {found.losses:,}"
+        print_lines([f"tuned - base: {value} (95 % from {low} to {high}); {counts}"])
     print_lines(f"left out: {count:,} rows, {reason}" for reason, count in report.refused.items())
 
 
-def _side(side: Side) -> tuple[str, ...]:
+def _side(side: Side, *, is_share: bool) -> list[str]:
     score = side.score
-    interval = f"{_figure(score.low, score.metric)} to {_figure(score.high, score.metric)}"
-    right = "" if score.metric == "perplexity" else f"{sum(score.per_row):,.0f} of {score.count:,}"
+    interval = f"{_figure(score.low, is_share)} to {_figure(score.high, is_share)}"
+    right = [f"{sum(score.per_row):,.0f} of {score.count:,}"] if is_share else []
     speed = f"{side.tokens / side.seconds:,.0f}" if side.seconds > 0 else ""
-    return _figure(score.value, score.metric), interval, right, speed, f"{side.seconds:,.1f}"
+    return [_figure(score.value, is_share), interval, *right, speed, f"{side.seconds:,.1f}"]
 
 
-def _figure(value: float, metric: str) -> str:
-    """Return a share as a percentage, and a perplexity as a number."""
-    return f"{value:.4g}" if metric == "perplexity" else f"{100 * value:.1f} %"
+def _figure(value: float, is_share: bool) -> str:
+    return f"{100 * value:.1f} %" if is_share else f"{value:,.4g}"

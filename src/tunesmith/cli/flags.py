@@ -21,6 +21,8 @@ from tunesmith.training.aliases import ALIASES
 
 __all__ = ["given_settings", "settings_flags"]
 
+_OFF = "no_"
+
 
 def settings_flags(names: Iterable[str] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that puts the flags of ``names`` in the place of a command's ``**flags``.
@@ -28,7 +30,9 @@ def settings_flags(names: Iterable[str] | None = None) -> Callable[[Callable[...
     None means every setting, and hidden flags for the names that other tools use.
     """
     wanted = None if names is None else set(names)
-    flags = [_flag(setting) for setting in settings_reference() if wanted is None or setting.name in wanted]
+    settings = [setting for setting in settings_reference() if wanted is None or setting.name in wanted]
+    flags = [_flag(setting) for setting in settings]
+    flags += [_off_flag(setting) for setting in settings if _is_switch(setting)]
     if wanted is None:
         flags += [_alias_flag(alias) for alias in ALIASES]
 
@@ -48,11 +52,19 @@ def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) ->
         SettingsError: a setting is given twice, or an assignment or mapping cannot be read.
     """
     known = {setting.name: setting for setting in settings_reference()}
-    values = {
-        name: _value(known[name], typed) if name in known else parse_assignment(f"{name}={typed}")[1]
-        for name, typed in flags.items()
-        if typed not in (None, [])
-    }
+    values: dict[str, Any] = {}
+    for name, typed in flags.items():
+        if typed in (None, []):
+            continue
+        switch = name.removeprefix(_OFF)
+        if name in known:
+            values[name] = _value(known[name], typed)
+        elif switch in known:
+            if switch in values:
+                raise SettingsError(f"{known[switch].flag} and --no-{known[switch].flag[2:]}: give one of them.")
+            values[switch] = False
+        else:
+            values[name] = parse_assignment(f"{name}={typed}")[1]
     for assignment in assignments:
         key, value = parse_assignment(assignment)
         if key in values:
@@ -62,14 +74,23 @@ def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) ->
 
 
 def _flag(setting: Setting) -> inspect.Parameter:
-    option = f"--{setting.name.replace('_', '-')}"
-    default = "" if setting.default == "none" else f" (default: {setting.default})"
-    help_text = escape(f"{setting.meaning}{default}")
-    panel: dict[str, Any] = {"help": help_text, "rich_help_panel": setting.group, "show_default": False}
-    if setting.kinds == {bool}:
-        return _parameter(setting.name, bool | None, typer.Option(f"{option}/--no-{option[2:]}", **panel))
+    choices = f" One of {', '.join(setting.choices)}." if setting.choices else ""
+    default = "" if setting.default in ("none", "required") else f" (default: {setting.default})"
+    words: dict[str, Any] = {
+        "help": escape(f"{setting.summary}.{choices}{default}"),
+        "rich_help_panel": setting.group,
+        "show_default": False,
+    }
+    if _is_switch(setting):
+        return _parameter(setting.name, bool | None, typer.Option(setting.flag, **words))
     kind = list[str] | None if _is_repeatable(setting) else str | None
-    return _parameter(setting.name, kind, typer.Option(option, metavar=_metavar(setting), **panel))
+    return _parameter(setting.name, kind, typer.Option(setting.flag, metavar=_metavar(setting), **words))
+
+
+def _off_flag(setting: Setting) -> inspect.Parameter:
+    """Return the hidden ``--no-`` form of a switch; shown, it would take a third of the help's width."""
+    option = typer.Option(f"--no-{setting.flag[2:]}", hidden=True)
+    return _parameter(_OFF + setting.name, bool | None, option)
 
 
 def _alias_flag(alias: str) -> inspect.Parameter:
@@ -84,13 +105,17 @@ def _is_repeatable(setting: Setting) -> bool:
     return bool(setting.kinds & {list, dict})
 
 
+def _is_switch(setting: Setting) -> bool:
+    return setting.kinds == frozenset({bool})
+
+
 def _metavar(setting: Setting) -> str:
-    if dict in setting.kinds:
-        return "COLUMN=ROLE" if setting.name == "map" else "NAME=NUMBER"
-    words = [*(["true", "false"] if bool in setting.kinds else []), *setting.choices]
-    if words and len("|".join(words)) <= 24:
-        return "|".join(words)
-    return "NAME,..." if list in setting.kinds else "NUMBER" if setting.kinds & {int, float} else "TEXT"
+    """Return a short word for what the flag takes; a long one would leave the help no room."""
+    if setting.kinds & {dict}:
+        return "K=V"
+    if list in setting.kinds:
+        return "LIST"
+    return "N" if setting.kinds & {int, float} else "TEXT"
 
 
 def _value(setting: Setting, typed: Any) -> Any:
@@ -100,7 +125,7 @@ def _value(setting: Setting, typed: Any) -> Any:
     if typed == ["none"] and type(None) in setting.kinds:
         return None
     if dict in setting.kinds:
-        return _mapping(setting.name, typed)
+        return _mapping(setting, typed)
     # A single value stays as it is where text is allowed too: a regular expression keeps its commas.
     if str in setting.kinds and len(typed) == 1 and not all(part.isidentifier() for part in typed[0].split(",")):
         return typed[0]
@@ -108,18 +133,17 @@ def _value(setting: Setting, typed: Any) -> Any:
     return parts[0] if str in setting.kinds and len(parts) == 1 else parts
 
 
-def _mapping(name: str, typed: list[str]) -> dict[str, str]:
+def _mapping(setting: Setting, typed: list[str]) -> dict[str, str]:
     """Read ``a=x`` and ``a=x,b=y``; a key may itself hold ``=`` and ``,``."""
-    option = f"--{name.replace('_', '-')}"
     pairs: dict[str, str] = {}
     for entry in typed:
         parts = entry.split(",")
         for part in parts if all("=" in part for part in parts) else [entry]:
             key, equals, value = part.rpartition("=")
             if not equals or not key.strip():
-                wanted = "COLUMN=ROLE, for example question=user" if name == "map" else "NAME=NUMBER"
-                raise SettingsError(f"{option} {entry!r}: write {wanted}.")
+                wanted = "COLUMN=ROLE, for example question=user" if setting.name == "map" else "NAME=NUMBER"
+                raise SettingsError(f"{setting.flag} {entry!r}: write {wanted}.")
             if key.strip() in pairs:
-                raise SettingsError(f"{option}: {key.strip()!r} is given twice. Keep one.")
+                raise SettingsError(f"{setting.flag}: {key.strip()!r} is given twice. Keep one.")
             pairs[key.strip()] = value.strip()
     return pairs

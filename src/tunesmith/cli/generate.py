@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import silence_libraries
 from tunesmith.core.errors import DataError, SettingsError
 
 __all__ = ["command", "stream_answer"]
@@ -24,6 +23,10 @@ def command(
     chat_template: Annotated[
         str | None, typer.Option(help="Built-in template or .jinja file, for a base model.", show_default=False)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32; none lets the hardware decide.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 1.0,
@@ -35,10 +38,9 @@ def command(
     text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty. Give some text, or - to read it from stdin.")
-    silence_libraries()
     from tunesmith.cli.loading import load_for_answers
 
-    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template)
+    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template, dtype=dtype)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

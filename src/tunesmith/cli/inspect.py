@@ -15,6 +15,7 @@ from rich.text import Text
 from tunesmith.cli.console import console, plain, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import SettingsError
+from tunesmith.models.aliases import ModelSource, find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ def command(
     if rows < 0:
         raise SettingsError(f"--rows {rows}: 0 or more is needed.")
     settings, _ = load_run_settings(None, {**given_settings(flags), "data": data})
+    # A mistyped name is said at once, not after the seconds that the libraries take to load.
+    source = find_model(settings.model)
     silence_libraries()
-    prepared, tokenizer, encoder = _prepare(settings)
+    prepared, tokenizer, encoder = _prepare(settings, source)
     agreement = _check_agreement(settings, encoder)
     if as_json:
         console().print(_as_json(prepared, tokenizer, agreement, rows), soft_wrap=True)
@@ -93,14 +96,12 @@ class _Agreement:
     differences: list[str]
 
 
-def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
+def _prepare(settings: RunSettings, source: ModelSource) -> tuple[PreparedData, Any, ExampleEncoder]:
     from tunesmith.adapters.state import base_of
     from tunesmith.data.masks import ExampleEncoder
     from tunesmith.data.prepare import prepare
-    from tunesmith.models.aliases import find_model
     from tunesmith.models.load import load_tokenizer, load_window
 
-    source = find_model(settings.model)
     base = base_of(Path(source.path)) if source.kind == "adapter" else source
     tokenizer = load_tokenizer(base, chat_template=settings.chat_template)
     encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)

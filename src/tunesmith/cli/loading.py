@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.adapters.state import attach_adapter
 from tunesmith.api import FastLanguageModel
+from tunesmith.cli.console import silence_libraries
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import load_tokenizer
@@ -17,17 +18,20 @@ __all__ = ["load_for_answers"]
 def load_for_answers(
     model: str, adapter: str | None = None, *, chat_template: str | None = None, dtype: str | None = None
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer), ready to generate.
+    """Return (model, tokenizer), ready to generate, with the libraries below silenced.
 
     Raises:
         ModelError: nothing usable is at ``model``.
         AdapterError: ``adapter`` is no adapter, does not fit, or ``model`` has one already.
     """
+    # Names are looked up first: a mistyped one is said at once, not after the seconds that the libraries take.
+    base = find_model(model)
     source = None if adapter is None else find_model(adapter)
     if source is not None and source.kind != "adapter":
         raise AdapterError(f"--adapter {adapter} is no adapter: it holds no adapter_config.json. Give a run's folder.")
-    if source is not None and find_model(model).kind == "adapter":
+    if source is not None and base.kind == "adapter":
         raise AdapterError(f"--model {model} already is an adapter on its base. Leave out --adapter, or name the base.")
+    silence_libraries()
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         model, max_seq_length=None, dtype=dtype, chat_template=chat_template, use_gradient_checkpointing=False
     )

@@ -48,13 +48,13 @@ def _parser_for(words: Sequence[str]) -> Callable[..., None]:
     """Return a parser that knows all names, and what is behind the one in ``words``."""
     app = typer.Typer(
         name="tunesmith",
-        help="Fine-tune open language models on your own data, on one machine, and know what you trained.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_options)
+    line = "Fine-tune open language models on your own data, on one machine, and know what you trained."
+    app.callback(help=line)(_options)
     wanted = next((word for word in words if not word.startswith("-")), None)
     for name, (module, line) in COMMANDS.items():
         function = importlib.import_module(module).command if name == wanted else _not_wanted
@@ -63,12 +63,18 @@ def _parser_for(words: Sequence[str]) -> Callable[..., None]:
     return typer.main.get_command(app).main
 
 
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"tunesmith {__version__}")
         raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Stand for the options of the program itself; each acts in its own callback."""
 
 
 def _not_wanted(**_: Any) -> None:

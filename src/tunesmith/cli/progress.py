@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 from tunesmith.cli.console import console, print_lines
@@ -16,6 +17,8 @@ __all__ = ["StepProgress"]
 
 _LINES = 50
 """Most lines of a run in a pipe, evaluations not counted."""
+_WIDE = 110
+"""Columns from which a bar has room beside the figures."""
 
 
 class StepProgress(TrainerCallback):
@@ -49,12 +52,16 @@ class StepProgress(TrainerCallback):
         self._began, self._first_step = time.perf_counter(), state.global_step
         self._console.rule("training", align="left", style="dim")
         if self._is_live:
-            columns = (BarColumn(bar_width=12), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task(
-                f"step 0/{state.max_steps}", total=state.max_steps, completed=state.global_step
+            # A narrow terminal has no room for a bar, and cuts off the end of the line rather than wrap it.
+            bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDE else []
+            one_line = Column(no_wrap=True, overflow="ellipsis")
+            live = Progress(
+                *bar, TextColumn("{task.description}", markup=False, table_column=one_line), console=self._console
             )
+            live.start()
+            start = f"{state.global_step}/{state.max_steps}  first step ..."
+            self._task = live.add_task(start, total=state.max_steps, completed=state.global_step)
+            self._bar = live
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show a line of training metrics, or one of an evaluation."""
@@ -87,7 +94,8 @@ class StepProgress(TrainerCallback):
             parts.append(f"lr {logs['learning_rate']:.1e}")
         if logs.get("grad_norm") is not None:
             parts.append(f"grad {float(logs['grad_norm']):.2f}")
-        parts += [f"{amount(logs['tokens_per_s'])} tok/s", bytes_in_words(logs["peak_bytes"]), f"{duration(left)} left"]
+        # What matters least comes last: a narrow terminal cuts it off.
+        parts += [f"{amount(logs['tokens_per_s'])} tok/s", f"{duration(left)} left", bytes_in_words(logs["peak_bytes"])]
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:

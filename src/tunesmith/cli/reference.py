@@ -6,6 +6,7 @@ Name, type, default and help come from :class:`~tunesmith.training.settings.RunS
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Setting:
     """One setting in words.
 
     Attributes:
-        meaning: its docstring on one line.
+        meaning: its docstring on one line; ``summary`` is the first clause of it.
         kinds: the types that a value may have (``NoneType`` where it may be left out on purpose).
         choices: the allowed words, empty where any value of a kind will do.
         allowed: type and range in words.
@@ -53,6 +54,16 @@ class Setting:
     default: str
     guide: Guide
     aliases: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """The meaning up to the first full stop or semicolon that ends a clause."""
+        return re.split(r"(?<! al)\. |; ", self.meaning)[0].rstrip(".")
+
+    @property
+    def flag(self) -> str:
+        """The name as a flag: ``--learning-rate``."""
+        return f"--{self.name.replace('_', '-')}"
 
 
 def settings_reference() -> list[Setting]:

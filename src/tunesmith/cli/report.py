@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.training.run import RunResult
     from tunesmith.training.sft import SFTTrainer
 
-__all__ = ["facts_table", "print_banner", "print_ledger", "print_result", "resume_command"]
+__all__ = ["facts_table", "print_banner", "print_ledger", "print_result", "result_facts", "resume_command"]
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -41,8 +41,15 @@ def print_banner(trainer: SFTTrainer) -> None:
 
 def print_result(result: RunResult, next_commands: Iterable[str]) -> None:
     """Print the figures of a finished run, and what to do with it."""
-    numbers = result.numbers
     console().rule("result", align="left", style="dim")
+    console().print(facts_table(result_facts(result)))
+    console().print("next:")
+    print_lines(f"  {command}" for command in next_commands)
+
+
+def result_facts(result: RunResult) -> list[tuple[str, str]]:
+    """Return the figures of a finished run as names and values."""
+    numbers = result.numbers
     rows = [("steps", f"{numbers['steps']:,} in {duration(numbers['seconds'])}")]
     if numbers["first_loss"] is not None:
         rows.append(("training loss", f"{numbers['first_loss']:.4f} at first, {numbers['last_loss']:.4f} at the end"))
@@ -51,10 +58,7 @@ def print_result(result: RunResult, next_commands: Iterable[str]) -> None:
         rows.append(("eval loss", f"{numbers['best_eval_loss']:.4f} at best{kept}"))
     if numbers["tokens_per_s"]:
         rows.append(("speed", f"{amount(numbers['tokens_per_s'])} tokens/s"))
-    rows += [("peak memory", bytes_in_words(numbers["peak_bytes"])), ("folder", str(result.folder))]
-    console().print(facts_table(rows))
-    console().print("next:")
-    print_lines(f"  {command}" for command in next_commands)
+    return [*rows, ("peak memory", bytes_in_words(numbers["peak_bytes"])), ("folder", str(result.folder))]
 
 
 def resume_command(folder: Path) -> str:
@@ -84,12 +88,7 @@ def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
         *_adapters(trainer.model),
         ("rows", _row_counts(trainer)),
         ("trained on", _trained_tokens(trainer)),
-        (
-            "batch",
-            f"{_effective_batch(args)} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulation x {args.world_size} {'device' if args.world_size == 1 else 'devices'} "
-            f"({'bins' if args.packing else 'documents'})",
-        ),
+        ("batch", _batch(args)),
         ("per step", _per_step(trainer, steps)),
         ("steps", f"{steps:,} an epoch, {_total_steps(args, steps):,} in all"),
         ("folder", str(args.output_dir)),
@@ -130,8 +129,11 @@ def _trained_tokens(trainer: SFTTrainer) -> str:
     return f"{words[asked]}: {100 * ledger.trained_share:.0f} % of the tokens"
 
 
-def _effective_batch(args: Any) -> int:
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+def _batch(args: Any) -> str:
+    size, accumulation, devices = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    unit = "bins" if args.packing else "documents"
+    parts = f"{size} x {accumulation} accumulation x {devices} {'device' if devices == 1 else 'devices'}"
+    return f"{size * accumulation * devices} {unit} = {parts}"
 
 
 def _steps(trainer: SFTTrainer) -> int:

@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.console import print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.models.aliases import find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
 
 if TYPE_CHECKING:
@@ -32,10 +33,9 @@ def command(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Train an adapter on rows. Every setting is a flag; `tunesmith explain NAME` says more about one.
+    """Train an adapter on rows. Every setting is a flag, a switch also as --no-NAME; see `tunesmith explain NAME`.
 
-    The folder of the run holds settings.yaml, ledger.json, metrics.jsonl, training_loss.png, checkpoints and, at the
-    end, adapter/ and result.json.
+    The run's folder holds settings, ledger, metrics, checkpoints and the adapter.
     """
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
     print_lines(aliases)
@@ -51,6 +51,8 @@ def train_and_show(settings: RunSettings, *, resume: bool = False) -> RunResult:
     Raises:
         typer.Exit: with code 130, after Ctrl-C; what was done is saved and the command to go on is printed.
     """
+    # A mistyped name is said at once, not after the seconds that the libraries take to load.
+    find_model(settings.model)
     silence_libraries()
     from tunesmith.cli.progress import StepProgress
     from tunesmith.cli.report import resume_command

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ __all__ = [
     "MANIFEST",
     "damage",
     "free_bytes",
+    "lock",
     "make_folder",
     "require_space",
     "require_writable",
@@ -85,15 +87,30 @@ def write_text(path: Path, text: str) -> None:
             _flush(temporary)
             temporary.replace(path)
     except OutputError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` for the block, waiting for whoever holds it; the lock of a dead process is free."""
+    with _as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
 
-    An existing ``path`` is replaced only at that moment. Partial folders of dead processes are removed first.
+    An existing ``path`` is replaced only at that moment. Partial folders of dead processes are removed first. One
+    process at a time may write a ``path``: who may meet another takes a :func:`lock`.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -122,17 +139,18 @@ def damage(folder: Path) -> str | None:
     """Return what is wrong with a folder written by :func:`whole_folder`, or None when every byte is as written."""
     try:
         entries: dict[str, dict[str, object]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        written = [(name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    for name, entry in entries.items():
+    for name, size, checksum in written:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+        if sha256(file) != checksum:
             return f"{name} has another checksum than when it was written"
     return None
 

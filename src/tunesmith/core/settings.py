@@ -177,10 +177,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(path: Path, node: Any) -> None:
+    import yaml
+
     seen: dict[str, int] = {}
-    for key, _ in getattr(node, "value", None) or []:
-        if not hasattr(key, "value"):
-            return
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
         line = key.start_mark.line + 1
         if key.value in seen:
             raise SettingsError(f"{path}:{line}: {key.value!r} is already set in line {seen[key.value]}. Keep one.")

@@ -68,7 +68,9 @@ def generate_answers(
     if "" in stops:
         raise EvaluationError("stop: an empty string would end every answer at once. Give strings with characters.")
     if streamer is not None and len(prompts) != 1:
-        raise EvaluationError(f"a streamer follows one answer, and there are {len(prompts)} prompts. Give one at a time.")
+        raise EvaluationError(
+            f"a streamer follows one answer, and there are {len(prompts)} prompts. Give one at a time."
+        )
     config = _generation_config(model, tokenizer, sampling, max_new_tokens)
     encoded = [_require_tokens(encode_prompt(tokenizer, prompt), row) for row, prompt in enumerate(prompts, 1)]
     # Longest first: if a batch does not fit into memory, it is the first one and not the last.

@@ -7,10 +7,11 @@ values exactly (float32) and is named by the file's SHA-256, so that another fil
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 from tunesmith.core.errors import ModelError
-from tunesmith.core.files import MANIFEST, require_space, sha256, whole_folder
+from tunesmith.core.files import MANIFEST, lock, require_space, sha256, whole_folder
 from tunesmith.models.aliases import cache_folder
 
 __all__ = ["converted_gguf"]
@@ -26,13 +27,17 @@ def converted_gguf(file: Path) -> Path:
     target = cache_folder() / "gguf" / f"{file.stem}-{sha256(file)[:16]}"
     if (target / MANIFEST).is_file():
         return target
-    # float32 needs at most 8 times the bytes of a 4-bit file.
-    require_space(target, 8 * file.stat().st_size, f"converting {file.name}")
-    with whole_folder(target) as folder:
-        _convert(file, folder)
-    for older in target.parent.glob(f"{file.stem}-*"):
-        if older != target:
-            shutil.rmtree(older, ignore_errors=True)
+    # All processes of a distributed run come here at once: one converts, the others wait and find it done.
+    with lock(target.parent / "lock"):
+        if (target / MANIFEST).is_file():
+            return target
+        # float32 needs at most 8 times the bytes of a 4-bit file.
+        require_space(target, 8 * file.stat().st_size, f"converting {file.name}")
+        with whole_folder(target) as folder:
+            _convert(file, folder)
+        for older in target.parent.iterdir():
+            if older != target and older.name.rpartition("-")[0] == file.stem:
+                shutil.rmtree(older, ignore_errors=True)
     return target
 
 
@@ -49,7 +54,7 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, struct.error) as error:
         raise ModelError(f"{file} cannot be read as a GGUF model: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

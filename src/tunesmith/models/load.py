@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import ModelError, TunesmithError
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 
@@ -170,12 +170,12 @@ def _local_place(source: ModelSource) -> str:
 @contextmanager
 def _readable_errors(source: ModelSource) -> Iterator[None]:
     """Turn what transformers, safetensors and the hub raise on unusable files into one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except ModelError:
+    except TunesmithError:
         raise
     except SafetensorError as error:
         raise ModelError(
@@ -187,7 +187,7 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
         ) from error
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(_cannot_load(source, error)) from error
-    except (ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 

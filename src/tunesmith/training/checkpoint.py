@@ -18,7 +18,7 @@ from typing import Any
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import damage
 
-__all__ = ["RUN_FILE", "check_same_run", "checkpoints_in", "find_checkpoint", "remove_old_checkpoints"]
+__all__ = ["RUN_FILE", "checkpoint_at", "checkpoints_in", "find_checkpoint", "remove_old_checkpoints"]
 
 RUN_FILE = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -41,7 +41,7 @@ def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path | None:
     for path in reversed(candidates):
         broken = damage(path)
         if broken is None:
-            check_same_run(path, run)
+            _check_same_run(path, run)
             return path
         _log.warning("%s is damaged (%s) and is passed over.", path, broken)
     if candidates:
@@ -51,7 +51,22 @@ def find_checkpoint(folder: Path, run: dict[str, Any]) -> Path | None:
     return None
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+def checkpoint_at(path: Path, run: dict[str, Any]) -> Path:
+    """Return ``path``, a checkpoint that the user named.
+
+    Raises:
+        CheckpointError: it is damaged or belongs to another run.
+    """
+    broken = damage(path)
+    if broken is not None:
+        raise CheckpointError(
+            f"{path} is damaged ({broken}). Name another, or resume_from_checkpoint=True to take the newest whole one."
+        )
+    _check_same_run(path, run)
+    return path
+
+
+def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Raise :class:`CheckpointError` when ``checkpoint`` was written by a run with other data, model or settings."""
     written: dict[str, Any] = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
     differences = [
@@ -67,19 +82,28 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         )
 
 
-def remove_old_checkpoints(folder: Path, *, keep: int | None, best: str | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best one; None keeps all."""
+def remove_old_checkpoints(written: Path, *, keep: int | None, best: str | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints up to the one just ``written``, and the best; None keeps all.
+
+    A later one is left from before the run was resumed. It may be damaged and does not count: it is written anew when
+    its step comes.
+    """
+    folder, step = written.parent, _step(written)
     # What a crash left: checkpoints half written or half removed. The caller has just written one, so none is in use.
     for stale in folder.glob(".checkpoint-*.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
     if keep is None:
         return
-    for path in checkpoints_in(folder)[:-keep]:
+    for path in [path for path in checkpoints_in(folder) if _step(path) <= step][:-keep]:
         if best is None or path.name != Path(best).name:
             # Renamed first, so that a crash in the middle leaves no half checkpoint under its name.
             doomed = path.with_name(f".{path.name}.partial-removed")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _short(value: Any) -> str:

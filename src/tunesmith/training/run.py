@@ -30,7 +30,7 @@ from tunesmith.adapters.inject import inject_adapter, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import attach_adapter, base_of
 from tunesmith.core.errors import DataError, OutputError
-from tunesmith.core.files import make_folder, require_writable, whole_folder, write_text
+from tunesmith.core.files import require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
@@ -130,7 +130,8 @@ def run_training(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    if trainer.args.should_save:
+    # A resumed run has its plan, and one that is about to be refused must not overwrite it.
+    if trainer.args.should_save and not (resume and (folder / "settings.yaml").is_file()):
         _write_plan(folder, settings, trainer)
     if on_ready is not None:
         on_ready(trainer)
@@ -213,8 +214,6 @@ def _load(settings: RunSettings) -> tuple[Any, Any]:
 def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:
     import yaml
 
-    trainer.require_disk_space()
-    make_folder(folder)
     resolved = {**settings.model_dump(), "output_dir": str(folder)}
     write_text(folder / "settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     ledgers = {"train": trainer.ledger.as_dict()}

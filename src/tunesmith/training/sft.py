@@ -28,14 +28,20 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from tunesmith.core.errors import ModelError, OutputError, SettingsError, TrainingError
-from tunesmith.core.files import require_space, whole_folder
+from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
-from tunesmith.training.checkpoint import RUN_FILE, checkpoints_in, find_checkpoint, remove_old_checkpoints
+from tunesmith.training.checkpoint import (
+    RUN_FILE,
+    checkpoint_at,
+    checkpoints_in,
+    find_checkpoint,
+    remove_old_checkpoints,
+)
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
@@ -103,6 +109,10 @@ class SFTTrainer(Trainer):
         self.train_data, self.eval_data = train_data, eval_data
         train_set = self._as_dataset(train_data, args, ledger=True)
         _set_cadence(args, len(train_set), has_eval=eval_data is not None)
+        if args.should_save:
+            # The Trainer makes the folder too, but looks at nothing before and explains nothing.
+            _require_disk_space(model, Path(args.output_dir))
+            make_folder(Path(args.output_dir))
         super().__init__(
             model=model,
             args=args,
@@ -314,17 +324,14 @@ class SFTTrainer(Trainer):
             checkpoint = None if found is None else str(found)
             _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
         elif resume_from_checkpoint:
-            from tunesmith.training.checkpoint import check_same_run
-
-            check_same_run(Path(resume_from_checkpoint), self.run_fingerprint())
-            checkpoint = str(resume_from_checkpoint)
+            checkpoint = str(checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint()))
         elif checkpoints_in(folder):
             raise OutputError(
                 f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
                 "or choose another output_dir."
             )
         if self.args.should_save:
-            self.require_disk_space()
+            _require_disk_space(self.model, folder)
         self._log_time = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -333,14 +340,6 @@ class SFTTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, InterruptWatch):
                     callback.release()
-
-    def require_disk_space(self) -> None:
-        """Raise :class:`OutputError` when the disk of ``output_dir`` has no room for the checkpoints of a run."""
-        require_space(Path(self.args.output_dir), 3 * self._checkpoint_bytes(), "keeping checkpoints")
-
-    def _checkpoint_bytes(self) -> int:
-        # Adapter, two optimizer moments, and the tokenizer with small files.
-        return sum(3 * parameter.numel() * parameter.element_size() for _, parameter in self._trainable()) + 8 * 2**20
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -351,8 +350,9 @@ class SFTTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._checkpoint_folder())
         self.store_flos()
         generators = self._generator_states()
-        if self.args.should_save and not self._checkpoint_folder().exists():
-            require_space(Path(self.args.output_dir), self._checkpoint_bytes(), "a checkpoint")
+        # A damaged one of an earlier process is written anew.
+        if self.args.should_save and damage(self._checkpoint_folder()) is not None:
+            require_space(Path(self.args.output_dir), _checkpoint_bytes(self.model), "a checkpoint")
             with whole_folder(self._checkpoint_folder()) as folder:
                 self.save_model(str(folder), _internal_call=True)
                 self._save_optimizer_and_scheduler(str(folder))
@@ -363,7 +363,7 @@ class SFTTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
             remove_old_checkpoints(
-                Path(self.args.output_dir),
+                self._checkpoint_folder(),
                 keep=self.args.save_total_limit,
                 best=self.state.best_model_checkpoint,
             )
@@ -394,6 +394,16 @@ class SFTTrainer(Trainer):
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, states)
         return gathered
+
+
+def _checkpoint_bytes(model: Any) -> int:
+    # Adapter, two optimizer moments, and the tokenizer with small files.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(3 * parameter.numel() * parameter.element_size() for parameter in trainable) + 8 * 2**20
+
+
+def _require_disk_space(model: Any, folder: Path) -> None:
+    require_space(folder, 3 * _checkpoint_bytes(model), "keeping checkpoints")
 
 
 def _base(model: Any) -> Any:
@@ -439,6 +449,8 @@ def _length_limit(asked: int | None, window: int) -> int:
 
 def _set_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> None:
     """Choose when to evaluate and save where nothing was asked: about ten times a run."""
+    if args.early_stopping_patience is not None and not has_eval:
+        raise SettingsError("early_stopping_patience needs an evaluation: give eval_dataset, or an eval_split above 0.")
     together = args.per_device_train_batch_size * args.world_size
     updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)

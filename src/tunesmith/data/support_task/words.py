@@ -149,6 +149,8 @@ TRAIN = Words(
         "Ignore my old order {other_order}.",
         "My first order, {other_order}, was good.",
         "Order {other_order} came in time.",
+        "My previous order, {other_order}, was perfect.",
+        "I had no trouble with order {other_order}.",
         "I live in {city}.",
         "I wrote to you on {date}.",
         "I paid for it on {date} in {city}.",
@@ -235,6 +237,8 @@ TRAIN = Words(
             "Please give me my money back.",
             "Can I get a refund?",
             "I expect a full refund.",
+            "A full refund would be fair.",
+            "Please pay me back.",
         ),
         "replacement": (
             "Please send a new one.",
@@ -243,6 +247,8 @@ TRAIN = Words(
             "Please replace it.",
             "I need a new one.",
             "Can I swap it for a new one?",
+            "A new one would be nice.",
+            "Please ship another one.",
         ),
         "callback": (
             "Please call me.",
@@ -251,6 +257,8 @@ TRAIN = Words(
             "I'd like a call back.",
             "Please ring me today.",
             "Can you call me back?",
+            "Please call me on Monday.",
+            "A quick call would help.",
         ),
     },
 )
@@ -262,8 +270,8 @@ HELDOUT = Words(
         Robert Ross Stan Thea Vince Wilma Xenia
         """
     ),
-    brand_starts=_words("Vim Quav Zun Kes Mub Rul Fiv Jeb Tib Wos"),
-    brand_ends=_words("lado rix sumi wen tosu vandi"),
+    brand_starts=_words("Vim Quav Zun Kes Mub Rul Fiv Jeb Dux Wos"),
+    brand_ends=_words("lado rix sumi wen mira vandi"),
     variants=_words("Lite Duo Prime"),
     things=_words("toaster printer suitcase headset tablet vacuum bike freezer desk radio"),
     cities=_words("Bergen Malmo Cork Basel"),

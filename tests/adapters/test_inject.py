@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from tests.training.support import trainable
+
+from tunesmith import FastLanguageModel
+from tunesmith.adapters.inject import trainable_share
+from tunesmith.core.errors import AdapterError, SettingsError
+from tunesmith.models.load import facts_of
+
+
+def adapt(model: Any = None, **arguments: Any) -> Any:
+    model = tiny.tiny_model("llama") if model is None else model
+    return FastLanguageModel.get_peft_model(model, **{"r": 4, "use_gradient_checkpointing": False, **arguments})
+
+
+def test_the_same_seed_starts_from_the_same_adapter() -> None:
+    torch.manual_seed(1)
+    first = trainable(adapt())
+    torch.manual_seed(2)
+    again, other = trainable(adapt()), trainable(adapt(random_state=1))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+def test_random_states_are_given_back() -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(())
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    adapt(tiny.tiny_model("llama"))
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+def test_adapter_weights_are_float32_on_any_base() -> None:
+    model = adapt(tiny.tiny_model("llama").bfloat16())
+    assert {weight.dtype for weight in trainable(model).values()} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_new_adapter_changes_no_output() -> None:
+    model = tiny.tiny_model("llama").eval()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        assert torch.equal(adapt(model).eval()(ids).logits, before)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 32 / 4), (True, 32 / 2)])
+def test_the_scale_of_the_adapter(rslora: bool, scale: float) -> None:
+    model = adapt(lora_alpha=32, use_rslora=rslora)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == scale
+
+
+def names_of(model: Any) -> set[str]:
+    return {name.partition(".lora_")[0].removeprefix("base_model.model.model.layers.") for name in trainable(model)}
+
+
+def test_layers_are_chosen() -> None:
+    assert {name[0] for name in names_of(adapt(layers_to_transform=[1]))} == {"1"}
+    assert {name[0] for name in names_of(adapt(layers_to_transform=0))} == {"0"}
+    assert {name[0] for name in names_of(adapt(finetune_last_n_layers=1))} == {"1"}
+    assert names_of(adapt(finetune_last_n_layers=2)) == names_of(adapt())
+
+
+def test_ranks_and_exceptions_by_name() -> None:
+    model = adapt(rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 6.0}, exclude_modules=["q_proj"])
+    layer = model.get_base_model().model.layers[0]
+    assert (layer.mlp.down_proj.r["default"], layer.mlp.up_proj.r["default"]) == (2, 4)
+    assert layer.mlp.down_proj.scaling["default"] == 3.0
+    assert not any("q_proj" in name for name in names_of(model))
+
+
+@pytest.mark.parametrize(("arguments", "part"), [({"use_dora": True}, "lora_magnitude"), ({"bias": "all"}, "bias"),
+                                                 ({"modules_to_save": ["norm"]}, "modules_to_save")])  # fmt: skip
+def test_further_weights_that_train(arguments: dict[str, Any], part: str) -> None:
+    assert any(part in name for name in trainable(adapt(tiny.tiny_model("qwen2"), **arguments)))
+
+
+@pytest.mark.parametrize(
+    ("init", "a_is_zero", "b_is_zero"), [(True, False, True), ("gaussian", False, True), (False, False, False)]
+)
+def test_starts(init: Any, a_is_zero: bool, b_is_zero: bool) -> None:
+    for name, weight in trainable(adapt(init_lora_weights=init)).items():
+        assert (not weight.any()) == (b_is_zero if "lora_B" in name else a_is_zero), name
+
+
+def test_the_same_call_again_returns_the_model() -> None:
+    model = adapt()
+    assert adapt(model) is model
+
+
+def test_another_call_is_refused_with_the_difference() -> None:
+    model = adapt()
+    with pytest.raises(AdapterError, match=r"already carries an adapter with other settings \(r: 4 -> 8; |r: 4 -> 8"):
+        adapt(model, r=8)
+    with pytest.raises(AdapterError, match="target_modules: None -> "):
+        adapt(model, target_modules=["q_proj"])
+
+
+def test_an_adapter_of_someone_else_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    foreign = get_peft_model(tiny.tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="the model already carries an adapter. Train it as it is"):
+        adapt(foreign)
+
+
+def test_a_model_of_someone_else_is_adapted_and_remembered() -> None:
+    model = adapt(tiny.tiny_model("llama"))
+    facts = facts_of(model)
+    assert facts is facts_of(model)
+    assert facts.dtype.reason == "as loaded by the caller"
+    assert facts.window == tiny.WINDOW
+    assert facts.adapter is not None and facts.adapter["r"] == 4
+
+
+def test_trainable_share_counts_shared_tensors_once() -> None:
+    model = tiny.tiny_model("qwen3")
+    total = sum(parameter.numel() for parameter in set(model.parameters()))
+    assert model.config.tie_word_embeddings
+    assert trainable_share(model.requires_grad_(False)) == (0, total)
+    trains, everything = trainable_share(adapt(model))
+    assert everything == total + trains > total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers_to_transform": [0, 2]}, AdapterError, r"layers_to_transform \[2\]: the model has layers 0 to 1"),
+        ({"finetune_last_n_layers": 3}, AdapterError, "finetune_last_n_layers=3, but the model has 2 layers"),
+        ({"finetune_last_n_layers": 1, "layers_to_transform": [0]}, AdapterError, "both choose layers"),
+        ({"modules_to_save": ["lm_haed"]}, AdapterError, "'lm_haed' is no module .*Did you mean 'lm_head'"),
+        ({"exclude_modules": ".*"}, AdapterError, "the adapter does not fit LlamaForCausalLM"),
+        ({"r": 0}, SettingsError, "get_peft_model: r = 0"),
+        ({"r": True, "lora_dropout": 1.0, "bias": "some"}, SettingsError, "get_peft_model: 3 problems"),
+        ({"use_gradient_checkpointing": "always"}, SettingsError, "allowed are True, False and 'unsloth'"),
+    ],
+)
+def test_requests_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        adapt(**arguments)
+
+
+def test_tied_embeddings_are_not_parted() -> None:
+    with pytest.raises(AdapterError, match="embedding and output head of this model are one tensor"):
+        adapt(tiny.tiny_model("qwen3"), modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(True, True), ("unsloth", True), (False, False)])
+def test_checkpointing_is_set_and_restored(mode: Any, expected: bool) -> None:
+    model = adapt(use_gradient_checkpointing=mode)
+
+    def is_on() -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    assert is_on() == expected
+    assert FastLanguageModel.for_inference(model) is model
+    assert not is_on() and not model.training and model.config.use_cache
+    assert FastLanguageModel.for_training(model) is model
+    assert is_on() == expected and model.training
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=not expected)
+    assert is_on() != expected

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests import tiny
+
+from tunesmith.adapters.targets import linear_names, resolve_targets
+from tunesmith.core.errors import AdapterError
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+def test_the_seven_projections_by_default(family: str) -> None:
+    assert resolve_targets(tiny.tiny_model(family), None) == SEVEN
+
+
+def test_fused_projections_are_not_forgotten() -> None:
+    """PEFT's own default for phi-3 adapts o_proj and down_proj alone."""
+    assert resolve_targets(tiny.tiny_model("phi3"), None) == ["o_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "mixtral", "qwen3-moe"])
+def test_models_of_experts_adapt_their_attention(family: str) -> None:
+    assert resolve_targets(tiny.tiny_model(family), None) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_models_without_usual_names_adapt_every_linear_layer() -> None:
+    model = tiny.tiny_model("mamba")
+    assert resolve_targets(model, None) == linear_names(model) == ["in_proj", "x_proj", "dt_proj", "out_proj"]
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.HYBRIDS])
+def test_all_linear_is_everything_but_the_head(family: str) -> None:
+    model = tiny.tiny_model(family)
+    names = resolve_targets(model, "all-linear")
+    assert names == linear_names(model)
+    assert "lm_head" not in names
+    assert len(set(names)) == len(names) > 0
+
+
+def test_names_are_taken_as_they_are() -> None:
+    model = tiny.tiny_model("llama")
+    assert resolve_targets(model, ["q_proj", "down_proj"]) == ["q_proj", "down_proj"]
+    assert resolve_targets(model, "q_proj") == ["q_proj"]
+    assert resolve_targets(model, ["layers.0.self_attn.q_proj"]) == ["layers.0.self_attn.q_proj"]
+    assert resolve_targets(model, r".*layers\.1\..*_proj") == r".*layers\.1\..*_proj"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["q_porj"], "target_modules 'q_porj' matched no layer of LlamaForCausalLM. Linear layers are: q_proj, .*"
+                     "Did you mean 'q_proj'.*all-linear"),
+        (["q_proj", "qkv_proj"], "'qkv_proj' matched no layer"),
+        ([], "target_modules is empty. Linear layers are: q_proj"),
+        ("q_porj", "'q_porj' matched no layer .*must match the whole name.*Did you mean 'q_proj'"),
+        (r"layers\.0\..*", "matched no layer"),
+        ("(", "is no regular expression: "),
+    ],
+)  # fmt: skip
+def test_what_matches_nothing_is_refused(asked: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        resolve_targets(tiny.tiny_model("llama"), asked)
+
+
+def test_a_model_without_linear_layers() -> None:
+    import torch
+
+    with pytest.raises(AdapterError, match="Embedding has no linear layers that LoRA could adapt"):
+        resolve_targets(torch.nn.Embedding(3, 3), None)

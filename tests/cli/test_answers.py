@@ -1,0 +1,160 @@
+"""generate, chat and evaluate on a tiny model: what is printed, and what is refused."""
+
+import json
+
+import pytest
+
+SHORT = ("--max-new-tokens", 6, "--dtype", "float32")
+
+
+@pytest.fixture
+def answer(model_folder):
+    """The greedy answer of the untrained model, by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    def of(*messages):
+        pairs = [{"role": role, "content": text} for role, text in messages]
+        ids = tokenizer.apply_chat_template(pairs, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            new = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return of
+
+
+def test_generate_prints_the_answer_and_nothing_else(run, model_folder, answer):
+    outcome = run("generate", "--model", model_folder, "the cat", *SHORT)
+    assert outcome.out == answer(("user", "the cat")) + "\n"
+    assert outcome.err == ""
+
+
+def test_generate_reads_stdin_and_takes_a_system_message(run, model_folder, answer):
+    outcome = run("generate", "--model", model_folder, "-", "--system", "sat", *SHORT, stdin="the cat")
+    assert outcome.out == answer(("system", "sat"), ("user", "the cat")) + "\n"
+
+
+def test_generate_raw_goes_on_from_the_text(run, model_folder):
+    raw = run("generate", "--model", model_folder, "the cat", "--raw", *SHORT)
+    assert raw.code == 0
+    assert raw.out != run("generate", "--model", model_folder, "the cat", *SHORT).out
+
+
+def test_sampling_is_seeded(run, model_folder):
+    words = ("generate", "--model", model_folder, "the cat", "--temperature", 1.5, "--max-new-tokens", 12)
+    first, again, other = (run(*words, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_an_adapter_is_put_on_its_base(run, model_folder, trained_run):
+    by_run = run("generate", "--model", trained_run, "the cat", *SHORT)
+    by_parts = run("generate", "--model", model_folder, "--adapter", trained_run / "adapter", "the cat", *SHORT)
+    assert by_run.code == by_parts.code == 0
+    assert by_run.out == by_parts.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["the cat", "--raw", "--system", "x"], "--raw uses no chat template"),
+        (["  "], "the prompt is empty"),
+        (["x", "--temperature", "-1"], "temperature=-1.0 must be 0"),
+        (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1"),
+        (["x", "--adapter", "nowhere"], "'nowhere' is neither a folder"),
+    ],
+)
+def test_generate_refuses(run, model_folder, words, message):
+    outcome = run("generate", "--model", model_folder, *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+
+
+def test_an_adapter_must_be_one_and_the_only_one(run, model_folder, trained_run):
+    no_adapter = run("generate", "--model", model_folder, "--adapter", model_folder, "x")
+    assert no_adapter.code == 2
+    assert "is no adapter" in no_adapter.err
+    second = run("generate", "--model", trained_run, "--adapter", trained_run, "x")
+    assert second.code == 2
+    assert "already is an adapter" in second.err
+
+
+def test_chat_remembers_clears_and_obeys(run, model_folder, answer):
+    first = answer(("user", "the cat"))
+    second = answer(("user", "the cat"), ("assistant", first), ("user", "the dog"))
+    outcome = run("chat", model_folder, *SHORT, stdin="the cat\n\nthe dog\n/clear\nthe cat\n/exit\nnever read\n")
+    assert outcome.code == 0
+    assert outcome.out == f"{first}\n{second}\nThe conversation is forgotten.\n{first}\n"
+
+
+def test_chat_sets_the_system_message_and_starts_anew(run, model_folder, answer):
+    expected = answer(("system", "sat on"), ("user", "the cat"))
+    outcome = run("chat", model_folder, *SHORT, stdin="/system sat on\nthe cat\n")
+    assert outcome.out == f"The system message is set.\n{expected}\n"
+
+
+def test_chat_helps_with_commands(run, model_folder):
+    outcome = run("chat", model_folder, stdin="/help\n/clera\n")
+    assert all(name in outcome.out for name in ("/exit", "/clear", "/system TEXT", "/help"))
+    assert "There is no command /clera. Did you mean '/clear'?" in outcome.out
+
+
+def test_chat_forgets_what_no_longer_fits_and_says_so(run, model_folder):
+    outcome = run("chat", model_folder, "--max-new-tokens", 430, stdin="the cat sat on the mat\n" * 2)
+    assert "the oldest 1 of the exchanges no longer fit and are forgotten" in outcome.out
+
+
+def test_chat_needs_a_chat_template(run, tmp_path, model_folder):
+    import shutil
+
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    outcome = run("chat", base, stdin="x\n")
+    assert outcome.code == 2
+    assert "chat_template" in outcome.err
+    assert run("chat", base, "--chat-template", "chatml", *SHORT, stdin="x\n").code == 0
+
+
+def test_evaluate_puts_the_base_beside_the_tuned_model(run, trained_run, rows_file, tmp_path):
+    report = tmp_path / "report.json"
+    outcome = run("evaluate", "--model", trained_run, "--data", rows_file, "--metric", "exact_match", "--limit", 3,
+                  *SHORT, "--output", report)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "exact_match on 3 rows" in outcome.out
+    assert "tuned - base: " in outcome.out
+    assert max(len(line.rstrip()) for line in outcome.out.splitlines() if str(tmp_path) not in line) <= 80
+    written = json.loads(report.read_text())
+    assert (written["model"]["count"], written["base"]["count"], len(written["rows"])) == (3, 3, 3)
+    assert {"answer", "base_answer", "references"} <= set(written["rows"][0])
+    assert run("evaluate", "--model", trained_run, "--data", rows_file, "--metric", "exact_match",
+               "--output", report).code == 2  # fmt: skip
+
+
+def test_evaluate_a_plain_model_and_without_base(run, model_folder, trained_run, rows_file):
+    words = ("--data", rows_file, "--metric", "perplexity", "--limit", 3)
+    plain = run("evaluate", "--model", model_folder, *words).out
+    alone = run("evaluate", "--model", trained_run, *words, "--no-base").out
+    for shown in (plain, alone):
+        assert "perplexity on 3 rows" in shown
+        assert "base" not in shown
+    # Perplexity is no share.
+    assert "%" not in plain.replace("95 % interval", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metric", "exact"], "exact_match"),
+        (["--metric", "perplexity", "--temperature", "1"], "no effect on perplexity"),
+        (["--metric", "json_match"], "json"),
+        (["--metric", "exact_match", "--limit", "0"], "limit is 0"),
+        (["--metric", "exact_match", "--output", "/nowhere/report.json"], "does not exist"),
+    ],
+)
+def test_evaluate_refuses(run, model_folder, rows_file, words, message):
+    outcome = run("evaluate", "--model", model_folder, "--data", rows_file, *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert len(outcome.err.splitlines()) == 1

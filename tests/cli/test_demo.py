@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from tunesmith.cli import demo
+from tunesmith.training.settings import RunSettings, load_run_settings
+
+
+@pytest.fixture
+def small(monkeypatch, model_folder):
+    """The demo in small: a tiny model, few rows, two steps."""
+    tiny = {"model": str(model_folder), "max_steps": 2, "max_seq_length": 512, "r": 2, "dtype": "float32"}
+    for name, value in tiny.items():
+        monkeypatch.setitem(demo.DEMO_SETTINGS, name, value)
+    for name, value in {"_TRAIN_ROWS": 30, "_HELD_OUT_ROWS": 3, "_LONGEST_ANSWER": 4}.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+def test_the_demo_trains_compares_and_leaves_rows_and_run(run, small, tmp_path):
+    folder = tmp_path / "demo"
+    outcome = run("demo", "--seed", 1, "--output-dir", folder)
+    assert outcome.code == 0, outcome.err
+    for words in ("30 in, ", "untouched model", "with schema and two examples", "tuned model", "exact match",
+                  "tokens/s", "peak memory", f"tunesmith chat {folder / 'run'}"):  # fmt: skip
+        assert words in outcome.out, words
+    assert max(len(line.rstrip()) for line in outcome.out.splitlines() if str(tmp_path) not in line) <= 80
+    rows = [json.loads(line) for line in (folder / "data" / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_demo_leaves_a_folder_that_holds_something(run, small, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    outcome = run("demo", "--output-dir", tmp_path)
+    assert outcome.code == 2
+    assert "is not empty" in outcome.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_settings_of_the_demo_are_settings():
+    settings, aliases = load_run_settings(None, {**demo.DEMO_SETTINGS, "data": "rows"})
+    assert aliases == []
+    assert set(demo.DEMO_SETTINGS) <= set(RunSettings.model_fields)
+    assert settings.model == "smollm2-135m"

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cli.explain import markdown_page
+from tunesmith.cli.reference import find_setting, settings_reference, written
+from tunesmith.core.errors import SettingsError
+
+
+def test_the_docs_page_is_the_generated_one():
+    page = Path(__file__).parents[2] / "docs" / "parameters.md"
+    assert page.read_text(encoding="utf-8") == markdown_page(), "run `make docs`"
+
+
+def test_every_setting_says_what_it_means():
+    assert [setting.name for setting in settings_reference() if len(setting.meaning) < 10] == []
+
+
+def test_explain_prints_everything_known_of_a_setting(run):
+    shown = " ".join(run("explain", "learning_rate").out.split())
+    setting, _ = find_setting("learning_rate")
+    guide = setting.guide
+    for text in (setting.meaning, setting.allowed, "2e-4", guide.typical, guide.low, guide.high, "lr"):
+        assert text in shown
+
+
+def test_a_name_of_another_tool_leads_to_ours(run):
+    assert run("explain", "lora_r").out.startswith("lora_r is our r.\n")
+
+
+@pytest.mark.parametrize("name", ["--learning-rate", "learning-rate"])
+def test_a_flag_is_a_name_too(name):
+    assert find_setting(name)[0].name == "learning_rate"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(run):
+    outcome = run("explain", "learning_rat")
+    assert outcome.code == 2
+    assert "'learning_rate'" in outcome.err
+    with pytest.raises(SettingsError, match="no setting 'xyzzy'"):
+        find_setting("xyzzy")
+
+
+def test_without_a_name_all_are_listed_in_80_columns(run):
+    shown = run("explain").out
+    assert [setting.name for setting in settings_reference() if setting.name not in shown] == []
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_summary_does_not_end_inside_a_citation():
+    assert find_setting("neftune_noise_alpha")[0].summary.endswith("arXiv:2310.05914)")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "none"), (True, "true"), (2e-4, "2e-4"), (0.05, "0.05"), (0.0, "0"), (16, "16")]
+)
+def test_values_are_written_as_people_type_them(value, text):
+    assert written(value) == text

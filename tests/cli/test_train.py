@@ -1,0 +1,159 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+SHORT = ("--max-steps", 4, "--r", 2, "--no-packing", "--dtype", "float32")
+
+
+def test_a_run_from_flags_says_what_it_does_and_leaves_a_folder(run, tmp_path, model_folder, rows_file):
+    folder = tmp_path / "run"
+    flags = ("--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT, "--lr", "1e-3")
+    outcome = run("train", *flags, "--set", "weight_decay=0.1")
+    assert outcome.code == 0, outcome.err
+    shown = " ".join(outcome.out.split())
+    for words in (
+        "lr: 1e-3 is read as learning_rate: 1e-3",
+        "40 in, 40 kept, 0 dropped",
+        "dtype float32 (asked for)",
+        "adapter LoRA, r 2, alpha 16, on down_proj",
+        "rows 38 to train on, 2 for evaluation",
+        "trained on answers only: ",
+        "batch 8 documents = 2 x 4 accumulation x 1 device",
+        "steps 5 an epoch, 4 in all",
+        "eval step 4 loss",
+        f"tunesmith chat {folder}",
+    ):
+        assert words in shown, words
+    assert [line.split()[0] for line in outcome.out.splitlines() if "tok/s" in line] == ["1/4", "2/4", "3/4", "4/4"]
+    assert "it/s" not in outcome.out + outcome.err  # no bar of transformers
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert (settings["learning_rate"], settings["weight_decay"], settings["r"]) == (1e-3, 0.1, 2)
+    assert settings["output_dir"] == str(folder)
+    assert json.loads((folder / "result.json").read_text())["steps"] == 4
+
+
+def test_the_lines_of_a_run_fit_the_terminal(run, tmp_path, model_folder, rows_file):
+    folder = tmp_path / "run"
+    shown = run("train", "--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT).out
+    too_long = [line for line in shown.splitlines() if len(line) > 80]
+    assert [line for line in too_long if str(tmp_path) not in line] == []
+
+
+def test_a_file_with_flags_on_top(run, tmp_path, model_folder, rows_file):
+    config = tmp_path / "run.yaml"
+    written = {"model": str(model_folder), "data": str(rows_file), "lora_r": 4, "max_steps": 9, "warmup_ratio": 0.1}
+    config.write_text(yaml.safe_dump({**written, "output_dir": str(tmp_path / "run")}))
+    outcome = run("train", config, "--max-steps", 1, "--warmup-steps", 0, "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    assert "lora_r: 4 is read as r: 4" in outcome.out
+    settings = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    assert (settings["r"], settings["max_steps"], settings["warmup_ratio"]) == (4, 1, None)
+
+
+def test_packing_says_bins(run, tmp_path, model_folder, rows_file):
+    flags = ("--model", model_folder, "--data", rows_file, "--output-dir", tmp_path / "run", "--packing")
+    shown = run("train", *flags, "--max-steps", 1, "--dtype", "float32").out
+    assert "8 bins = 2 x 4" in shown
+    filled = next(line for line in shown.splitlines() if line.startswith("packing"))
+    assert 0 < float(filled.split(",")[-1].split("%")[0]) <= 100
+
+
+def test_a_long_run_in_a_pipe_prints_about_fifty_lines(run, tmp_path, model_folder, rows_file):
+    flags = ("--model", model_folder, "--data", rows_file, "--output-dir", tmp_path / "run", "--eval-split", 0)
+    sizes = ("--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 1, "--save-steps", 200)
+    outcome = run("train", *flags, *sizes, "--max-steps", 150, "--r", 2, "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    steps = [line for line in outcome.out.splitlines() if "tok/s" in line]
+    assert 40 <= len(steps) <= 52
+    assert steps[-1].startswith("150/150")
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_that_works(run, tmp_path, model_folder, rows_file):
+    folder = tmp_path / "run"
+    words = ["train", "--model", str(model_folder), "--data", str(rows_file), "--output-dir", str(folder)]
+    words += ["--max-steps", "200", "--dtype", "float32", "--eval-split", "0", "--save-steps", "1000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.cli.main", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    step = int(out.split("stopped after step ")[1].split(",")[0])
+    assert (folder / f"checkpoint-{step}").is_dir()
+    command = out.strip().splitlines()[-1].split()
+    assert command == ["tunesmith", "train", str(folder / "settings.yaml"), "--resume"]
+
+    resumed = run(*command[1:])
+    assert resumed.code == 0, resumed.err
+    assert f"Resuming from {folder / f'checkpoint-{step}'}" in resumed.err
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[:200] == list(range(1, 201))
+
+
+def test_resume_goes_on_from_the_newest_checkpoint(run, trained_run):
+    outcome = run("train", trained_run / "settings.yaml", "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "Resuming from" in outcome.err
+
+
+def test_other_processes_of_a_run_are_silent(monkeypatch, capsys):
+    from tunesmith.cli.console import console, print_lines
+
+    monkeypatch.setenv("RANK", "1")
+    console().print("text")
+    print_lines(["text"])
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_in_a_terminal_is_one_line_that_ends_with_the_run(model_folder, rows_file, tmp_path):
+    """In a terminal of 80 columns every drawn line fits, and the live line is gone afterwards."""
+    pytest.importorskip("pty")
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    main_end, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    words = ["train", "--model", str(model_folder), "--data", str(rows_file), "--output-dir", str(tmp_path / "run")]
+    words += ["--max-steps", "3", "--dtype", "float32"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.cli.main", *words], stdout=other_end, stderr=other_end, env=environment
+    )
+    os.close(other_end)
+    drawn = _read_all(main_end)
+    assert process.wait(timeout=60) == 0
+    assert "3/3  loss" in drawn
+    assert "\x1b[?25h" in drawn  # the cursor is shown again
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn))
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+
+
+def _read_all(descriptor: int) -> str:
+    parts = []
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(descriptor)
+    return b"".join(parts).decode()

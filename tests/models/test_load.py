@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+
+from tunesmith import FastLanguageModel, FastModel, get_chat_template
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError, TunesmithError
+from tunesmith.models import gguf_cache
+from tunesmith.models.load import facts_of
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with its tokenizer; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny.tiny_model("llama").save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def load(folder: Path | str, **arguments: Any) -> Any:
+    return FastLanguageModel.from_pretrained(str(folder), **{"max_seq_length": 256, **arguments})
+
+
+def test_a_folder_is_loaded_with_its_facts(saved: Path) -> None:
+    model, tokenizer = load(saved, dtype="float32")
+    facts = facts_of(model)
+    assert (facts.name, facts.window, facts.dtype.name, facts.dtype.reason) == (str(saved), 256, "float32", "asked for")
+    assert facts.notes == []
+    assert tokenizer.chat_template == tiny.tiny_tokenizer().chat_template
+    own = tiny.tiny_model("llama")
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+    assert FastModel.from_pretrained is FastLanguageModel.from_pretrained
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), (torch.float32, torch.float32)])
+def test_the_dtype_asked_for(dtype: Any, expected: torch.dtype, saved: Path) -> None:
+    model, _ = load(saved, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+def test_the_window(saved: Path) -> None:
+    assert facts_of(load(saved, max_seq_length=None)[0]).window == tiny.WINDOW
+    assert facts_of(load(saved, max_sequence_length=100, max_seq_length=2048)[0]).window == 100
+    with pytest.raises(ModelError, match=r"max_seq_length=513 is above this model's own window of 512 .*at most 512"):
+        load(saved, max_seq_length=513)
+    with pytest.raises(SettingsError, match="max_seq_length and max_sequence_length are the same setting"):
+        load(saved, max_seq_length=64, max_sequence_length=32)
+
+
+def test_a_window_that_nobody_asked_for_is_the_models_own(saved: Path) -> None:
+    """The default of 2048 is no request: a model with 512 positions loads with 512."""
+    assert facts_of(FastLanguageModel.from_pretrained(str(saved))[0]).window == tiny.WINDOW
+
+
+def test_attention_that_is_asked_for(saved: Path) -> None:
+    assert load(saved, attn_implementation="eager")[0].config._attn_implementation == "eager"
+
+
+def test_a_template_is_put_on_the_tokenizer(folder: Path) -> None:
+    file = folder / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", encoding="utf-8")
+    _, tokenizer = load(folder, chat_template=str(file))
+    assert tokenizer.chat_template == file.read_text(encoding="utf-8")
+    assert get_chat_template(tokenizer, "chatml") is tokenizer
+    assert tokenizer.chat_template == tiny.tiny_tokenizer().chat_template
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights(folder))
+    change(tensors)
+    save_file(tensors, weights(folder), metadata={"format": "pt"})
+
+
+def delete_tensor(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    edit(folder, change)
+
+
+def reshape_tensor(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = torch.ones(31)
+
+    edit(folder, change)
+
+
+def cut(folder: Path) -> None:
+    weights(folder).write_bytes(weights(folder).read_bytes()[:-1000])
+
+
+def no_weights(folder: Path) -> None:
+    weights(folder).unlink()
+
+
+def bad_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
+
+
+def unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "lamma"}', encoding="utf-8")
+
+
+def no_causal_lm(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def bad_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (delete_tensor, r"1 weights are missing or have another shape than config.json says .*layers.1.mlp.up_proj"),
+        (reshape_tensor, r"model.norm.weight|cannot be loaded"),
+        (cut, "a .safetensors file is corrupt or cut short"),
+        (no_weights, "cannot be loaded"),
+        (bad_config, "config"),
+        (unknown_architecture, "lamma"),
+        (no_causal_lm, "cannot be loaded"),
+        (no_tokenizer, "cannot be loaded"),
+        (bad_tokenizer, "model .*"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_folders_that_cannot_be_loaded(harm: Callable[[Path], None], message: str, folder: Path) -> None:
+    harm(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_hub_id_without_network_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match=r"model 'nobody/smollm2-135' is no local folder and the hub did not give it"):
+        load("nobody/smollm2-135")
+
+
+# ---- GGUF ----
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model at all")
+    with pytest.raises(ModelError, match=r"model.gguf is no GGUF file \(it does not begin with GGUF\)"):
+        load(file)
+    file.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\xff" * 64)
+    with pytest.raises(ModelError, match="model.gguf cannot be read as a GGUF model"):
+        load(file)
+    assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == ["lock"], "nothing half converted is left"
+
+
+def test_a_gguf_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.models.aliases import find_model
+
+    try:
+        whole = Path(find_model("smollm2-135m").path)
+    except ModelError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "cut.gguf"
+    with whole.open("rb") as source:
+        file.write_bytes(source.read(1_000_000))
+    with pytest.raises(ModelError, match="cut.gguf cannot be read as a GGUF model"):
+        load(file)
+
+
+def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversions: list[str] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        conversions.append(file.name)
+        time.sleep(0.05)
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_cache, "_convert", convert)
+    file, longer = tmp_path / "model.gguf", tmp_path / "model-large.gguf"
+    file.write_bytes(b"GGUF one")
+    longer.write_bytes(b"GGUF large")
+    threads = [threading.Thread(target=gguf_cache.converted_gguf, args=(file,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert conversions == ["model.gguf"]
+    kept = gguf_cache.converted_gguf(longer)
+    first = gguf_cache.converted_gguf(file)
+    # Another content under the same name replaces the old conversion, and no other file's.
+    file.write_bytes(b"GGUF two")
+    second = gguf_cache.converted_gguf(file)
+    assert conversions == ["model.gguf", "model-large.gguf", "model.gguf"]
+    assert second.exists() and kept.exists() and not first.exists()
+
+
+# ---- arguments ----
+
+ASKED: dict[str, Any] = {
+    "load_in_4bit": True, "load_in_8bit": True, "load_in_fp8": True, "full_finetuning": True,
+    "rope_scaling": {"factor": 2}, "resize_model_vocab": 9, "offload_embedding": True, "fast_inference": True,
+    "gpu_memory_utilization": 0.9, "float8_kv_cache": True, "max_lora_rank": 32, "qat_scheme": "int4",
+    "random_state": 1, "task_type": "SEQ_CLS",
+}  # fmt: skip
+SERVED = {
+    "model_name", "max_seq_length", "dtype", "load_in_16bit", "max_sequence_length", "token", "device_map",
+    "trust_remote_code", "use_gradient_checkpointing", "revision", "attn_implementation", "cache_dir",
+    "local_files_only", "chat_template", "unknown",
+}  # fmt: skip
+ADAPTER_ASKED: dict[str, Any] = {
+    "loftq_config": {"loftq_bits": 4}, "temporary_location": "x", "qat_scheme": "int4", "target_parameters": ["x"],
+    "ensure_weight_tying": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_arguments_of_loading_that_are_not_written_yet(name: str, saved: Path) -> None:
+    with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet. Leave it at"):
+        load(saved, **{name: ASKED[name]})
+
+
+def test_every_argument_of_loading_is_served_or_refused() -> None:
+    assert set(inspect.signature(FastLanguageModel.from_pretrained).parameters) == SERVED | set(ASKED)
+
+
+@pytest.mark.parametrize("name", ADAPTER_ASKED)
+def test_arguments_of_the_adapter_that_are_not_written_yet(name: str) -> None:
+    with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet"):
+        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), **{name: ADAPTER_ASKED[name]})
+
+
+def test_every_argument_of_the_adapter_is_served_or_refused() -> None:
+    from tunesmith.adapters.settings import AdapterSettings
+
+    parameters = set(inspect.signature(FastLanguageModel.get_peft_model).parameters)
+    assert parameters == set(AdapterSettings.model_fields) | set(ADAPTER_ASKED) | {"model", "max_seq_length", "unknown"}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "eva"])
+def test_starts_that_change_the_base_are_not_written_yet(init: str) -> None:
+    with pytest.raises(NotSupportedYetError, match=f"init_lora_weights='{init}' is not supported yet"):
+        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), init_lora_weights=init)
+
+
+@pytest.mark.parametrize("mode", ["auto", "selective", "offload"])
+def test_kinds_of_checkpointing_that_are_not_written_yet(mode: str, saved: Path) -> None:
+    with pytest.raises(NotSupportedYetError, match=f"use_gradient_checkpointing='{mode}' is not supported yet"):
+        load(saved, use_gradient_checkpointing=mode)
+
+
+def test_unsloths_own_defaults_ask_for_nothing(saved: Path) -> None:
+    model, _ = load(saved, load_in_4bit=False, use_gradient_checkpointing="unsloth", rope_scaling=None)
+    FastLanguageModel.get_peft_model(model, loftq_config={}, random_state=3407, bias="none")
+
+
+def test_an_unknown_argument_names_the_nearest(saved: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"from_pretrained\(\) got an unknown argument 'max_seq_lenght'. Did you mean 'max_seq_length'"
+    ):
+        load(saved, max_seq_lenght=3)
+    with pytest.raises(
+        TypeError, match=r"get_peft_model\(\) got an unknown argument 'lora_aplha'. Did you mean 'lora_alpha'"
+    ):
+        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), lora_aplha=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"load_in_16bit": True, "dtype": "float32"}, "load_in_16bit=True and dtype=float32: give one of them"),
+        ({"load_in_16bit": False}, "load_in_16bit=False names no other precision"),
+        ({"use_gradient_checkpointing": 3}, "allowed are True, False and 'unsloth'"),
+    ],
+)
+def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message: str, saved: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(saved, **arguments)
+
+
+def test_the_window_of_the_adapter_is_that_of_the_model(saved: Path) -> None:
+    model, _ = load(saved, max_seq_length=64)
+    with pytest.raises(SettingsError, match="max_seq_length=128 is above the 64 tokens that the model was loaded with"):
+        FastLanguageModel.get_peft_model(model, max_seq_length=128)
+    FastLanguageModel.get_peft_model(model, max_seq_length=64)
+
+
+def test_a_model_of_someone_else_can_be_adapted_with_a_window() -> None:
+    """One that from_pretrained of ours has not seen carries no facts yet."""
+    with pytest.raises(SettingsError, match="max_seq_length=600 is above the 512"):
+        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), max_seq_length=600)
+
+
+def test_every_error_is_one_of_ours(folder: Path) -> None:
+    for text in (
+        "",
+        "[]",
+        "null",
+        '{"model_type": 3}',
+        '{"model_type": "llama", "hidden_size": "x"}',
+        json.dumps({"a": 1}),
+    ):
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(TunesmithError):
+            load(folder)

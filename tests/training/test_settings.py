@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.training.aliases import ALIASES, translate
+from tunesmith.training.config import config_of
+from tunesmith.training.settings import _NOT_YET, RunSettings, load_run_settings
+
+GIVEN = {"model": "m", "data": "d"}
+
+
+def load(**values: Any) -> RunSettings:
+    return load_run_settings(None, {**GIVEN, **values})[0]
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\nlerning_rate: 1e-4\nr: many\nlora_dropout: 2\npacking: 3\nreport_to: paper\nseed: -1\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(SettingsError) as caught:
+        load_run_settings(file, {})
+    message = str(caught.value)
+    assert message.startswith(f"{file}: 7 problems\n")
+    for part in (
+        "unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
+        "r = 'many': a whole number is needed",
+        "lora_dropout = 2: ",
+        "packing = 3: true or false is needed",
+        "report_to = 'paper': ",
+        "seed = -1: ",
+        "data is missing: Training rows",
+    ):
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": True}, "r = True: True is a truth value, a number is needed"),
+        ({"learning_rate": True}, "learning_rate = True"),
+        ({"max_steps": False}, "max_steps = False"),
+        ({"r": 1.5}, "r = 1.5: input should be a valid integer, got a number with a fractional part"),
+        ({"r": 0}, "r = 0: "),
+        ({"learning_rate": 0}, "learning_rate = 0: "),
+        ({"learning_rate": 1}, "learning_rate = 1: "),
+        ({"train_on": "answers"}, "train_on = 'answers': .*'assistant', 'all' or 'last'"),
+        ({"map": ["a"]}, "map = .*a mapping or nothing is needed"),
+        ({"target_modules": 7}, "target_modules = 7: a list or a text or nothing is needed"),
+        ({"eval_split": 1.0}, "eval_split = 1.0: "),
+        ({"batch": 3}, "unknown key 'batch'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio and warmup_steps both set the warmup"),
+        ({"early_stopping_patience": 2, "eval_split": 0}, "early_stopping_patience needs an evaluation"),
+        ({"max_length": 512, "max_seq_length": 256}, "max_length=512 is above max_seq_length=256"),
+        ({"finetune_last_n_layers": 2, "layers_to_transform": [1]}, "both choose layers"),
+    ],
+)
+def test_settings_that_exclude_each_other(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(**values)
+
+
+# How other tools write what we call so: (their key, their value, our key, our value).
+ROWS = [
+    ("base_model", "m", "model", "m"),
+    ("model_name_or_path", "m", "model", "m"),
+    ("dataset", "d", "data", "d"),
+    ("datasets", [{"path": "d", "type": "alpaca"}], "data", "d"),
+    ("dataset_name", "d", "data", "d"),
+    ("local_dataset", "d", "data", "d"),
+    ("sequence_len", 128, "max_length", 128),
+    ("cutoff_len", 128, "max_length", 128),
+    ("micro_batch_size", 3, "per_device_train_batch_size", 3),
+    ("batch_size", 3, "per_device_train_batch_size", 3),
+    ("grad_accumulation_steps", 3, "gradient_accumulation_steps", 3),
+    ("num_epochs", 3, "num_train_epochs", 3),
+    ("epochs", 3, "num_train_epochs", 3),
+    ("iters", 30, "max_steps", 30),
+    ("lr", 1e-3, "learning_rate", 1e-3),
+    ("lr_scheduler", "cosine", "lr_scheduler_type", "cosine"),
+    ("lr_scheduler_type", "wsd", "lr_scheduler_type", "warmup_stable_decay"),
+    ("num_warmup_steps", 5, "warmup_steps", 5),
+    ("lora_r", 4, "r", 4),
+    ("lora_rank", 4, "r", 4),
+    ("rank", 4, "r", 4),
+    ("lora_target_modules", ["q_proj"], "target_modules", ["q_proj"]),
+    ("lora_target_modules", "q_proj, v_proj", "target_modules", ["q_proj", "v_proj"]),
+    ("lora_target", "all", "target_modules", "all-linear"),
+    ("lora_target_linear", True, "target_modules", "all-linear"),
+    ("train_on_inputs", False, "train_on", "assistant"),
+    ("train_on_inputs", True, "train_on", "all"),
+    ("train_on_prompt", False, "train_on", "assistant"),
+    ("train_on_input", True, "train_on", "all"),
+    ("assistant_only_loss", True, "train_on", "assistant"),
+    ("completion_only_loss", False, "train_on", "all"),
+    ("train_on_completions", True, "train_on", "assistant"),
+    ("mask_prompt", True, "train_on", "assistant"),
+    ("mask_history", True, "train_on", "last"),
+    ("sample_packing", True, "packing", True),
+    ("val_set_size", 0.1, "eval_split", 0.1),
+    ("val_size", 0.1, "eval_split", 0.1),
+    ("test_split_size", 0.1, "eval_split", 0.1),
+    ("dataset_val", "v", "eval_data", "v"),
+    ("adapter_path", "out", "output_dir", "out"),
+    ("optimizer", "lion", "optim", "lion_32bit"),
+    ("gradient_checkpointing", False, "use_gradient_checkpointing", False),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "ours", "meant"), ROWS, ids=[f"{row[0]}={row[1]}" for row in ROWS])
+def test_keys_of_other_tools_are_translated_and_listed(key: str, value: Any, ours: str, meant: Any) -> None:
+    rest = {name: text for name, text in GIVEN.items() if name != ours}
+    settings, used = load_run_settings(None, {**rest, key: value})
+    assert getattr(settings, ours) == meant
+    assert used == [f"{key}: {value} is read as {ours}: {meant}"]
+
+
+def test_every_alias_leads_to_a_setting() -> None:
+    assert set(ALIASES.values()) <= set(RunSettings.model_fields)
+    assert not set(ALIASES) & set(RunSettings.model_fields)
+
+
+def test_our_own_keys_are_not_listed() -> None:
+    values = {**GIVEN, "r": 8, "learning_rate": 1e-4, "target_modules": ["q_proj"], "optim": "sgd", "train_on": "all"}
+    assert translate(values) == (values, [])
+
+
+@pytest.mark.parametrize("pair", [("lora_r", "rank"), ("lora_r", "r"), ("sequence_len", "max_length"),
+                                  ("train_on_inputs", "mask_prompt")])  # fmt: skip
+def test_one_setting_under_two_names_is_refused(pair: tuple[str, str]) -> None:
+    value = "r" not in pair and pair[0] == "train_on_inputs"
+    with pytest.raises(SettingsError, match=f"{pair[0]} and {pair[1]} are the same setting .* Give one of them"):
+        load(**dict.fromkeys(pair, value or 8))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_on_inputs": "no"}, "train_on_inputs = 'no': true or false is needed"),
+        ({"lora_target_linear": False}, "names no layers"),
+        ({"datasets": [{"path": "a"}, {"path": "b"}]}, "2 data sets; one is read here"),
+        ({"datasets": [{"path": "a", "field": "x"}]}, "'field' of a data set has no counterpart"),
+    ],
+)
+def test_values_without_a_counterpart_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_run_settings(None, {"model": "m", **values})
+
+
+@pytest.mark.parametrize("name", _NOT_YET)
+def test_what_is_not_written_yet_is_refused_and_never_ignored(name: str) -> None:
+    with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet"):
+        load(**{name: "something"})
+    # An option that is off asks for nothing.
+    assert load(**{name: False}).model_dump() == load().model_dump()
+
+
+def test_flags_replace_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\nlora_r: 8\nwarmup_steps: 5\n", encoding="utf-8")
+    settings, used = load_run_settings(file, {"r": 4, "warmup_ratio": 0.2})
+    assert (settings.r, settings.warmup_ratio, settings.warmup_steps) == (4, 0.2, None)
+    assert used == ["lora_r: 8 is read as r: 8"]
+
+
+def test_resolved_settings_read_back_are_the_same(tmp_path: Path) -> None:
+    import yaml
+
+    settings = load(r=4, target_modules=["q_proj"], report_to=["tensorboard"], map={"a": "user"})
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump()), encoding="utf-8")
+    assert load_run_settings(file, {})[0] == settings
+
+
+def test_every_training_setting_reaches_the_trainer(tmp_path: Path) -> None:
+    """No option without effect: each field, set to another value, changes the arguments of the trainer."""
+    from tunesmith.training.settings import TrainingSettings
+
+    other: dict[str, Any] = {
+        "num_train_epochs": 2.0, "max_steps": 7, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.2, "warmup_steps": 4, "weight_decay": 0.2, "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 5, "max_length": 77, "optim": "sgd",
+        "max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "seed": 1, "logging_steps": 4, "eval_steps": 6,
+        "save_steps": 6, "save_total_limit": 4, "early_stopping_patience": 2, "report_to": "tensorboard",
+    }  # fmt: skip
+    assert set(other) == set(TrainingSettings.model_fields) - {"output_dir"}
+    plain = vars(config_of(load(), tmp_path))
+    for name, value in other.items():
+        assert vars(config_of(load(**{name: value}), tmp_path)) != plain, name
+    assert config_of(load(), tmp_path / "x").output_dir == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("values", [{"optim": "adamm"}, {"lr_scheduler_type": "linaer"}])
+def test_names_unknown_to_transformers_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="settings refused by transformers: .*is not a valid"):
+        config_of(load(**values), tmp_path)
