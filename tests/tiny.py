@@ -89,7 +89,7 @@ _LETTERS = "the cat sat on a mat and saw the dog run to the red house while rain
 
 @cache
 def tiny_tokenizer() -> Any:
-    """Return a byte-level BPE tokenizer of 317 tokens with the ChatML template; one shared instance, not to be changed."""
+    """Return a byte-level BPE tokenizer of 317 tokens with the ChatML template: one instance for all, not to change."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

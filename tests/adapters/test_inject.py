@@ -88,12 +88,10 @@ def test_further_weights_that_train(arguments: dict[str, Any], part: str) -> Non
     assert any(part in name for name in trainable(adapt(tiny.tiny_model("qwen2"), **arguments)))
 
 
-@pytest.mark.parametrize(
-    ("init", "a_is_zero", "b_is_zero"), [(True, False, True), ("gaussian", False, True), (False, False, False)]
-)
-def test_starts(init: Any, a_is_zero: bool, b_is_zero: bool) -> None:
+@pytest.mark.parametrize(("init", "b_is_zero"), [(True, True), ("gaussian", True), (False, False)])
+def test_starts(init: Any, b_is_zero: bool) -> None:
     for name, weight in trainable(adapt(init_lora_weights=init)).items():
-        assert (not weight.any()) == (b_is_zero if "lora_B" in name else a_is_zero), name
+        assert (not weight.any()) == (b_is_zero and "lora_B" in name), name
 
 
 def test_the_same_call_again_returns_the_model() -> None:
@@ -113,7 +111,7 @@ def test_an_adapter_of_someone_else_is_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
     foreign = get_peft_model(tiny.tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="the model already carries an adapter. Train it as it is"):
+    with pytest.raises(AdapterError, match=r"the model already carries an adapter. Train it as it is"):
         adapt(foreign)
 
 

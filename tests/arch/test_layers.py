@@ -66,9 +66,12 @@ def test_files_stay_readable(file: Path) -> None:
 def fresh(code: str) -> str:
     """Run code in an interpreter of its own and return what it prints."""
     ended = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     return ended.stdout
 
 

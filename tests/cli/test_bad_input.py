@@ -33,7 +33,7 @@ def _said(*contents):
 BAD_DATA = {
     "missing": (lambda folder: folder / "rows.jsonl", "no data at"),
     "missing with a neighbour": (lambda folder: _rows(GOOD)(folder).with_name("row.jsonl"), "'rows.jsonl'"),
-    "empty": (_write("rows.jsonl", ""), "no rows"),
+    "empty": (_write("rows.jsonl", ""), "is empty"),
     "not UTF-8": (_write("rows.jsonl", b'{"text": "caf\xe9"}\n'), "UTF-8"),
     "truncated JSON": (_write("rows.jsonl", json.dumps(GOOD) + '\n{"messages": [{"ro'), "rows.jsonl:2"),
     "wrong schema": (_rows({"color": "red"}), "color"),
@@ -77,7 +77,7 @@ def _train(run, model, rows, output, *words):
         (["--set", "learning_rat=1"], ["unknown key 'learning_rat'", "'learning_rate'"]),
         (["--learning-rate", "fast"], ["learning_rate = 'fast'", "a number is needed"]),
         (["--r", "1.5"], ["r = '1.5'"]),
-        (["--bias", "some"], ["bias = 'some'", "none, lora_only, all"]),
+        (["--bias", "some"], ["bias = 'some'", "'none', 'lora_only' or 'all'"]),
         (["--warmup-ratio", "0.1", "--warmup-steps", "5"], ["warmup_ratio and warmup_steps"]),
         (["--max-length", "512", "--max-seq-length", "100"], ["max_length=512 is above max_seq_length=100"]),
         (["--max-seq-length", "5000"], ["5000", "512"]),

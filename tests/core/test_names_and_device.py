@@ -43,7 +43,7 @@ def test_dtypes_by_name(name: str, dtype: torch.dtype) -> None:
 
 
 def test_an_unknown_dtype_names_the_nearest() -> None:
-    with pytest.raises(ModelError, match="dtype 'blfoat16' is not known. Did you mean 'bfloat16'?"):
+    with pytest.raises(ModelError, match=r"dtype 'blfoat16' is not known. Did you mean 'bfloat16'?"):
         parse_dtype("blfoat16")
 
 

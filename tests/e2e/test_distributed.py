@@ -100,7 +100,7 @@ def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: P
         processes[victim].send_signal(signal.SIGKILL)
         assert processes[1 - victim].wait(PATIENCE_S) != 0
     log = logs[1 - victim].read_text(encoding="utf-8")
-    assert "TrainingError: another process of this run died or stopped answering" in log
+    assert "TrainingError: another process of this run died or stopped answering" in log, log[-3000:]
     assert "start all processes again with --resume" in log
 
 

@@ -174,7 +174,7 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match=r"model.gguf is no GGUF file \(it does not begin with GGUF\)"):
         load(file)
     file.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\xff" * 64)
-    with pytest.raises(ModelError, match="model.gguf cannot be read as a GGUF model"):
+    with pytest.raises(ModelError, match=r"model.gguf cannot be read as a GGUF model"):
         load(file)
     assert [path.name for path in (tmp_path / "cache" / "gguf").iterdir()] == ["lock"], "nothing half converted is left"
 
@@ -190,7 +190,7 @@ def test_a_gguf_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "cut.gguf"
     with whole.open("rb") as source:
         file.write_bytes(source.read(1_000_000))
-    with pytest.raises(ModelError, match="cut.gguf cannot be read as a GGUF model"):
+    with pytest.raises(ModelError, match=r"cut.gguf cannot be read as a GGUF model"):
         load(file)
 
 

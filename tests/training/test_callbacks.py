@@ -67,8 +67,13 @@ def begin(callback: Any, folder: Path, step: int) -> None:
 
 
 def test_a_resumed_run_cuts_the_lines_it_repeats(tmp_path: Path) -> None:
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}, {"step": 3, "loss": 1.0},
-             {"step": 3, "train_runtime": 9.0}]  # fmt: skip
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "eval_loss": 2.5},
+        {"step": 3, "loss": 1.0},
+        {"step": 3, "train_runtime": 9.0},
+    ]
     file = tmp_path / "metrics.jsonl"
     # The last line was being written when the process died.
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo', encoding="utf-8")

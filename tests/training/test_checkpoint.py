@@ -39,8 +39,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def test_a_checkpoint_holds_everything_that_a_run_needs(finished: Path) -> None:
     names = {path.name for path in (finished / "checkpoint-4").iterdir()}
-    assert names >= {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-                     "trainer_state.json", "run.json", "tokenizer.json", "manifest.json"}  # fmt: skip
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "optimizer.pt"}
+    assert names >= {"scheduler.pt", "rng_state.pth", "trainer_state.json", "run.json", "manifest.json"}
 
 
 def truncate(file: Path) -> None:
@@ -86,7 +86,7 @@ def test_when_all_are_damaged_nothing_is_overwritten(run: Path) -> None:
     for path in checkpoints_in(run):
         truncate(path / "trainer_state.json")
     before = support.digest(run / "checkpoint-4" / "trainer_state.json")
-    with pytest.raises(CheckpointError, match="all 4 checkpoints are damaged. Start the run again with another"):
+    with pytest.raises(CheckpointError, match=r"all 4 checkpoints are damaged. Start the run again with another"):
         support.trainer(run, **SETTINGS).train(resume_from_checkpoint=True)
     assert support.digest(run / "checkpoint-4" / "trainer_state.json") == before
 
@@ -263,13 +263,13 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_whole(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 12 MiB."""
+    """A file system of its own with 64 MiB."""
     import subprocess
 
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if made.returncode:
         pytest.skip(f"mounting a small tmpfs needs root with CAP_SYS_ADMIN: {made.stderr.strip()}")

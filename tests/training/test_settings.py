@@ -207,5 +207,5 @@ def test_every_training_setting_reaches_the_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [{"optim": "adamm"}, {"lr_scheduler_type": "linaer"}])
 def test_names_unknown_to_transformers_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="settings refused by transformers: .*is not a valid"):
+    with pytest.raises(SettingsError, match=r"settings refused by transformers: .*is not a valid"):
         config_of(load(**values), tmp_path)

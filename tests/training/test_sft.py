@@ -1,4 +1,4 @@
-"""What the trainer does beside adding up losses: it refuses, stops, keeps the best, and accepts the older call style."""
+"""What the trainer does beside adding up losses: refuses, stops, keeps the best, accepts the older call style."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_adapter_that_the_loss_does_not_reach_is_detected(tmp_path: Path) -> 
 
 def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
     frozen = tiny.tiny_model("llama").requires_grad_(False)
-    with pytest.raises(ModelError, match="nothing of this model is trainable. Call FastLanguageModel.get_peft_model"):
+    with pytest.raises(ModelError, match=r"nothing of this model is trainable. Call FastLanguageModel.get_peft_model"):
         support.trainer(tmp_path, model=frozen)
 
 

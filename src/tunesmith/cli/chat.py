@@ -32,7 +32,7 @@ def command(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32; none lets the hardware decide.", show_default=False),
+        typer.Option(help="bfloat16, float16 or float32; none: what the hardware computes.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,

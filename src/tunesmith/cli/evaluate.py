@@ -59,9 +59,8 @@ def command(
     from tunesmith.evaluation.metrics import get_metric
 
     get_metric(metric)
-    loaded, tokenizer = load_for_answers(
-        model, adapter, chat_template=given.get("chat_template"), dtype=given.get("dtype")
-    )
+    loading = {name: given[name] for name in ("chat_template", "dtype") if name in given}
+    loaded, tokenizer = load_for_answers(model, adapter, **loading)
     with AnswerProgress() as progress:
         report = evaluate(
             loaded,

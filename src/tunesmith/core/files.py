@@ -62,7 +62,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise :class:`OutputError` when ``folder``, which need not exist, cannot be made or written to. Writes nothing."""
+    """Raise :class:`OutputError` when ``folder``, which need not exist, cannot be made or written to."""
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent

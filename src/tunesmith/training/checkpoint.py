@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import CheckpointError
-from tunesmith.core.files import damage
+from tunesmith.core.files import damage, require_space
 
-__all__ = ["RUN_FILE", "checkpoint_at", "checkpoints_in", "find_checkpoint", "remove_old_checkpoints"]
+__all__ = [
+    "RUN_FILE",
+    "checkpoint_at",
+    "checkpoint_bytes",
+    "checkpoints_in",
+    "find_checkpoint",
+    "remove_old_checkpoints",
+    "require_disk_space",
+]
 
 RUN_FILE = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -80,6 +88,17 @@ def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             f"{checkpoint} belongs to another run: {'; '.join(differences)}. "
             "Use what it was started with, or start anew with another output_dir."
         )
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """Return about how large a checkpoint is: trained weights, two optimizer moments, tokenizer and small files."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(3 * parameter.numel() * parameter.element_size() for parameter in trainable) + 8 * 2**20
+
+
+def require_disk_space(model: Any, folder: Path) -> None:
+    """Raise :class:`OutputError` when the disk of ``folder`` has no room for the checkpoints of a run."""
+    require_space(folder, 3 * checkpoint_bytes(model), "keeping checkpoints")
 
 
 def remove_old_checkpoints(written: Path, *, keep: int | None, best: str | None) -> None:

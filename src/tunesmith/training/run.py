@@ -40,6 +40,7 @@ from tunesmith.export.card import adapter_card
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm
 from tunesmith.training.callbacks import InterruptWatch, loss_plot
+from tunesmith.training.checkpoint import require_disk_space
 from tunesmith.training.config import config_of
 from tunesmith.training.settings import RunSettings
 from tunesmith.training.sft import SFTTrainer
@@ -122,6 +123,7 @@ def run_training(
     folder = choose_folder(settings, resume=resume)
     model, tokenizer = _load(settings)
     train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
+    require_disk_space(model, folder)
     trainer = SFTTrainer(
         model=model,
         args=config_of(settings, folder),

@@ -20,7 +20,9 @@ import json
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,11 @@ from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
     RUN_FILE,
     checkpoint_at,
+    checkpoint_bytes,
     checkpoints_in,
     find_checkpoint,
     remove_old_checkpoints,
+    require_disk_space,
 )
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
@@ -110,9 +114,7 @@ class SFTTrainer(Trainer):
         train_set = self._as_dataset(train_data, args, ledger=True)
         _set_cadence(args, len(train_set), has_eval=eval_data is not None)
         if args.should_save:
-            # The Trainer makes the folder too, but looks at nothing before and explains nothing.
-            _require_disk_space(model, Path(args.output_dir))
-            make_folder(Path(args.output_dir))
+            make_folder(Path(args.output_dir))  # The Trainer makes it too, and explains nothing when it cannot.
         super().__init__(
             model=model,
             args=args,
@@ -331,10 +333,12 @@ class SFTTrainer(Trainer):
                 "or choose another output_dir."
             )
         if self.args.should_save:
-            _require_disk_space(self.model, folder)
+            require_disk_space(self.model, folder)
         self._log_time = time.perf_counter()
         try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            # The Trainer gathers and waits too, for its log and at checkpoints.
+            with _naming_lost_processes():
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             # An error ends the run without on_train_end.
             for callback in self.callback_handler.callbacks:
@@ -352,7 +356,7 @@ class SFTTrainer(Trainer):
         generators = self._generator_states()
         # A damaged one of an earlier process is written anew.
         if self.args.should_save and damage(self._checkpoint_folder()) is not None:
-            require_space(Path(self.args.output_dir), _checkpoint_bytes(self.model), "a checkpoint")
+            require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
             with whole_folder(self._checkpoint_folder()) as folder:
                 self.save_model(str(folder), _internal_call=True)
                 self._save_optimizer_and_scheduler(str(folder))
@@ -394,16 +398,6 @@ class SFTTrainer(Trainer):
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, states)
         return gathered
-
-
-def _checkpoint_bytes(model: Any) -> int:
-    # Adapter, two optimizer moments, and the tokenizer with small files.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(3 * parameter.numel() * parameter.element_size() for parameter in trainable) + 8 * 2**20
-
-
-def _require_disk_space(model: Any, folder: Path) -> None:
-    require_space(folder, 3 * _checkpoint_bytes(model), "keeping checkpoints")
 
 
 def _base(model: Any) -> Any:
@@ -478,9 +472,19 @@ def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Itera
 
 
 def _all_reduce(value: torch.Tensor) -> None:
-    try:
+    with _naming_lost_processes():
         torch.distributed.all_reduce(value)
+
+
+@contextmanager
+def _naming_lost_processes() -> Iterator[None]:
+    """Say what it means when torch.distributed fails in the middle of a run; other errors pass."""
+    try:
+        yield
     except RuntimeError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_globals.get("__name__") == "torch.distributed.distributed_c10d" for frame, _ in frames):
+            raise
         raise TrainingError(
             f"another process of this run died or stopped answering ({str(error).splitlines()[0]}). "
             "Its own output says why; start all processes again with --resume."
