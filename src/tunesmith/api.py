@@ -12,6 +12,7 @@ from tunesmith.adapters.state import attach_adapter, base_of
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
+from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm, load_tokenizer
 
@@ -183,7 +184,7 @@ class FastLanguageModel:
         model.eval()
         model.config.use_cache = True
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.gradient_checkpointing_disable()
+        checkpoint_layers(base, False)
         return model
 
     @staticmethod

@@ -90,3 +90,23 @@ def test_features_that_do_not_fit_together(features, expected):
     with pytest.raises(DataError) as caught:
         DocumentCollator()(features)
     assert expected in str(caught.value)
+
+
+def test_rounding_adds_one_document_that_trains_nothing():
+    features = [
+        {"input_ids": np.array([5, 6, 7]), "labels": np.array([-100, 6, 7]), "where": ["a"]},
+        {"input_ids": np.array([8, 9]), "labels": np.array([-100, 9]), "where": ["b"]},
+    ]
+    plain, rounded = DocumentCollator()(features), DocumentCollator(multiple=8)(features)
+    assert rounded["input_ids"].shape == (1, 8)
+    assert rounded["tokens"] == plain["tokens"] == 5
+    assert rounded["cu_seqlens"].tolist() == [0, 3, 5, 8]
+    assert rounded["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    for name in ("rows", "targets"):
+        assert rounded[name].tolist() == plain[name].tolist()
+    assert rounded["where"] == ["a", "b"]
+
+
+def test_a_full_axis_is_not_rounded():
+    feature = {"input_ids": np.arange(8), "labels": np.arange(8)}
+    assert DocumentCollator(multiple=8)([feature])["cu_seqlens"].tolist() == [0, 8]

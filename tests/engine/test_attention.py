@@ -81,6 +81,16 @@ def test_positions_may_start_anywhere() -> None:
         )
 
 
+def test_a_document_need_not_start_at_zero() -> None:
+    """Two windows cut from longer texts: the second begins where positions do not go on."""
+    model, own = pair("llama")
+    ids, positions = torch.arange(9)[None] + 3, torch.tensor([[30, 31, 32, 33, 34, 7, 8, 9, 10]])
+    with torch.no_grad():
+        joined = model(ids, position_ids=positions, use_cache=False).logits[0]
+        alone = [own(ids[:, part], position_ids=positions[:, part]).logits[0] for part in (slice(5), slice(5, 9))]
+    torch.testing.assert_close(joined, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -91,27 +91,33 @@ def test_packing_changes_neither_loss_nor_gradients(family: str, tmp_path: Path)
     assert losses(packed) == pytest.approx(losses(separate), rel=1e-5)
 
 
-def test_the_logged_loss_is_the_mean_over_trained_tokens(tmp_path: Path) -> None:
-    trainer, _ = train(tmp_path, rows=8, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+def own_mean(documents: list[Any]) -> float:
+    """Transformers' own loss of documents, as a mean over all their trained tokens."""
     model = support.adapted()
     total = count = 0.0
-    for document in trainer.train_data.documents:
-        ids = torch.from_numpy(document.input_ids).long()
-        trained = torch.from_numpy(document.trained)
+    for document in documents:
+        ids, trained = torch.from_numpy(document.input_ids).long(), torch.from_numpy(document.trained)
         own = model(input_ids=ids[None], labels=torch.where(trained, ids, -100)[None])
         total += own.loss.item() * int(trained[1:].sum())
         count += int(trained[1:].sum())
-    assert losses(trainer) == pytest.approx([total / count], rel=1e-5)
+    return total / count
+
+
+def test_the_logged_loss_is_the_mean_over_trained_tokens(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, rows=8, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+    assert losses(trainer) == pytest.approx([own_mean(trainer.train_data.documents)], rel=1e-5)
 
 
 def test_evaluation_is_the_mean_over_tokens_not_over_batches(tmp_path: Path) -> None:
     import math
 
     rows = tiny.chat_rows(7, seed=5)
-    values = [
-        support.trainer(tmp_path / str(size), rows=8, eval_dataset=rows, per_device_eval_batch_size=size).evaluate()
+    trainers = [
+        support.trainer(tmp_path / str(size), rows=8, eval_dataset=rows, per_device_eval_batch_size=size)
         for size in (1, 3, 7)
     ]
+    values = [trainer.evaluate() for trainer in trainers]
+    assert values[0]["eval_loss"] == pytest.approx(own_mean(trainers[0].eval_data.documents), rel=1e-5)
     assert values[0]["eval_loss"] == pytest.approx(values[1]["eval_loss"], rel=1e-6)
     assert values[0]["eval_loss"] == pytest.approx(values[2]["eval_loss"], rel=1e-6)
     assert values[0]["eval_perplexity"] == pytest.approx(math.exp(values[0]["eval_loss"]))

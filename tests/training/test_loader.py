@@ -52,10 +52,9 @@ def documents(count: int) -> list[dict[str, Any]]:
 def test_batches_are_joined_documents() -> None:
     loader = DocumentLoader(documents(5), DocumentBatches(5, 2, shuffle=False))
     batches = list(loader)
-    assert [batch["input_ids"].tolist() for batch in batches][:2] == [
-        [[0, 1, 2, 10, 11, 12]],
-        [[20, 21, 22, 30, 31, 32]],
-    ]
+    joined = [batch["input_ids"][0, : batch["tokens"]].tolist() for batch in batches]
+    assert joined[:2] == [[0, 1, 2, 10, 11, 12], [20, 21, 22, 30, 31, 32]]
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 64)] * 3
     assert [batch["where"] for batch in batches] == [["row 0", "row 1"], ["row 2", "row 3"], ["row 4"]]
 
 

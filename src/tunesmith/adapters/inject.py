@@ -11,6 +11,7 @@ from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import resolve_targets
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
@@ -70,10 +71,7 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
 def set_checkpointing(model: Any, mode: bool | str) -> None:
     """Recompute each decoder layer in the backward pass, or keep everything (``mode`` False)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if mode is False:
-        base.gradient_checkpointing_disable()
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(base, mode is not False)
     facts_of(model).checkpointing = mode is not False
 
 

@@ -33,11 +33,18 @@ class DocumentCollator:
     position_ids   (1, T) int64  from 0 in each document
     cu_seqlens     (D+1,) int32  where documents begin, and T
     max_length     int           tokens of the longest document
+    tokens         int           tokens of the documents: T less what rounding added
     rows           (N,) int64    positions whose next token is trained; never the last of a document
     targets        (N,) int64    those next tokens
     where          list of str   the source row of each document, for messages (only of features that have it)
     ============== ============= ======================================================================
+
+    ``multiple`` rounds T up with one more document, which trains nothing: matrix libraries prepare a kernel for every
+    new shape, and on a CPU in bfloat16 that costs more time and memory than some idle tokens.
     """
+
+    def __init__(self, multiple: int = 1) -> None:
+        self._multiple = multiple
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Join ``features``; see the class.
@@ -54,6 +61,12 @@ class DocumentCollator:
         ids = np.concatenate([np.asarray(feature["input_ids"], dtype=np.int64) for feature in features])
         labels = np.concatenate([np.asarray(feature["labels"], dtype=np.int64) for feature in features])
         lengths = np.concatenate([np.asarray(_lengths(feature), dtype=np.int64) for feature in features])
+        tokens = len(ids)
+        idle = -tokens % self._multiple
+        if idle:
+            ids = np.concatenate([ids, np.zeros(idle, dtype=np.int64)])
+            labels = np.concatenate([labels, np.full(idle, IGNORED)])
+            lengths = np.append(lengths, idle)
         ends = np.cumsum(lengths)
         starts = ends - lengths
 
@@ -65,6 +78,7 @@ class DocumentCollator:
             "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths))[None],
             "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
             "max_length": int(lengths.max()),
+            "tokens": tokens,
             "rows": torch.from_numpy(targets_at - 1),
             "targets": torch.from_numpy(labels[targets_at]),
             "where": [place for feature in features for place in feature.get("where", ())],

@@ -19,6 +19,8 @@ from tunesmith.data.collate import IGNORED, DocumentCollator
 __all__ = ["DocumentBatches", "DocumentLoader"]
 
 _NOTHING_TRAINED = -1
+# Token axes are rounded up to it. A kernel per new shape costs a CPU more than 32 idle tokens a micro-batch.
+_MULTIPLE = 64
 
 
 class DocumentBatches(Sampler[list[int]]):
@@ -55,7 +57,7 @@ class DocumentLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Any, batches: DocumentBatches, *, pin_memory: bool = False) -> None:
         super().__init__(
-            _WithEmpty(dataset), batch_sampler=batches, collate_fn=DocumentCollator(), pin_memory=pin_memory
+            _WithEmpty(dataset), batch_sampler=batches, collate_fn=DocumentCollator(_MULTIPLE), pin_memory=pin_memory
         )
 
     def set_epoch(self, epoch: int) -> None:

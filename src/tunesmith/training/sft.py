@@ -188,7 +188,7 @@ class SFTTrainer(Trainer):
         """Return the micro-batches of one optimizer step and its number of trained tokens over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         trained = torch.tensor(float(sum(len(batch["rows"]) for batch in batches)), device=device)
-        self._tokens_since_log += sum(batch["input_ids"].numel() for batch in batches)
+        self._tokens_since_log += sum(batch["tokens"] for batch in batches)
         return batches, self._sum_over_processes(trained).clamp(min=1)
 
     def compute_loss(
