@@ -48,6 +48,8 @@ CASES = {
     "three blocks": attention_inputs([600, 3], heads=2, key_heads=1, size=4),
     "window across blocks": attention_inputs([600, 259], heads=2, key_heads=1, size=4, window=100),
     "window longer than a block": attention_inputs([600], heads=2, key_heads=1, size=4, window=300),
+    "documents of like length, computed together": attention_inputs([33, 47, 64, 33, 65, 5, 48, 64]),
+    "documents of like length under a window": attention_inputs([33, 47, 64, 5, 48, 64], window=20),
     "softcap": attention_inputs([13, 6], softcap=2.0),
     "sinks": attention_inputs([13, 6], sinks=torch.randn(4, dtype=torch.float64).requires_grad_()),
     "all at once": attention_inputs(
@@ -62,7 +64,9 @@ def test_output_and_gradients_equal_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["several documents", "window across blocks", "three blocks", "odd sizes"])
+@pytest.mark.parametrize(
+    "name", ["several documents", "documents of like length, computed together", "window across blocks", "three blocks"]
+)
 def test_as_accurate_as_plain_torch(name: str, dtype: torch.dtype) -> None:
     assert_no_worse(attention_varlen, reference.attention_varlen, CASES[name], dtype)
 

@@ -33,19 +33,21 @@ __all__ = ["DEMO_SETTINGS", "command"]
 DEMO_SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m",
     "r": 16,
-    "lora_alpha": 32,
+    "lora_alpha": 16,
     "learning_rate": 1e-3,
-    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "num_train_epochs": 1.2,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
+    "eval_steps": 30,
     "use_gradient_checkpointing": False,
     "max_seq_length": 1024,
-    "eval_split": 0.05,
 }
 """What the demo trains with, beside its data, seed and folder."""
 
-_TRAIN_ROWS, _HELD_OUT_ROWS = 600, 100
-_LONGEST_ANSWER = 96
+_TRAIN_ROWS, _EVAL_ROWS, _HELD_OUT_ROWS = 600, 30, 100
+_LONGEST_ANSWER = 64
 
 Row = dict[str, Any]
 
@@ -89,13 +91,13 @@ def _new_folder(asked: Path | None) -> Path:
 
 
 def _write_rows(folder: Path, seed: int) -> list[Row]:
-    """Write train.jsonl and test.jsonl, and return the held-out rows."""
+    """Write train.jsonl, valid.jsonl and test.jsonl, and return the held-out rows, which are those of test.jsonl."""
     from tunesmith.core.files import make_folder, write_text
     from tunesmith.data.support_task import generate
 
-    held_out = generate("heldout", _HELD_OUT_ROWS, seed)
+    seen, held_out = generate("train", _TRAIN_ROWS + _EVAL_ROWS, seed), generate("heldout", _HELD_OUT_ROWS, seed)
     make_folder(folder)
-    for name, rows in (("train", generate("train", _TRAIN_ROWS, seed)), ("test", held_out)):
+    for name, rows in (("train", seen[:_TRAIN_ROWS]), ("valid", seen[_TRAIN_ROWS:]), ("test", held_out)):
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return held_out
 
