@@ -77,8 +77,12 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: (B,H,T,E) in, (B,T,H,E) out."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None or query.shape[2] != key.shape[2] or dropout > 0.0:
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
         return _masked(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs), None
+    if dropout > 0.0:
+        # Rare, and slow: the documents' own mask is built, so that dropout meets each weight once.
+        mask = torch.stack([_document_mask(lengths, sliding_window, query.device) for lengths in _lengths(query, kwargs)])
+        return _masked(module, query, key, value, mask[:, None], dropout, scale, softcap, s_aux, kwargs), None
     rows = [
         attention_varlen(
             query[row], key[row], value[row], lengths, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
@@ -103,6 +107,15 @@ def _lengths(query: torch.Tensor, kwargs: dict[str, Any]) -> list[list[int]]:
         starts = [0, *(t for t in range(1, tokens) if row[t] != row[t - 1] + 1), tokens]
         lengths.append([end - start for start, end in pairwise(starts)])
     return lengths
+
+
+def _document_mask(lengths: list[int], window: int | None, device: torch.device) -> torch.Tensor:
+    """Return (T, T) bool, True where a query sees a key of its own document that is not after it or out of window."""
+    document = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    position = torch.arange(len(document), device=device)
+    behind = position[:, None] - position[None, :]
+    visible = (document[:, None] == document[None, :]) & (behind >= 0)
+    return visible if window is None else visible & (behind < window)
 
 
 def _masked(

@@ -28,7 +28,9 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return base plus adapter for ``x`` (..., D)."""
-        name = self._plain_adapter() if not args and not kwargs else None
+        # Under autocast the dtypes are torch's to choose: PEFT's own layer lets it.
+        is_plain = not args and not kwargs and not torch.is_autocast_enabled(x.device.type)
+        name = self._plain_adapter() if is_plain else None
         if name is None:
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()

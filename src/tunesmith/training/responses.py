@@ -55,7 +55,8 @@ def _masked(data: PreparedData, tokenizer: Any, markers: Markers) -> PreparedDat
 
 
 def _with_mask(document: Document, tokenizer: Any, markers: Markers) -> Document:
-    trained = response_mask(document.input_ids, tokenizer, markers)
+    # What is not trained already stays so: flags on messages, older turns of rows that were split by turn.
+    trained = response_mask(document.input_ids, tokenizer, markers) & document.trained
     if not trained.any():
         raise RowRefusedError("nothing to train on", "no token of this row is to be trained.")
     return replace(document, trained=trained)

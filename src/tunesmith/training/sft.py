@@ -158,6 +158,7 @@ class SFTTrainer(Trainer):
 
     def replace_eval_data(self, data: PreparedData) -> None:
         """Evaluate on ``data`` from now on."""
+        data.ledger.check()
         self.eval_data, self.eval_dataset = data, DocumentDataset(data.documents)
 
     def get_train_dataloader(self) -> DocumentLoader:
@@ -224,11 +225,14 @@ class SFTTrainer(Trainer):
     def _sum_gradients(self) -> None:
         if self.args.world_size == 1:
             return
-        grads = [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
-        flat = torch.cat([grad.reshape(-1).float() for grad in grads])
+        parameters = [parameter for _, parameter in self._trainable()]
+        for parameter in parameters:
+            # A process whose documents did not reach a weight still takes part in its sum.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        flat = torch.cat([parameter.grad.reshape(-1).float() for parameter in parameters])
         _all_reduce(flat)
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+        for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(summed.view_as(parameter))
 
     def _check_gradients(self) -> None:
         grads = [(name, parameter.grad) for name, parameter in self._trainable()]
