@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.adapters.inject import inject_adapter, set_checkpointing
+from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.state import attach_adapter, base_of
+from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.versions import checkpoint_layers
-from tunesmith.models.aliases import find_model
-from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm, load_tokenizer
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,18 +94,17 @@ class FastLanguageModel:
         )  # fmt: skip
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
         _refuse_other_width(load_in_16bit, dtype)
-        _refuse_checkpointing(use_gradient_checkpointing)
+        check_checkpointing(use_gradient_checkpointing)
         if max_sequence_length is not None:
-            if max_seq_length not in (DEFAULT_WINDOW, max_sequence_length):
+            # By identity: a 2048 that was asked for is another object than the default.
+            if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
                 raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
             max_seq_length = max_sequence_length
         hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code,
                "local_files_only": local_files_only}  # fmt: skip
         hub = {name: value for name, value in hub.items() if value}
-        source = find_model(model_name)
-        base = base_of(Path(source.path)) if source.kind == "adapter" else source
-        model, tokenizer = load_causal_lm(
-            base,
+        model, tokenizer = load_source(
+            model_name,
             max_seq_length=max_seq_length,
             dtype=dtype,
             chat_template=chat_template,
@@ -115,10 +112,6 @@ class FastLanguageModel:
             device_map=device_map,
             **hub,
         )
-        if source.kind == "adapter":
-            if (Path(source.path) / "tokenizer_config.json").is_file():
-                tokenizer = load_tokenizer(source, chat_template=chat_template)
-            model = attach_adapter(model, Path(source.path))
         set_checkpointing(model, use_gradient_checkpointing)
         return model, tokenizer
 
@@ -167,7 +160,6 @@ class FastLanguageModel:
             raise NotSupportedYetError(
                 f"init_lora_weights={init_lora_weights!r} is not supported yet. Use True, False or 'gaussian'."
             )
-        _refuse_checkpointing(use_gradient_checkpointing)
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "
@@ -192,7 +184,6 @@ class FastLanguageModel:
         """Switch back to training; None restores the checkpointing that the model had. Returns the model."""
         model.train()
         mode = facts_of(model).checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
-        _refuse_checkpointing(mode)
         set_checkpointing(model, mode)
         return model
 
@@ -218,12 +209,3 @@ def _refuse_other_width(load_in_16bit: bool | None, dtype: Any) -> None:
         raise SettingsError(f"load_in_16bit=True and dtype={dtype}: give one of them.")
     if load_in_16bit is False and not is_32bit:
         raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")
-
-
-def _refuse_checkpointing(mode: bool | str) -> None:
-    if mode in ("auto", "selective", "offload"):
-        raise NotSupportedYetError(
-            f"use_gradient_checkpointing={mode!r} is not supported yet. Use True, False or 'unsloth'."
-        )
-    if not isinstance(mode, bool) and mode != "unsloth":
-        raise SettingsError(f"use_gradient_checkpointing={mode!r}: allowed are True, False and 'unsloth'.")

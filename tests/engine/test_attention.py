@@ -140,3 +140,17 @@ def test_dropout_and_static_caches_run() -> None:
     ours, own = pair("llama")
     wanted = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
     assert torch.equal(ours.generate(ids, **wanted), own.generate(ids, **wanted))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_attention_dropout_keeps_documents_apart(family: str) -> None:
+    """In training mode too, no gradient goes from one document to another."""
+    model = tiny.tiny_model(family, attention_dropout=0.5).train()
+    assert use_document_attention(model) is None
+    embedded = torch.randn(1, 12, model.config.hidden_size, requires_grad=True)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    hidden = model.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+    hidden[0, 7:].square().sum().backward()
+    assert embedded.grad is not None
+    assert not embedded.grad[0, :7].any()
+    assert embedded.grad[0, 7:].any()

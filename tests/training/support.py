@@ -44,7 +44,7 @@ def trainer(folder: Path | str, *, rows: Any = 24, model: Any = None, **settings
     args = SFTConfig(
         output_dir=str(folder),
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
-           "disable_tqdm": True, "use_cpu": True, **settings},
+           "disable_tqdm": True, "use_cpu": True, "eval_split": 0, **settings},
     )  # fmt: skip
     return SFTTrainer(
         model=adapted() if model is None else model,

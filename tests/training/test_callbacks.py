@@ -62,7 +62,7 @@ def test_early_stopping_counts_evaluations_since_the_best(evals: list[float], pa
 
 def begin(callback: Any, folder: Path, step: int) -> None:
     callback.on_train_begin(
-        SimpleNamespace(output_dir=str(folder)), SimpleNamespace(is_world_process_zero=True, global_step=step), None
+        SimpleNamespace(output_dir=str(folder), world_size=1), SimpleNamespace(is_world_process_zero=True, global_step=step), None
     )
 
 
@@ -106,6 +106,22 @@ def test_ctrl_c_asks_for_a_clean_stop_once_and_is_given_back(tmp_path: Path) -> 
     # The same trainer may train again.
     begin(watch, tmp_path, 0)
     assert not watch.interrupted
+    watch.release()
+
+
+def test_processes_stop_together(tmp_path: Path) -> None:
+    """Ctrl-C stops a process only once all have heard of it, and the same press twice is one press."""
+    watch = InterruptWatch()
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    begin(watch, tmp_path, 0)
+    watch._processes = 2
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    watch.on_step_end(None, None, control)
+    assert not control.should_training_stop
+    watch.agree(True)
+    watch.on_step_end(None, None, control)
+    assert control.should_training_stop and control.should_save
     watch.release()
 
 

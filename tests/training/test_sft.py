@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests import tiny
 from tests.training import support
 from transformers import TrainerCallback
@@ -59,8 +60,6 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_row(tmp_path: Path) -> N
 
 
 def test_the_state_kept_is_the_one_before_the_bad_row(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     trainer, steps = poisoned_trainer(tmp_path / "broken")
     with pytest.raises(TrainingError):
         trainer.train()
@@ -77,7 +76,7 @@ def test_the_state_kept_is_the_one_before_the_bad_row(tmp_path: Path) -> None:
 
 def test_in_the_first_step_there_is_nothing_to_keep(tmp_path: Path) -> None:
     trainer, _ = poisoned_trainer(tmp_path, per_device_train_batch_size=8)
-    with pytest.raises(TrainingError, match=r"step 1, rows .*: the run stops before it reaches the weights. Lower"):
+    with pytest.raises(TrainingError, match=r"step 1, rows .*: the run stops before it reaches the weights. Look at"):
         trainer.train()
     assert not checkpoints_in(tmp_path)
 
@@ -202,9 +201,45 @@ def test_early_stopping_needs_rows(tmp_path: Path) -> None:
         support.trainer(tmp_path, early_stopping_patience=2)
 
 
-def test_steps_that_could_not_keep_the_best_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="save_steps=3 is no multiple of eval_steps=2"):
-        support.trainer(tmp_path, eval_dataset=tiny.chat_rows(4, seed=1), eval_steps=2, save_steps=3)
+def test_a_best_step_between_two_saves_is_kept_too(tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, eval_dataset=tiny.chat_rows(4, seed=2), eval_steps=1, save_steps=6)
+    Scripted(trainer, [0.9, 0.5, 0.7, 0.8, 0.9, 0.6])
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    for name, weight in support.trainable(trainer.model).items():
+        assert torch.equal(weight, best[name.replace(".default", "")])
+
+
+def test_the_best_step_is_found_again_where_the_folder_has_moved(tmp_path: Path) -> None:
+    losses = [0.9, 0.2, 0.7, 0.8, 0.9, 0.6]
+    first = scripted_trainer(tmp_path / "first", losses)
+    first.train()
+    (tmp_path / "first").rename(tmp_path / "second")
+    again = scripted_trainer(tmp_path / "second", losses)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoint-2")
+    for name, weight in support.trainable(first.model).items():
+        assert torch.equal(weight, support.trainable(again.model)[name])
+
+
+def test_a_best_step_that_is_gone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scripted_trainer(tmp_path, [0.9, 0.2, 0.7, 0.8, 0.9, 0.6]).train()
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    again = scripted_trainer(tmp_path, [0.9, 0.2, 0.7, 0.8, 0.9, 0.6])
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "checkpoint-2, is gone (adapter_model.safetensors is missing)" in caplog.text
+    assert again.state.best_global_step is None
+
+
+def test_evaluation_leaves_the_mode_as_it_was(tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, eval_dataset=tiny.chat_rows(4, seed=2))
+    for mode in (True, False):
+        trainer.model.train(mode)
+        trainer.evaluate()
+        assert trainer.model.training is mode
 
 
 # ---- call styles ----
@@ -321,8 +356,18 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
     [
         ({"max_length": 600}, SettingsError, "max_length=600 is above the 512 tokens that the model was loaded with"),
         ({"bf16": True}, SettingsError, "bf16=True, but the model's weights are float32"),
-        ({"fp16": True}, NotSupportedYetError, "fp16 training is not supported yet"),
-        ({"label_smoothing_factor": 0.1}, NotSupportedYetError, "label_smoothing_factor is not supported yet"),
+        ({"fp16": True}, NotSupportedYetError, "fp16=True is not supported yet"),
+        ({"label_smoothing_factor": 0.1}, NotSupportedYetError, "label_smoothing_factor=0.1 is not supported yet"),
+        ({"dataloader_drop_last": True}, NotSupportedYetError, "dataloader_drop_last=True is not supported yet"),
+        ({"torch_compile": True}, NotSupportedYetError, "torch_compile=True is not supported yet"),
+        ({"fsdp": "full_shard"}, NotSupportedYetError, "fsdp='full_shard' is not supported yet"),
+        ({"eval_strategy": "epoch"}, NotSupportedYetError, "eval_strategy='epoch' is not supported yet"),
+        ({"metric_for_best_model": "accuracy"}, NotSupportedYetError, "lowest eval loss"),
+        ({"average_tokens_across_devices": False}, NotSupportedYetError, "losses count tokens"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, SettingsError, "constant has no warmup"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, SettingsError, "cosine_with_min_lr cannot be used as it is"),
+        ({"report_to": "wandb"}, SettingsError, "report_to: wandb is not installed"),
+        ({"optim": "adamw_8bit"}, SettingsError, "optim=adamw_8bit cannot be used here"),
         ({"max_length": 64, "max_seq_length": 32}, SettingsError, "max_length and max_seq_length are the same setting"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, SettingsError, "warmup_ratio and warmup_steps both set the warmup"),
         ({"warmup_ratio": 1.5}, SettingsError, r"warmup_ratio=1.5 must be in \[0, 1\)"),
@@ -356,6 +401,52 @@ def test_rows_that_train_nothing_are_refused(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "hello"}]}]
     with pytest.raises(DataError):
         support.trainer(tmp_path, rows=rows)
+
+
+def test_float16_weights_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(NotSupportedYetError, match="needs loss scaling"):
+        support.trainer(tmp_path, model=support.adapted(dtype=torch.float16))
+
+
+@pytest.mark.parametrize("schedule", ["warmup_stable_decay", "cosine", "constant"])
+def test_schedules_run_as_they_are(schedule: str, tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, rows=80, lr_scheduler_type=schedule, save_strategy="no")
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(rates) == pytest.approx(1e-2)
+    assert (rates[-1] < max(rates)) == (schedule != "constant")
+
+
+def test_python_and_command_line_have_the_same_defaults() -> None:
+    from tunesmith.data.settings import DataSettings
+    from tunesmith.training.settings import TrainingSettings
+
+    config = SFTConfig(output_dir="runs/x", use_cpu=True)
+    for kind in (TrainingSettings, DataSettings):
+        for name, entry in kind.model_fields.items():
+            if hasattr(config, name) and name not in ("output_dir", "report_to", "per_device_eval_batch_size"):
+                own = getattr(config, name)
+                if name in ("max_steps", "eval_steps", "save_steps", "warmup_steps"):
+                    continue  # transformers writes "not given" differently; the next lines check what it means.
+                assert getattr(own, "value", own) == entry.default, name
+    assert (config.max_steps, config.eval_steps_asked, config.save_steps_asked) == (-1, None, 0)
+    assert config.get_warmup_steps(100) == 5
+
+
+def test_answers_only_never_widens_a_mask(tmp_path: Path) -> None:
+    from tunesmith import train_on_responses_only
+
+    rows = tiny.chat_rows(8)
+    for row in rows:
+        row["messages"] = [*row["messages"], *row["messages"]]
+        first = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        row["messages"][first] = {**row["messages"][first], "train": False}
+        row["messages"] = [m for i, m in enumerate(row["messages"]) if m["role"] != "system" or i == 0]
+    trainer = support.trainer(tmp_path, rows=rows)
+    before = [document.trained.copy() for document in trainer.train_data.documents]
+    train_on_responses_only(trainer)
+    for old, document in zip(before, trainer.train_data.documents, strict=True):
+        assert (old == document.trained).all()
 
 
 def test_warmup_ratio_reaches_transformers(tmp_path: Path) -> None:

@@ -3,73 +3,120 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.targets import resolve_targets
-from tunesmith.core.errors import AdapterError
+from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
+from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["inject_adapter", "set_checkpointing", "trainable_share"]
+__all__ = [
+    "arguments_of",
+    "check_checkpointing",
+    "continue_adapter",
+    "inject_adapter",
+    "set_checkpointing",
+    "trainable_share",
+]
+
+# How a new adapter starts: no property of one that is there already.
+_STARTS = ("random_state", "init_lora_weights")
 
 
 def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings) -> PeftModel:
     """Return ``model`` with a new trainable LoRA adapter; A and B are float32, whatever the base is.
 
-    A model that already carries an adapter is returned as it is when the settings are the same.
+    A model that already carries an adapter with the same settings keeps it, and only its checkpointing is set.
 
     Raises:
-        AdapterError: a target matches nothing, layers are asked for that do not exist, or the model already has an
-            adapter with other settings.
+        AdapterError: a target or pattern matches nothing, layers are asked for that do not exist, settings exclude
+            each other, or the model already has an adapter with other settings.
+        NotSupportedYetError: see :func:`check_checkpointing`.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
-    from tunesmith.engine.lora import fused_lora
-
-    arguments = settings.arguments()
+    check_checkpointing(settings.use_gradient_checkpointing)
     facts = facts_of(model)
     if isinstance(model, PeftModel):
-        _refuse_second(facts.adapter, arguments)
+        _refuse_second(model, settings)
+        set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
-    targets = resolve_targets(model, settings.target_modules)
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number.
-        lora_dropout=settings.lora_dropout,
-        bias=settings.bias,
-        target_modules=targets,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
-        modules_to_save=_checked_modules(model, settings.modules_to_save),
-        layers_to_transform=_layers(model, settings),
-        layers_pattern=settings.layers_pattern,
-        rank_pattern=settings.rank_pattern or {},
-        alpha_pattern=settings.alpha_pattern or {},
-        exclude_modules=settings.exclude_modules,
-        task_type="CAUSAL_LM",
-    )
-    with _seeded(settings.random_state):
-        try:
-            adapted = get_peft_model(model, fused_lora(config))
-        except ValueError as error:
-            raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
-    facts.adapter = arguments
+    with _as_adapter_error(model):
+        config = _lora_config(model, settings)
+        with _seeded(settings.random_state):
+            adapted = get_peft_model(model, config)
+    facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
     return adapted
 
 
+def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterable[str]) -> dict[str, Any]:
+    """Make ``model`` with its loaded adapter ready to train on, and return the settings that the adapter has.
+
+    ``asked`` names the settings that the user gave. How an adapter starts is past, so those are not looked at.
+
+    Raises:
+        SettingsError: a setting that was asked for differs from the adapter's own; all of them at once.
+        NotSupportedYetError: see :func:`check_checkpointing`.
+    """
+    given = {name for name in asked if getattr(settings, name, None) is not None}
+    changes = [change for name, change in _changes(model, settings).items() if name in given]
+    if changes:
+        raise SettingsError(
+            f"the model is an adapter already, and keeps its own settings when it is trained on ({', '.join(changes)})."
+            " Leave these settings out, or train a new adapter on the base model."
+        )
+    set_checkpointing(model, settings.use_gradient_checkpointing)
+    # Its layers_to_transform say the same.
+    return {**(facts_of(model).adapter or {}), "finetune_last_n_layers": None}
+
+
+def arguments_of(config: LoraConfig) -> dict[str, Any]:
+    """Return the arguments of ``get_peft_model`` that give an adapter with this ``config``, but not how it started."""
+    same = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save", "layers_pattern")
+    layers = config.layers_to_transform
+    return {
+        **{name: getattr(config, name) for name in same},
+        "target_modules": _sorted(config.target_modules),
+        "exclude_modules": _sorted(config.exclude_modules),
+        "layers_to_transform": [layers] if isinstance(layers, int) else layers,
+        "rank_pattern": dict(config.rank_pattern) or None,
+        "alpha_pattern": dict(config.alpha_pattern) or None,
+    }
+
+
+def check_checkpointing(mode: bool | str) -> None:
+    """Refuse a ``use_gradient_checkpointing`` that is not there.
+
+    Raises:
+        NotSupportedYetError: "auto", "selective" or "offload".
+        SettingsError: anything else that is not True, False or "unsloth".
+    """
+    if mode in ("auto", "selective", "offload"):
+        raise NotSupportedYetError(
+            f"use_gradient_checkpointing={mode!r} is not supported yet. Use True, False or 'unsloth'."
+        )
+    if not isinstance(mode, bool) and mode != "unsloth":
+        raise SettingsError(f"use_gradient_checkpointing={mode!r}: allowed are True, False and 'unsloth'.")
+
+
 def set_checkpointing(model: Any, mode: bool | str) -> None:
-    """Recompute each decoder layer in the backward pass, or keep everything (``mode`` False)."""
+    """Recompute each decoder layer in the backward pass, or keep everything (``mode`` False).
+
+    Raises:
+        NotSupportedYetError, SettingsError: see :func:`check_checkpointing`.
+    """
+    check_checkpointing(mode)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     checkpoint_layers(base, mode is not False)
     facts_of(model).checkpointing = mode is not False
@@ -81,18 +128,81 @@ def trainable_share(model: Any) -> tuple[int, int]:
     return trainable, sum(parameter.numel() for parameter in model.parameters())
 
 
-def _refuse_second(first: dict[str, Any] | None, second: dict[str, Any]) -> None:
-    if first is None:
+def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfig:
+    """Return PEFT's config for ``settings``, every name in it checked against the modules of ``model``."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from tunesmith.engine.lora import fused_lora
+
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number.
+        lora_dropout=settings.lora_dropout,
+        bias=settings.bias,
+        target_modules=resolve_targets(model, settings.target_modules),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
+        modules_to_save=_checked_modules(model, settings.modules_to_save),
+        layers_to_transform=_layers(model, settings),
+        layers_pattern=settings.layers_pattern,
+        rank_pattern=settings.rank_pattern or {},
+        alpha_pattern=settings.alpha_pattern or {},
+        exclude_modules=resolve_exclusions(model, settings.exclude_modules),
+        task_type="CAUSAL_LM",
+    )
+    targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    # Without a target there is nothing that a pattern could match, and PEFT says why.
+    if targets:
+        check_patterns("rank_pattern", config.rank_pattern, targets)
+        check_patterns("alpha_pattern", config.alpha_pattern, targets)
+    return fused_lora(config)
+
+
+@contextmanager
+def _as_adapter_error(model: Any) -> Iterator[None]:
+    """Turn what PEFT raises on settings that exclude each other or match nothing into one of ours."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (ValueError, TypeError, re.error) as error:
+        raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+
+
+def _changes(model: PeftModel, settings: AdapterSettings) -> dict[str, str]:
+    """Return a phrase such as ``"r: 4 -> 8"`` for each setting in which ``settings`` differ from the model's adapter.
+
+    Layers are compared as numbers, whichever of the two settings chose them.
+    """
+    base = model.get_base_model()
+    with _as_adapter_error(base):
+        wanted = arguments_of(_lora_config(base, settings))
+    wanted.update({name: getattr(settings, name) for name in _STARTS})
+    own = facts_of(model).adapter or {}
+    changes = {name: f"{name}: {value!r} -> {wanted[name]!r}" for name, value in own.items() if value != wanted[name]}
+    if settings.finetune_last_n_layers is not None and "layers_to_transform" in changes:
+        changes["finetune_last_n_layers"] = changes.pop("layers_to_transform")
+    return changes
+
+
+def _refuse_second(model: PeftModel, settings: AdapterSettings) -> None:
+    if facts_of(model).adapter is None:
         raise AdapterError(
             "the model already carries an adapter. Train it as it is, or add another: model.add_adapter(name, config)."
         )
-    different = [name for name, value in second.items() if first[name] != value]
-    if different:
-        changes = ", ".join(f"{name}: {first[name]!r} -> {second[name]!r}" for name in different)
+    changes = _changes(model, settings)
+    if changes:
         raise AdapterError(
-            f"the model already carries an adapter with other settings ({changes}). "
+            f"the model already carries an adapter with other settings ({', '.join(changes.values())}). "
             "Load the base again, or add a second adapter with model.add_adapter(name, config)."
         )
+
+
+def _sorted(names: set[str] | list[str] | str | None) -> list[str] | str | None:
+    """PEFT keeps names as a set; sorted they compare and print the same each time."""
+    return names if names is None or isinstance(names, str) else sorted(names)
 
 
 def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:

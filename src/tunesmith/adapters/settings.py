@@ -57,7 +57,8 @@ class AdapterSettings(Settings):
         bool | Literal["unsloth", "auto", "selective", "offload"],
         Guide("unsloth", "off: fastest, most memory", "on: recomputes each layer, about a third slower, least memory"),
     ] = "unsloth"
-    """Keep only layer inputs and recompute the rest in the backward pass (True and "unsloth"), or keep all (False)."""
+    """Keep only layer inputs and recompute the rest in the backward pass (True and "unsloth"), or keep all (False).
+    "auto", "selective" and "offload" are not supported yet."""
 
     random_state: Annotated[int, Field(ge=0)] = 3407
     """Seeds A; two runs with one seed start from equal adapters."""

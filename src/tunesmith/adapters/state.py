@@ -1,4 +1,7 @@
-"""Adapters on disk: plain PEFT folders, loaded onto the base that they name."""
+"""Models from any source with what belongs to them, and adapters on disk: plain PEFT folders and their bases.
+
+:func:`load_source` is the one place that puts base, adapter and tokenizer together.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,94 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.adapters.inject import arguments_of
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
-from tunesmith.models.load import facts_of
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm, load_tokenizer, load_window
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attach_adapter", "base_of"]
+__all__ = ["attach_adapter", "base_of", "load_source", "load_source_tokenizer"]
 
-_WEIGHTS = "adapter_model.safetensors"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Start of an adapter -> what it did to the base that a reload cannot repeat.
+_LOST_BASES = {
+    "pissa_niter_": "took a random approximation out of the base",
+    "lora_ga": "changed the base by gradients of the training data",
+    "corda": "changed the base by statistics of the training data",
+    "loftq": "rounded the base to few bits",
+}
+
+
+def load_source(
+    name: str,
+    *,
+    adapter: str | None = None,
+    max_seq_length: int | None = DEFAULT_WINDOW,
+    dtype: str | torch.dtype | None = None,
+    chat_template: str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    trainable: bool = True,
+    **hub: Any,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of whatever ``name`` means, an adapter on the base that it names.
+
+    Args:
+        adapter: name of an adapter to put on the base ``name``.
+        trainable: whether the adapter's weights take gradients.
+        hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
+
+    Raises:
+        ModelError: the model or the adapter's base cannot be found or loaded.
+        AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
+    """
+    base, folder = _parts(name, adapter)
+    model, tokenizer = load_causal_lm(
+        base,
+        max_seq_length=max_seq_length,
+        dtype=dtype,
+        chat_template=chat_template,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        **hub,
+    )
+    if folder is None:
+        return model, tokenizer
+    if _has_tokenizer(folder):
+        tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
+    return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
+
+
+def load_source_tokenizer(
+    name: str, *, max_seq_length: int | None = DEFAULT_WINDOW, chat_template: str | None = None, **hub: Any
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return the tokenizer and the window that :func:`load_source` would give ``name``, without loading weights."""
+    base, folder = _parts(name, None)
+    owner = folder if folder is not None and _has_tokenizer(folder) else base
+    tokenizer = load_tokenizer(owner, chat_template=chat_template, **hub)
+    return tokenizer, load_window(base, max_seq_length, **hub)
+
+
+def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:
+    """Return where base and adapter lie."""
+    source = find_model(name)
+    if adapter is None:
+        return (base_of(Path(source.path)), source) if source.kind == "adapter" else (source, None)
+    beside = find_model(adapter)
+    if beside.kind != "adapter":
+        raise AdapterError(f"adapter {adapter} is no adapter: it holds no {_CONFIG}. Give a run's folder.")
+    if source.kind == "adapter":
+        raise AdapterError(f"model {name} already is an adapter on its base. Leave the adapter out, or name the base.")
+    return source, beside
+
+
+def _has_tokenizer(adapter: ModelSource) -> bool:
+    """Say whether an adapter was saved with the tokenizer that it was trained with, which then is the one to use."""
+    return (Path(adapter.path) / "tokenizer_config.json").is_file()
 
 
 def base_of(adapter: Path) -> ModelSource:
@@ -26,16 +106,10 @@ def base_of(adapter: Path) -> ModelSource:
         AdapterError: adapter_config.json is missing, unreadable or names no base, or the weights are missing.
         ModelError: the base is not found where the adapter says it is.
     """
-    file = adapter / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{adapter} is no adapter folder: adapter_config.json is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{file} is not valid JSON: {error}. Copy the adapter again.") from None
+    config = _config(adapter)
     if not (adapter / _WEIGHTS).is_file():
         raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    file, base = adapter / _CONFIG, config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise AdapterError(f"{file} names no base model. Load the base and give the adapter beside it.")
     try:
@@ -54,18 +128,18 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     """Load an adapter folder onto its base.
 
     Raises:
-        AdapterError: the weights are corrupt, or do not fit the base (other names or shapes), or are incomplete.
+        AdapterError: the weights are corrupt, or do not fit the base (other names or shapes), or are incomplete, or
+            belong to a base that only the training had.
     """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
     from tunesmith.engine.lora import fused_lora
 
+    _refuse_lost_base(adapter)
     try:
+        # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
-        if getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"):
-            # Other starts change the base; a plain load would then add the adapter to the wrong weights.
-            config.init_lora_weights = True
         adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
     except SafetensorError as error:
         raise AdapterError(
@@ -75,8 +149,33 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapterError(f"adapter {adapter} does not fit its base {facts_of(model).name}: {first[:300]}") from error
     _refuse_foreign_keys(adapter, adapted)
-    adapted.tunesmith_facts = facts_of(model)
+    facts = facts_of(model)
+    facts.adapter = arguments_of(config)
+    adapted.tunesmith_facts = facts
     return adapted
+
+
+def _config(adapter: Path) -> dict[str, Any]:
+    file = adapter / _CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{adapter} is no adapter folder: {_CONFIG} is missing.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{file} is not valid JSON: {error}. Copy the adapter again.") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _refuse_lost_base(adapter: Path) -> None:
+    """Some starts change the base by chance, by data or by rounding, and the folder does not hold what it became."""
+    start = str(_config(adapter).get("init_lora_weights", True))
+    reason = next((reason for name, reason in _LOST_BASES.items() if start.startswith(name)), None)
+    if reason is not None:
+        raise AdapterError(
+            f"adapter {adapter} started with init_lora_weights={start!r}, which {reason}: on the base as it is its "
+            "answers would be wrong. Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion."
+        )
 
 
 def _refuse_foreign_keys(adapter: Path, adapted: PeftModel) -> None:

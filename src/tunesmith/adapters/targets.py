@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import AdapterError
@@ -12,7 +12,7 @@ from tunesmith.core.names import did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["linear_names", "resolve_targets"]
+__all__ = ["check_patterns", "linear_names", "resolve_exclusions", "resolve_targets"]
 
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Fused projections of families that have no separate ones: phi-3, and the plain MLP of phi and gpt-neox.
@@ -20,14 +20,22 @@ _EQUIVALENTS = ("qkv_proj", "gate_up_proj", "query_key_value", "dense", "dense_h
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the last name parts of all linear layers except output heads, in model order, each once."""
+    """Return the last name parts of all linear layers except output heads, in model order, each once.
+
+    A layer that carries an adapter counts as the layer that it was.
+    """
     from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     names = [
         name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not name.endswith(("score", "classifier"))
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear)
+        and layer is not head
+        and not name.endswith(("score", "classifier"))
+        and not name.startswith(adapted)
     ]
     return list(dict.fromkeys(names))
 
@@ -64,13 +72,60 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
     return list(asked)
 
 
+def resolve_exclusions(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str | None:
+    """Return what PEFT gets as ``exclude_modules``: a list of names, or a regular expression as given.
+
+    Raises:
+        AdapterError: a name or expression matches no module, or is no regular expression.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    last_parts = {name.rsplit(".", 1)[-1] for name in modules}
+    if isinstance(asked, str) and asked not in last_parts:
+        if not any(_compiled("exclude_modules", asked).fullmatch(name) for name in modules):
+            raise AdapterError(
+                f"exclude_modules {asked!r} matched no module of {type(model).__name__} (an expression must match the "
+                f"whole name, for example r'.*\\.q_proj').{did_you_mean(asked, last_parts)}"
+            )
+        return asked
+    entries = [asked] if isinstance(asked, str) else asked
+    for entry in entries or ():
+        if not any(name == entry or name.endswith("." + entry) for name in modules):
+            raise AdapterError(
+                f"exclude_modules {entry!r} matched no module of {type(model).__name__}."
+                f"{did_you_mean(entry, last_parts)}"
+            )
+    return None if entries is None else list(entries)
+
+
+def check_patterns(setting: str, patterns: Iterable[str], targets: Sequence[str]) -> None:
+    """Refuse a key of rank_pattern or alpha_pattern (``setting``) that matches none of the layers ``targets``.
+
+    Raises:
+        AdapterError: the key has no effect, or is no regular expression.
+    """
+    for pattern in patterns:
+        _compiled(setting, pattern)
+        # PEFT matches in this way.
+        whole = re.compile(rf"(.*\.)?({pattern})$")
+        if not any(whole.match(name) for name in targets):
+            names = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in targets))
+            raise AdapterError(
+                f"{setting} {pattern!r} matched no layer that gets an adapter. These are: {', '.join(names)}."
+                f"{did_you_mean(pattern, names)}"
+            )
+
+
+def _compiled(setting: str, expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise AdapterError(f"{setting} {expression!r} is no regular expression: {error}.") from None
+
+
 def _checked_expression(model: nn.Module, expression: str, existing: list[str]) -> list[str] | str:
     if expression in existing:
         return [expression]
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise AdapterError(f"target_modules {expression!r} is no regular expression: {error}.") from None
+    pattern = _compiled("target_modules", expression)
     if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
         raise AdapterError(
             f"target_modules {expression!r} matched no layer of {type(model).__name__} (the expression must match the "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import console, print_lines
+from tunesmith.cli.console import console, not_utf8, print_lines
 from tunesmith.core.names import did_you_mean
 
 __all__ = ["command"]
@@ -59,12 +59,12 @@ def command(
 
 def _next_line(is_terminal: bool) -> str | None:
     """Return the next line of stdin, None at its end."""
-    if not is_terminal:
-        return sys.stdin.readline() or None
     try:
-        return input("> ")
+        return input("> ") if is_terminal else sys.stdin.readline() or None
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise not_utf8(error) from None
 
 
 @dataclass(slots=True)
@@ -117,12 +117,12 @@ class _Chat:
 
     def _forget_what_does_not_fit(self) -> None:
         """Leave out the oldest exchanges when prompt and answer no longer fit the model's window, and say so."""
-        from tunesmith.evaluation import encode_prompt
+        from tunesmith.evaluation.generate import require_prompt
         from tunesmith.models.load import facts_of
 
         room = facts_of(self.model).window - self.sampling["max_new_tokens"]
         forgotten = 0
-        while len(self.turns) > 2 and len(encode_prompt(self.tokenizer, self._messages())) > room:
+        while len(self.turns) > 2 and len(require_prompt(self.tokenizer, self._messages())) > room:
             del self.turns[:2]
             forgotten += 1
         if forgotten:

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["console", "is_first_process", "plain", "print_error", "print_lines", "silence_libraries"]
+from tunesmith.core.errors import DataError
+
+__all__ = ["console", "is_first_process", "not_utf8", "plain", "print_error", "print_lines", "silence_libraries"]
 
 
 def is_first_process() -> bool:
@@ -31,6 +33,11 @@ def console(*, stderr: bool = False) -> Console:
 def plain(text: str) -> str:
     """Return ``text`` with every character that could move the cursor or colour the terminal shown as ``?``."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
+
+
+def not_utf8(error: UnicodeDecodeError) -> DataError:
+    """Return the error for a stdin that is no text."""
+    return DataError(f"stdin is not UTF-8 text (byte {error.start}). Convert it to UTF-8.")
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.console import not_utf8
 from tunesmith.core.errors import DataError, SettingsError
 
 __all__ = ["command", "stream_answer"]
@@ -62,4 +63,4 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise DataError(f"stdin is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from None
+        raise not_utf8(error) from None

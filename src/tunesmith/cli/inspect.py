@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from rich.text import Text
 from tunesmith.cli.console import console, plain, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import SettingsError
-from tunesmith.models.aliases import ModelSource, find_model
+from tunesmith.models.aliases import find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _CHECKED = 100
 _LONGEST_PIECE = 1200
 
 
-@settings_flags(["model", "map", "train_on", "chat_template", "max_length", "on_too_long", "limit"])
+@settings_flags(["model", "map", "train_on", "chat_template", "max_length", "max_seq_length", "on_too_long", "limit"])
 def command(
     data: Annotated[str, typer.Argument(help="Rows, as for `train --data`.", show_default=False)],
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
@@ -45,9 +44,9 @@ def command(
         raise SettingsError(f"--rows {rows}: 0 or more is needed.")
     settings, _ = load_run_settings(None, {**given_settings(flags), "data": data})
     # A mistyped name is said at once, not after the seconds that the libraries take to load.
-    source = find_model(settings.model)
+    find_model(settings.model)
     silence_libraries()
-    prepared, tokenizer, encoder = _prepare(settings, source)
+    prepared, tokenizer, encoder = _prepare(settings)
     agreement = _check_agreement(settings, encoder)
     if as_json:
         console().print(_as_json(prepared, tokenizer, agreement, rows), soft_wrap=True)
@@ -96,19 +95,22 @@ class _Agreement:
     differences: list[str]
 
 
-def _prepare(settings: RunSettings, source: ModelSource) -> tuple[PreparedData, Any, ExampleEncoder]:
-    from tunesmith.adapters.state import base_of
+def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
+    from tunesmith.adapters.state import load_source_tokenizer
     from tunesmith.data.masks import ExampleEncoder
     from tunesmith.data.prepare import prepare
-    from tunesmith.models.load import load_tokenizer, load_window
+    from tunesmith.models.load import DEFAULT_WINDOW
 
-    base = base_of(Path(source.path)) if source.kind == "adapter" else source
-    tokenizer = load_tokenizer(base, chat_template=settings.chat_template)
+    tokenizer, window = load_source_tokenizer(
+        settings.model,
+        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        chat_template=settings.chat_template,
+    )
     encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)
     prepared = prepare(
         settings.data,
         encoder,
-        max_length=settings.max_length or load_window(base),
+        max_length=settings.max_length or window,
         on_too_long=settings.on_too_long,
         mapping=settings.map,
         limit=settings.limit,

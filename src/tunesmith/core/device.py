@@ -73,7 +73,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 def choose_dtype(requested: str | torch.dtype | None, device: torch.device) -> DtypeChoice:
     """Return the dtype asked for, or the best one that ``device`` computes.
 
-    None picks bfloat16 where the hardware has bfloat16 units, else float16 on a GPU and float32 on a CPU.
+    None picks bfloat16 where the hardware has bfloat16 units, else float32.
 
     Raises:
         ModelError: a dtype was asked for that this device cannot train in.
@@ -85,7 +85,8 @@ def choose_dtype(requested: str | torch.dtype | None, device: torch.device) -> D
         if native_bf16:
             return DtypeChoice(torch.bfloat16, f"{evidence}")
         if device.type == "cuda":
-            return DtypeChoice(torch.float16, f"{evidence}, float16 is the 16-bit type it computes")
+            # float16 would train without loss scaling, which is not there yet: small gradients would become zero.
+            return DtypeChoice(torch.float32, f"{evidence} has no bfloat16, and float16 does not train without scaling")
         return DtypeChoice(torch.float32, f"{evidence}, float32 is faster there")
     dtype = parse_dtype(requested)
     if dtype == torch.float16 and device.type == "cpu":

@@ -23,6 +23,7 @@ from tunesmith.core.errors import OutputError
 
 __all__ = [
     "MANIFEST",
+    "as_output_error",
     "damage",
     "free_bytes",
     "lock",
@@ -74,7 +75,7 @@ def require_writable(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make ``folder`` and its parents where they are missing, or raise :class:`OutputError`."""
-    with _as_output_error(folder):
+    with as_output_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -82,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file whole: a crash leaves the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with _as_output_error(path):
+        with as_output_error(path):
             temporary.write_text(text, encoding="utf-8")
             _flush(temporary)
             temporary.replace(path)
@@ -95,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` for the block, waiting for whoever holds it; the lock of a dead process is free."""
-    with _as_output_error(path):
+    with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -115,13 +116,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
-    with _as_output_error(path):
+    with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_up_after_a_crash(path)
         temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
         temporary.mkdir()
     try:
-        with _as_output_error(path):
+        with as_output_error(path):
             yield temporary
             _seal(temporary)
             retired = path.with_name(f".{path.name}.replaced")
@@ -197,7 +198,8 @@ _WRITE_PROBLEMS = {
 
 
 @contextlib.contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Iterator[None]:
+    """Say in one sentence why ``path`` cannot be written; errors of other kinds pass."""
     try:
         yield
     except OutputError:
@@ -208,6 +210,7 @@ def _as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {_WRITE_PROBLEMS[error.errno]}") from error
     except Exception as error:
         # torch and safetensors wrap a full disk in errors of their own.
-        if "No space left" not in str(error) and free_bytes(path) > _NEARLY_NOTHING:
+        wraps = type(error).__name__ in ("RuntimeError", "SafetensorError")
+        if not wraps or ("No space left" not in str(error) and free_bytes(path) > _NEARLY_NOTHING):
             raise
         raise OutputError(f"cannot write {path}: {_WRITE_PROBLEMS[errno.ENOSPC]}") from error

@@ -81,7 +81,9 @@ def _attend(
         return _masked(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs), None
     if dropout > 0.0:
         # Rare, and slow: the documents' own mask is built, so that dropout meets each weight once.
-        mask = torch.stack([_document_mask(lengths, sliding_window, query.device) for lengths in _lengths(query, kwargs)])
+        mask = torch.stack(
+            [_document_mask(lengths, sliding_window, query.device) for lengths in _lengths(query, kwargs)]
+        )
         return _masked(module, query, key, value, mask[:, None], dropout, scale, softcap, s_aux, kwargs), None
     rows = [
         attention_varlen(

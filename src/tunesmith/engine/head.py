@@ -64,7 +64,9 @@ class LossHead:
             self.skips_logits = False
             self.reasons.append("loss through full logits: the output head is no plain linear layer")
         own = [self.model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
-        if self.skips_logits and not all(_agree(self._logits(self._hidden_alone(d)), o) for d, o in zip(documents, own, strict=True)):
+        if self.skips_logits and not all(
+            _agree(self._logits(self._hidden_alone(d)), o) for d, o in zip(documents, own, strict=True)
+        ):
             self.skips_logits = False
             self.reasons.append("loss through full logits: the projection of this model is not hidden @ weight.T")
         bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=self._device)

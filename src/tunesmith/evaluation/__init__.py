@@ -4,9 +4,9 @@
 figure is, ``generate.py`` makes the answers and ``likelihood.py`` the figures for perplexity.
 """
 
+from tunesmith.engine.modes import adapter_disabled
 from tunesmith.evaluation.generate import encode_prompt, generate_answers
 from tunesmith.evaluation.metrics import METRICS, Difference, Score, compare, perplexity_score, score_answers
-from tunesmith.evaluation.modes import adapter_disabled
 from tunesmith.evaluation.run import EvaluationRow, Report, Side, evaluate, read_evaluation_rows
 
 __all__ = [

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import EvaluationError
 from tunesmith.data.turns import ChatRenderer
 from tunesmith.data.types import RowRefusedError
-from tunesmith.evaluation.modes import evaluation_mode
+from tunesmith.engine.modes import evaluation_mode
+from tunesmith.models.load import native_window
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "encode_prompt", "generate_answers", "stop_token_ids"]
+__all__ = ["Prompt", "encode_prompt", "generate_answers", "require_prompt", "stop_token_ids"]
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Plain text, chat messages up to the turn to be answered, or token ids."""
@@ -60,10 +61,11 @@ def generate_answers(
         streamer: a streamer of transformers that is given the tokens as they come; for one prompt only.
 
     Raises:
-        EvaluationError: a sampling setting outside its range, an empty prompt, or a streamer for several prompts.
+        EvaluationError: a sampling setting outside its range, an empty prompt or one that the chat template refuses,
+            or a streamer for several prompts.
     """
     sampling = _Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-    _check(sampling, max_new_tokens, batch_size)
+    _check(sampling, max_new_tokens, batch_size, native_window(model.config))
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if "" in stops:
         raise EvaluationError("stop: an empty string would end every answer at once. Give strings with characters.")
@@ -72,7 +74,7 @@ def generate_answers(
             f"a streamer follows one answer, and there are {len(prompts)} prompts. Give one at a time."
         )
     config = _generation_config(model, tokenizer, sampling, max_new_tokens)
-    encoded = [_require_tokens(encode_prompt(tokenizer, prompt), row) for row, prompt in enumerate(prompts, 1)]
+    encoded = [require_prompt(tokenizer, prompt, row) for row, prompt in enumerate(prompts, 1)]
     # Longest first: if a batch does not fit into memory, it is the first one and not the last.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(encoded)
@@ -107,6 +109,21 @@ def encode_prompt(
         return [int(part) for part in prompt]
     rendered = ChatRenderer(tokenizer).render(list(prompt), list(tools) if tools else None, generation_prompt=True)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def require_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: int = 1) -> list[int]:
+    """Return the token ids of ``prompt`` (see :func:`encode_prompt`), the ``row``-th of those that must be answered.
+
+    Raises:
+        EvaluationError: it is empty, or the chat template refuses it.
+    """
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except RowRefusedError as error:
+        raise EvaluationError(f"prompt {row} cannot be answered: {error}") from error
+    if not ids:
+        raise EvaluationError(f"prompt {row} is empty: it has no token to go on from. Drop the row or give it a text.")
+    return ids
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -145,9 +162,11 @@ class _Sampling:
     repetition_penalty: float
 
 
-def _check(sampling: _Sampling, max_new_tokens: int, batch_size: int) -> None:
+def _check(sampling: _Sampling, max_new_tokens: int, batch_size: int, window: int | None) -> None:
     """Raise one error that names every setting outside its range."""
+    fits = window is None or max_new_tokens < window
     checks = (
+        ("max_new_tokens", max_new_tokens, fits, f"below the {window} positions of the model, to leave a prompt room"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("batch_size", batch_size, batch_size >= 1, "1 or more"),
         ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more"),
@@ -159,12 +178,6 @@ def _check(sampling: _Sampling, max_new_tokens: int, batch_size: int) -> None:
     faults = [f"{name}={value} must be {allowed}" for name, value, is_fine, allowed in checks if not is_fine]
     if faults:
         raise EvaluationError(f"generation settings: {'; '.join(faults)}.")
-
-
-def _require_tokens(ids: list[int], row: int) -> list[int]:
-    if not ids:
-        raise EvaluationError(f"prompt {row} is empty: it has no token to go on from. Drop the row or give it a text.")
-    return ids
 
 
 def _generation_config(

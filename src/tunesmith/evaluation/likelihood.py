@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.data.types import Document
-from tunesmith.evaluation.modes import evaluation_mode
+from tunesmith.engine.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import EvaluationError, OutputError
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.types import Completion, Conversation, Example, RowRefusedError, SourceRow, Text
+from tunesmith.engine.modes import adapter_disabled
 from tunesmith.evaluation.generate import encode_prompt, generate_answers
 from tunesmith.evaluation.likelihood import row_losses
 from tunesmith.evaluation.metrics import (
@@ -32,7 +33,6 @@ from tunesmith.evaluation.metrics import (
     perplexity_score,
     score_answers,
 )
-from tunesmith.evaluation.modes import adapter_disabled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,7 +6,6 @@ values exactly (float32) and is named by the file's SHA-256, so that another fil
 
 from __future__ import annotations
 
-import shutil
 import struct
 from pathlib import Path
 
@@ -35,9 +34,6 @@ def converted_gguf(file: Path) -> Path:
         require_space(target, 8 * file.stat().st_size, f"converting {file.name}")
         with whole_folder(target) as folder:
             _convert(file, folder)
-        for older in target.parent.iterdir():
-            if older != target and older.name.rpartition("-")[0] == file.stem:
-                shutil.rmtree(older, ignore_errors=True)
     return target
 
 

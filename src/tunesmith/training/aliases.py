@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.core.errors import SettingsError
+from tunesmith.core.errors import NotSupportedYetError, SettingsError
 
-__all__ = ["ALIASES", "translate"]
+__all__ = ["ALIASES", "OPTIMIZERS", "SCHEDULERS", "translate"]
 
 ALIASES = {
     "base_model": "model",
@@ -34,6 +34,7 @@ ALIASES = {
     "iters": "max_steps",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
+    "lr_schedule": "lr_scheduler_type",
     "num_warmup_steps": "warmup_steps",
     "lora_r": "r",
     "lora_rank": "r",
@@ -47,6 +48,7 @@ ALIASES = {
     "additional_target": "modules_to_save",
     "gradient_checkpointing": "use_gradient_checkpointing",
     "sample_packing": "packing",
+    "neat_packing": "packing",
     "val_set_size": "eval_split",
     "val_size": "eval_split",
     "test_split_size": "eval_split",
@@ -65,10 +67,19 @@ ALIASES = {
 }
 """Other tools' key -> ours."""
 
+# Keys that choose what is the only thing here: accepted where they say so, refused by name where they do not.
+_GIVEN = {
+    "adapter": "lora",
+    "finetuning_type": "lora",
+    "fine_tune_type": "lora",
+    "training_type": "lora",
+    "use_peft": True,
+}
+
 _INPUTS_TOO = {"train_on_inputs", "train_on_input", "train_on_prompt"}
 _ANSWERS_ONLY = {"train_on_completions", "assistant_only_loss", "completion_only_loss", "mask_prompt"}
-_OPTIMIZERS = {"lion": "lion_32bit", "adamw": "adamw_torch_fused"}
-_SCHEDULERS = {"wsd": "warmup_stable_decay"}
+OPTIMIZERS = {"lion": "lion_32bit", "adamw": "adamw_torch_fused"}
+SCHEDULERS = {"wsd": "warmup_stable_decay"}
 
 
 def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -81,6 +92,15 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     used: list[str] = []
     origin: dict[str, str] = {}
     for key, value in values.items():
+        if key in _GIVEN:
+            if value != _GIVEN[key]:
+                raise NotSupportedYetError(f"{key}={value!r} is not supported yet: adapters are LoRA on a 16-bit base.")
+            used.append(f"{key}: {value} is what is always done")
+            continue
+        if key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
+            raise SettingsError(f"{key} is the switch --resume of `tunesmith train`. Leave it out of the settings.")
+        if key == "quantization_bit" and value:
+            raise NotSupportedYetError(f"quantization_bit={value!r} is not supported yet. Leave it out.")
         ours = ALIASES.get(key, key)
         if ours in origin:
             raise SettingsError(f"{origin[ours]} and {key} are the same setting ({ours}). Give one of them.")
@@ -106,7 +126,7 @@ def _value(key: str, ours: str, value: Any) -> Any:
         return _targets(value)
     if ours == "data" and isinstance(value, list):
         return _only_dataset(key, value)
-    named: Mapping[str, str] = {"optim": _OPTIMIZERS, "lr_scheduler_type": _SCHEDULERS}.get(ours, {})
+    named: Mapping[str, str] = {"optim": OPTIMIZERS, "lr_scheduler_type": SCHEDULERS}.get(ours, {})
     return named.get(value, value) if isinstance(value, str) else value
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from tunesmith.core.files import write_text
+from tunesmith.core.files import as_output_error, damage, write_text
 
 if TYPE_CHECKING:
     from tunesmith.training.config import SFTConfig
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["InterruptWatch", "MetricsFile", "OverfitWatch", "default_callbacks", "loss_plot"]
 
 _log = logging.getLogger(__name__)
+_SAME_PRESS_S = 2.0
 
 
 def default_callbacks(config: SFTConfig) -> list[TrainerCallback]:
     """Return the callbacks that every run gets."""
-    callbacks: list[TrainerCallback] = [MetricsFile(), EvaluateAtEnd(), OverfitWatch(), InterruptWatch()]
+    callbacks: list[TrainerCallback] = [MetricsFile(), EvaluateAtEnd(), KeepBest(), OverfitWatch()]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStop(config.early_stopping_patience))
     return callbacks
@@ -44,7 +46,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             file = Path(args.output_dir) / "metrics.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as out:
+            with as_output_error(file), file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
@@ -65,6 +67,30 @@ class EvaluateAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
             control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+        return control
+
+
+class KeepBest(TrainerCallback):
+    """Every step with the lowest eval loss so far is saved, and is found again when the run's folder has moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Point to the best checkpoint where it is now."""
+        if not state.best_global_step:
+            return
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        broken = damage(best)
+        state.best_model_checkpoint = None if broken else str(best)
+        if broken and args.load_best_model_at_end:
+            _log.warning("The best step so far, %s, is gone (%s): the result is the best from here on.", best, broken)
+            state.best_global_step = state.best_metric = None
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> Any:
+        """Ask for a checkpoint of a new best step."""
+        loss = (metrics or {}).get("eval_loss")
+        if args.load_best_model_at_end and loss is not None:
+            control.should_save = control.should_save or state.best_metric is None or loss < state.best_metric
         return control
 
 
@@ -128,23 +154,36 @@ def overfitting(history: list[dict[str, Any]]) -> str | None:
 
 
 class InterruptWatch(TrainerCallback):
-    """Ctrl-C ends the run after the step in progress and saves it; a second one stops at once."""
+    """Ctrl-C ends the run after the step in progress and saves it; a second one stops at once.
+
+    Several processes stop together: each tells the others (:meth:`agree`) at the start of a step. They may hear of one
+    Ctrl-C twice, from the terminal and from torchrun, so that there a second one soon after the first is the same.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._agreed = False
+        self._processes = 1
+        self._heard_at = 0.0
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen for Ctrl-C where the main thread trains."""
-        self.interrupted = False
+        self.interrupted = self._agreed = False
+        self._processes = args.world_size
         try:
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
         except ValueError:  # Not the main thread: its owner decides what Ctrl-C means.
             self._previous = None
 
+    def agree(self, any_process: bool) -> None:
+        """Take note that Ctrl-C was pressed in some process."""
+        self._agreed = any_process
+        self.interrupted |= any_process
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop where Ctrl-C was pressed."""
-        if self.interrupted:
+        if self._agreed or (self.interrupted and self._processes == 1):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -159,8 +198,12 @@ class InterruptWatch(TrainerCallback):
             self._previous = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.interrupted:
+        again = self._processes > 1 and time.monotonic() - self._heard_at < _SAME_PRESS_S
+        if self.interrupted and not again:
             raise KeyboardInterrupt
+        self._heard_at = time.monotonic()
+        if self.interrupted:
+            return
         self.interrupted = True
         _log.warning("Stopping after this step; the state is saved. Press Ctrl-C again to stop at once.")
 

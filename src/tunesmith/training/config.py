@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import datetime
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
+from tunesmith.core.device import choose_device
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.training.aliases import OPTIMIZERS, SCHEDULERS
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import RunSettings
 
-__all__ = ["SFTConfig", "config_of"]
+__all__ = ["DEFAULT_WARMUP", "SFTConfig", "config_of", "dated_folder"]
+
+DEFAULT_WARMUP = 0.05
+"""Share of the steps over which the learning rate rises when nothing is said."""
+
+# Fields of transformers that our batches, loss and evaluation do not go through: set, they would do nothing.
+_WITHOUT_EFFECT = (
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
+    "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "deepspeed", "eval_accumulation_steps", "eval_do_concat_batches", "fp16", "fp16_full_eval", "fsdp",
+    "include_for_metrics", "label_smoothing_factor", "parallelism_config", "prediction_loss_only", "push_to_hub",
+    "save_only_model", "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy",
+    "use_liger_kernel",
+)  # fmt: skip
 
 
 @dataclass
@@ -26,7 +42,7 @@ class SFTConfig(TrainingArguments):
 
     Raises:
         SettingsError: two names of one setting disagree, or a value is refused.
-        NotSupportedYetError: mixed precision by autocast (``fp16``/``bf16`` with weights of another dtype) and others.
+        NotSupportedYetError: a field of transformers that would have no effect here has another value than its default.
     """
 
     output_dir: str | None = None
@@ -35,11 +51,13 @@ class SFTConfig(TrainingArguments):
     per_device_train_batch_size: int = 2
     per_device_eval_batch_size: int = 0
     gradient_accumulation_steps: int = 4
+    warmup_steps: float | None = None
     weight_decay: float = 0.01
     seed: int = 3407
     logging_steps: float = 1
     report_to: Any = "none"
     optim: str = "adamw_torch_fused"
+    eval_strategy: str | None = None
     save_strategy: str = "steps"
     save_steps: float = 0
     save_total_limit: int | None = 2
@@ -53,44 +71,62 @@ class SFTConfig(TrainingArguments):
     packing: bool = False
     train_on: Literal["assistant", "all", "last"] | None = None
     on_too_long: Literal["drop", "error", "truncate"] = "drop"
-    eval_split: float = 0.0
+    eval_split: float = 0.05
     dataset_text_field: str | None = None
     warmup_ratio: float | None = None
     early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
+        _refuse_without_effect(self)
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
             raise SettingsError("max_length and max_seq_length are the same setting. Give one of them.")
         self.max_length = self.max_length or self.max_seq_length
-        if self.warmup_ratio is not None and self.warmup_steps:
-            raise SettingsError("warmup_ratio and warmup_steps both set the warmup. Give one of them.")
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise SettingsError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1).")
-            self.warmup_steps = self.warmup_ratio
-        if self.label_smoothing_factor:
-            raise NotSupportedYetError("label_smoothing_factor is not supported yet. Leave it at 0.")
-        if self.fp16:
-            raise NotSupportedYetError("fp16 training is not supported yet. Load the model in bfloat16 or float32.")
+        self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
+        self.warmup_steps = _warmup(self)
         # The library casts visibly and never by autocast: bf16=True only repeats what the weights already are.
         self.asked_for_bf16, self.bf16 = bool(self.bf16), False
-        self.output_dir = self.output_dir or str(Path("runs") / _dated_name())
+        self.use_cpu = self.use_cpu or choose_device().type == "cpu"
+        self.output_dir = self.output_dir or str(dated_folder())
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
         self.eval_steps_asked, self.save_steps_asked = self.eval_steps, self.save_steps
-        if not self.save_steps:
-            self.save_steps = 500
+        self.eval_strategy = self.eval_strategy or "no"
+        self.save_steps = self.save_steps or 500
         super().__post_init__()
 
 
-def _dated_name() -> str:
-    import datetime
+def dated_folder(name: str = "") -> Path:
+    """Return ``runs/<date and time>`` with ``-name`` behind it where one is given."""
+    return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}{f'-{name}' if name else ''}"
 
-    return datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+
+def _refuse_without_effect(config: SFTConfig) -> None:
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    for name in _WITHOUT_EFFECT:
+        value = getattr(config, name, None)
+        if name in defaults and value and value != defaults[name]:
+            raise NotSupportedYetError(f"{name}={value!r} is not supported yet. Leave it out.")
+    if config.average_tokens_across_devices is False:
+        raise NotSupportedYetError("average_tokens_across_devices=False is not supported: losses count tokens.")
+    if config.eval_strategy not in (None, "no", "steps"):
+        raise NotSupportedYetError(f"eval_strategy={config.eval_strategy!r} is not supported yet. Give eval_steps.")
+    if config.metric_for_best_model not in (None, "loss", "eval_loss") or config.greater_is_better:
+        raise NotSupportedYetError("the best step has the lowest eval loss: leave metric_for_best_model out.")
 
 
-_SCHEDULERS = {"wsd": "warmup_stable_decay"}
-_OPTIMIZERS = {"lion": "lion_32bit"}
+def _warmup(config: SFTConfig) -> float:
+    """Return ``warmup_steps`` as transformers wants it: a number of steps, or a share below 1."""
+    ratio, steps = config.warmup_ratio, config.warmup_steps
+    if ratio is not None and steps is not None:
+        raise SettingsError("warmup_ratio and warmup_steps both set the warmup. Give one of them.")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise SettingsError(f"warmup_ratio={ratio} must be in [0, 1).")
+    asked = ratio if steps is None else steps
+    if str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)) == "constant":
+        if asked:
+            raise SettingsError("lr_scheduler_type=constant has no warmup. Use constant_with_warmup, or leave it out.")
+        return 0
+    return DEFAULT_WARMUP if asked is None else asked
 
 
 def config_of(settings: RunSettings, output_dir: Path) -> SFTConfig:
@@ -99,38 +135,25 @@ def config_of(settings: RunSettings, output_dir: Path) -> SFTConfig:
     Raises:
         SettingsError: the optimizer, the schedule or a tracker is not known to transformers.
     """
-    warmup: dict[str, Any] = (
-        {"warmup_steps": settings.warmup_steps}
-        if settings.warmup_steps is not None
-        else {"warmup_ratio": 0.05 if settings.warmup_ratio is None else settings.warmup_ratio}
-    )
+    same = (
+        "num_train_epochs", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_length",
+        "gradient_accumulation_steps", "packing", "train_on", "on_too_long", "max_grad_norm", "neftune_noise_alpha",
+        "seed", "logging_steps", "eval_steps", "save_total_limit", "early_stopping_patience", "report_to",
+        "warmup_steps", "warmup_ratio",
+    )  # fmt: skip
     try:
         return SFTConfig(
             output_dir=str(output_dir),
-            num_train_epochs=settings.num_train_epochs,
-            max_steps=settings.max_steps or -1,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=_SCHEDULERS.get(settings.lr_scheduler_type, settings.lr_scheduler_type),
-            weight_decay=settings.weight_decay,
-            per_device_train_batch_size=settings.per_device_train_batch_size,
-            per_device_eval_batch_size=settings.per_device_eval_batch_size or 0,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            max_length=settings.max_length,
-            packing=settings.packing,
-            train_on=settings.train_on,
-            on_too_long=settings.on_too_long,
-            optim=_OPTIMIZERS.get(settings.optim, settings.optim),
-            max_grad_norm=settings.max_grad_norm,
-            neftune_noise_alpha=settings.neftune_noise_alpha,
-            seed=settings.seed,
-            logging_steps=settings.logging_steps,
-            eval_steps=settings.eval_steps,
-            save_steps=settings.save_steps or 0,
-            save_total_limit=settings.save_total_limit,
-            early_stopping_patience=settings.early_stopping_patience,
-            report_to=settings.report_to,
             run_name=output_dir.name,
-            **warmup,
+            max_steps=settings.max_steps or -1,
+            save_steps=settings.save_steps or 0,
+            per_device_eval_batch_size=settings.per_device_eval_batch_size or 0,
+            lr_scheduler_type=SCHEDULERS.get(settings.lr_scheduler_type, settings.lr_scheduler_type),
+            optim=OPTIMIZERS.get(settings.optim, settings.optim),
+            eval_split=0,  # The run has split its rows already.
+            **{name: getattr(settings, name) for name in same},
         )
+    except SettingsError:
+        raise
     except ValueError as error:
         raise SettingsError(f"settings refused by transformers: {error}") from error

@@ -16,7 +16,6 @@ The folder of a run::
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import os
@@ -26,22 +25,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import inject_adapter, trainable_share
+from tunesmith.adapters.inject import check_checkpointing, continue_adapter, inject_adapter, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.state import attach_adapter, base_of
+from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import DataError, OutputError
-from tunesmith.core.files import require_writable, whole_folder, write_text
+from tunesmith.core.files import as_output_error, require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.export.card import adapter_card
-from tunesmith.models.aliases import find_model
-from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm
-from tunesmith.training.callbacks import InterruptWatch, loss_plot
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.training.callbacks import loss_plot
 from tunesmith.training.checkpoint import require_disk_space
-from tunesmith.training.config import config_of
+from tunesmith.training.config import config_of, dated_folder
 from tunesmith.training.settings import RunSettings
 from tunesmith.training.sft import SFTTrainer
 
@@ -86,7 +84,7 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
         if resume:
             raise OutputError("--resume needs the folder of the run: give output_dir.")
         model = Path(settings.model).name.replace(":", "-")
-        return Path("runs") / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{model}"
+        return dated_folder(model)
     folder = Path(settings.output_dir).expanduser()
     if rank > 0:
         return folder  # The first process looks at the folder, and is about to write to it.
@@ -121,7 +119,7 @@ def run_training(
         TunesmithError: anything that the user can mend; see the modules that this composes.
     """
     folder = choose_folder(settings, resume=resume)
-    model, tokenizer = _load(settings)
+    model, tokenizer, settings = _load(settings)
     train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
     require_disk_space(model, folder)
     trainer = SFTTrainer(
@@ -140,15 +138,13 @@ def run_training(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     numbers = _numbers(trainer, time.perf_counter() - began)
-    interrupted = any(
-        callback.interrupted for callback in trainer.callback_handler.callbacks if isinstance(callback, InterruptWatch)
-    )
-    adapter = None if interrupted else folder / "adapter"
+    adapter = None if trainer.interrupted else folder / "adapter"
     if trainer.args.should_save:
-        loss_plot(trainer.state.log_history, folder / "training_loss.png")
         if adapter is not None:
             _save(adapter, settings, trainer, numbers)
             write_text(folder / "result.json", json.dumps(numbers, indent=1) + "\n")
+        with as_output_error(folder):
+            loss_plot(trainer.state.log_history, folder / "training_loss.png")
     trainer.accelerator.wait_for_everyone()
     return RunResult(folder, adapter, numbers, trainer)
 
@@ -196,21 +192,23 @@ def _has_valid(source: str) -> bool:
     return Path(source).is_dir() and "valid" in list_splits(source)
 
 
-def _load(settings: RunSettings) -> tuple[Any, Any]:
-    source = find_model(settings.model)
-    base = base_of(Path(source.path)) if source.kind == "adapter" else source
+def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
+    """Return model, tokenizer and the settings, in which an adapter that is trained on stands as it is."""
+    check_checkpointing(settings.use_gradient_checkpointing)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
-    model, tokenizer = load_causal_lm(
-        base,
+    model, tokenizer = load_source(
+        settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
         chat_template=settings.chat_template,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},
     )
-    if source.kind == "adapter":
-        return attach_adapter(model, Path(source.path)), tokenizer
-    return inject_adapter(model, settings.part(AdapterSettings)), tokenizer
+    wanted: AdapterSettings = settings.part(AdapterSettings)
+    if facts_of(model).adapter is None:
+        return inject_adapter(model, wanted), tokenizer, settings
+    own = continue_adapter(model, wanted, settings.model_fields_set)
+    return model, tokenizer, settings.replace(**own)
 
 
 def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:

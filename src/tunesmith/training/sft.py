@@ -20,9 +20,7 @@ import json
 import logging
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
+from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
@@ -49,6 +48,8 @@ from tunesmith.training.checkpoint import (
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
+from tunesmith.training.plan import apply_older_style, check_precision, choose_cadence, length_limit, try_out
+from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
 
 __all__ = ["SFTTrainer"]
 
@@ -92,12 +93,14 @@ class SFTTrainer(Trainer):
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
         self._tokenizer = _one_tokenizer(processing_class, tokenizer)
-        _apply_older_style(args, dataset_text_field, max_seq_length, packing)
-        _refuse_autocast(args, model)
+        apply_older_style(args, dataset_text_field, max_seq_length, packing)
+        check_precision(args, model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
         self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
-        args.max_length = _length_limit(args.max_length, facts_of(model).window)
+        args.max_length = length_limit(args.max_length, facts_of(model).window)
+        if args.dataset_text_field and mapping:
+            raise SettingsError("dataset_text_field and mapping both say what the columns hold. Give one of them.")
         self._mapping = {args.dataset_text_field: "text"} if args.dataset_text_field else mapping
         self._formatting_func = formatting_func
         if train_dataset is None:
@@ -112,16 +115,19 @@ class SFTTrainer(Trainer):
             eval_data.ledger.check()
         self.train_data, self.eval_data = train_data, eval_data
         train_set = self._as_dataset(train_data, args, ledger=True)
-        _set_cadence(args, len(train_set), has_eval=eval_data is not None)
+        try_out(args, model, choose_cadence(args, len(train_set), has_eval=eval_data is not None))
         if args.should_save:
             make_folder(Path(args.output_dir))  # The Trainer makes it too, and explains nothing when it cannot.
+        self._interrupts = InterruptWatch()
+        # Old checkpoints are ours to remove: the Trainer's own sweep at the end would take the newest one too.
+        self._keep, args.save_total_limit = args.save_total_limit, None
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_set,  # type: ignore[arg-type]
             eval_dataset=None if eval_data is None else DocumentDataset(eval_data.documents),  # type: ignore[arg-type]
             processing_class=self._tokenizer,
-            callbacks=[*default_callbacks(args), *(callbacks or [])],
+            callbacks=[*default_callbacks(args), self._interrupts, *(callbacks or [])],
             optimizers=optimizers,
         )
         # Our loss is already divided by the tokens of the whole step; the Trainer must not divide it again.
@@ -175,7 +181,7 @@ class SFTTrainer(Trainer):
             len(dataset),
             batch_size,
             shuffle=shuffle,
-            seed=self.args.data_seed or self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             rank=self.args.process_index,
             processes=self.args.world_size,
         )
@@ -188,9 +194,13 @@ class SFTTrainer(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """Return the micro-batches of one optimizer step and its number of trained tokens over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        trained = torch.tensor(float(sum(len(batch["rows"]) for batch in batches)), device=device)
         self._tokens_since_log += sum(batch["tokens"] for batch in batches)
-        return batches, self._sum_over_processes(trained).clamp(min=1)
+        trained = float(sum(len(batch["rows"]) for batch in batches))
+        # Ctrl-C reaches processes at different moments: they agree here, or one would wait for another for ever.
+        counts = torch.tensor([trained, float(self._interrupts.interrupted)], dtype=torch.float32, device=device)
+        total, interrupted = sum_over_processes(counts, self.args.world_size)
+        self._interrupts.agree(bool(interrupted))
+        return batches, total.clamp(min=1)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -208,7 +218,7 @@ class SFTTrainer(Trainer):
         # With several processes all must see it, or the others would wait: the summed gradient carries it to them.
         self._places += inputs["where"]
         if self.accelerator.sync_gradients:
-            self._sum_gradients()
+            sum_gradients([parameter for _, parameter in self._trainable()], self.args.world_size)
             self._check_gradients()
             self._places = []
         # The Trainer reports the mean over processes; each holds its share of one sum.
@@ -216,23 +226,6 @@ class SFTTrainer(Trainer):
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-
-    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size > 1:
-            _all_reduce(value)
-        return value
-
-    def _sum_gradients(self) -> None:
-        if self.args.world_size == 1:
-            return
-        parameters = [parameter for _, parameter in self._trainable()]
-        for parameter in parameters:
-            # A process whose documents did not reach a weight still takes part in its sum.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        flat = torch.cat([parameter.grad.reshape(-1).float() for parameter in parameters])
-        _all_reduce(flat)
-        for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(summed.view_as(parameter))
 
     def _check_gradients(self) -> None:
         grads = [(name, parameter.grad) for name, parameter in self._trainable()]
@@ -258,7 +251,8 @@ class SFTTrainer(Trainer):
         rows = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         raise TrainingError(
             f"{what} is not finite in step {self.state.global_step + 1}, rows {rows}: the run "
-            f"stops before it reaches the weights.{saved} Lower learning_rate or max_grad_norm, or look at these rows."
+            f"stops before it reaches the weights.{saved} Look at these rows, or start a new "
+            "run from that adapter with a lower learning_rate or max_grad_norm."
         )
 
     # ---- logging and evaluation ----
@@ -282,15 +276,18 @@ class SFTTrainer(Trainer):
             eval_dataset = DocumentDataset(self._prepare(eval_dataset, self.args).documents)
         if eval_dataset is None and self.eval_dataset is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
-        self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
-            sums[0] += self.head.loss(batch, 1.0).double()
-            sums[1] += len(batch["rows"])
-        total, count = self._sum_over_processes(sums).tolist()
-        self.model.train()
-        loss = total / max(count, 1.0)
+        with evaluation_mode(self.model):
+            for batch in self.get_eval_dataloader(eval_dataset):
+                batch = self._prepare_inputs(batch)
+                sums[0] += self.head.loss(batch, 1.0).double()
+                sums[1] += len(batch["rows"])
+        total, count = sum_over_processes(sums, self.args.world_size).tolist()
+        if count == 0:
+            raise SettingsError("the evaluation rows train on nothing, so they have no loss. Give other rows.")
+        loss = total / count
+        if not math.isfinite(loss) and self.is_in_train:
+            self._stop("the eval loss", [])
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
@@ -302,6 +299,11 @@ class SFTTrainer(Trainer):
         # Time spent here is not training time.
         self._log_time += time.perf_counter() - began
         return metrics
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the last ``train()`` before its last step."""
+        return self._interrupts.interrupted
 
     # ---- checkpoints ----
 
@@ -341,13 +343,11 @@ class SFTTrainer(Trainer):
         self._log_time = time.perf_counter()
         try:
             # The Trainer gathers and waits too, for its log and at checkpoints.
-            with _naming_lost_processes():
+            with naming_lost_processes():
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             # An error ends the run without on_train_end.
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, InterruptWatch):
-                    callback.release()
+            self._interrupts.release()
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -372,7 +372,7 @@ class SFTTrainer(Trainer):
                 (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
             remove_old_checkpoints(
                 self._checkpoint_folder(),
-                keep=self.args.save_total_limit,
+                keep=self._keep,
                 best=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
@@ -397,11 +397,7 @@ class SFTTrainer(Trainer):
         if torch.cuda.is_available():
             distributed = self.args.world_size > 1
             states["cuda"] = torch.cuda.random.get_rng_state_all() if distributed else torch.cuda.get_rng_state()
-        if self.args.world_size == 1:
-            return [states]
-        gathered: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(gathered, states)
-        return gathered
+        return gather_objects(states, self.args.world_size)
 
 
 def _base(model: Any) -> Any:
@@ -417,55 +413,6 @@ def _one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
     return chosen
 
 
-def _apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
-    for name, value in (("dataset_text_field", field), ("max_length", length), ("packing", packing)):
-        current, unset = getattr(args, name), (None, False)
-        if value is None:
-            continue
-        if current not in unset and current != value:
-            raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
-        setattr(args, name, value)
-
-
-def _refuse_autocast(args: SFTConfig, model: Any) -> None:
-    dtype = facts_of(model).dtype
-    if args.asked_for_bf16 and dtype.dtype != torch.bfloat16:
-        raise SettingsError(
-            f"bf16=True, but the model's weights are {dtype.name} and this library does not autocast. "
-            "Load the model with dtype='bfloat16', or leave bf16 out."
-        )
-
-
-def _length_limit(asked: int | None, window: int) -> int:
-    if asked is not None and asked > window:
-        raise SettingsError(
-            f"max_length={asked} is above the {window} tokens that the model was loaded with. "
-            f"Load it with max_seq_length={asked}, or use at most {window}."
-        )
-    return asked or window
-
-
-def _set_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> None:
-    """Choose when to evaluate and save where nothing was asked: about ten times a run."""
-    if args.early_stopping_patience is not None and not has_eval:
-        raise SettingsError("early_stopping_patience needs an evaluation: give eval_dataset, or an eval_split above 0.")
-    together = args.per_device_train_batch_size * args.world_size
-    updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-    tenth = max(1, math.ceil(total / 10))
-    args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
-    args.eval_steps = args.eval_steps_asked or tenth
-    args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)
-    if has_eval and args.load_best_model_at_end is None:
-        args.load_best_model_at_end = True
-    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps % args.eval_steps:
-        raise SettingsError(
-            f"save_steps={args.save_steps} is no multiple of eval_steps={args.eval_steps}: the best step could not be "
-            "kept. Leave save_steps out, or make it a multiple."
-        )
-    args.metric_for_best_model, args.greater_is_better = ("loss", False) if has_eval else (None, None)
-
-
 def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:
     from tunesmith.data.files import read_rows
 
@@ -473,23 +420,3 @@ def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Itera
         made = function(row.value)
         for text in [made] if isinstance(made, str) else made:
             yield {"text": text}
-
-
-def _all_reduce(value: torch.Tensor) -> None:
-    with _naming_lost_processes():
-        torch.distributed.all_reduce(value)
-
-
-@contextmanager
-def _naming_lost_processes() -> Iterator[None]:
-    """Say what it means when torch.distributed fails in the middle of a run; other errors pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any(frame.f_globals.get("__name__") == "torch.distributed.distributed_c10d" for frame, _ in frames):
-            raise
-        raise TrainingError(
-            f"another process of this run died or stopped answering ({str(error).splitlines()[0]}). "
-            "Its own output says why; start all processes again with --resume."
-        ) from error

@@ -1,0 +1,114 @@
+"""What a trainer decides before its first step: lengths, when to evaluate and save, and whether the rest can work.
+
+Everything that would only fail once training has begun (an optimizer or tracker that is not installed, a schedule that
+lacks an argument) is tried here first, so that a mistake leaves no half-made run behind.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.models.load import facts_of
+from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
+
+__all__ = ["apply_older_style", "check_precision", "choose_cadence", "length_limit", "try_out"]
+
+
+def apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
+    """Write the arguments of the older call style into ``args``; refuse two values for one setting."""
+    for name, value in (("dataset_text_field", field), ("max_length", length), ("packing", packing)):
+        current = getattr(args, name)
+        if value is None:
+            continue
+        if current not in (None, False) and current != value:
+            raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
+        setattr(args, name, value)
+
+
+def check_precision(args: SFTConfig, model: Any) -> None:
+    """Refuse what would need autocast or loss scaling, which are not there."""
+    dtype = facts_of(model).dtype
+    if dtype.dtype == torch.float16:
+        raise NotSupportedYetError(
+            "training float16 weights is not supported yet: it needs loss scaling, or small gradients become zero. "
+            "Load the model with dtype='bfloat16' or 'float32'."
+        )
+    if args.asked_for_bf16 and dtype.dtype != torch.bfloat16:
+        raise SettingsError(
+            f"bf16=True, but the model's weights are {dtype.name} and this library does not autocast. "
+            "Load the model with dtype='bfloat16', or leave bf16 out."
+        )
+
+
+def length_limit(asked: int | None, window: int) -> int:
+    """Return the longest row in tokens."""
+    if asked is not None and asked > window:
+        raise SettingsError(
+            f"max_length={asked} is above the {window} tokens that the model was loaded with. "
+            f"Load it with max_seq_length={asked}, or use at most {window}."
+        )
+    return asked or window
+
+
+def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
+    """Set when to evaluate and save where nothing was asked, about ten times a run; return the steps of the run."""
+    if args.early_stopping_patience is not None and not has_eval:
+        raise SettingsError("early_stopping_patience needs an evaluation: give eval_dataset, or an eval_split above 0.")
+    together = args.per_device_train_batch_size * args.world_size
+    updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    tenth = max(1, math.ceil(total / 10))
+    if not args.warmup_asked and args.warmup_steps:
+        # A schedule's first warmup step has a rate of zero. Rounded up, that would be all of a run of one step.
+        args.warmup_steps = int(DEFAULT_WARMUP * total)
+    args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
+    args.eval_steps = args.eval_steps_asked or tenth
+    args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)
+    saves = args.save_strategy != "no"
+    args.load_best_model_at_end = has_eval and saves and args.load_best_model_at_end is not False
+    args.metric_for_best_model, args.greater_is_better = ("loss", False) if has_eval else (None, None)
+    if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
+        args.lr_scheduler_kwargs = {"num_decay_steps": tenth}
+    return total
+
+
+def try_out(args: SFTConfig, model: Any, steps: int) -> None:
+    """Build the schedule and look up optimizer and trackers once.
+
+    Raises:
+        SettingsError: one of them is not installed, or lacks an argument; the message is that of its library.
+    """
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise SettingsError(f"report_to: {missing[0]} is not installed. Install it, or leave report_to out.")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"optim={_word(args.optim)} cannot be used here: {_first_line(error)}") from error
+    weight = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            weight,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or None,
+        )
+    except (TypeError, ValueError) as error:
+        name = _word(args.lr_scheduler_type)
+        raise SettingsError(f"lr_scheduler_type={name} cannot be used as it is: {_first_line(error)}") from error
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
