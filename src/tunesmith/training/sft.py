@@ -252,7 +252,7 @@ class SFTTrainer(Trainer):
         raise TrainingError(
             f"{what} is not finite in step {self.state.global_step + 1}, rows {rows}: the run "
             f"stops before it reaches the weights.{saved} Look at these rows, or start a new "
-            "run from that adapter with a lower learning_rate or max_grad_norm."
+            "run with a lower learning_rate or max_grad_norm."
         )
 
     # ---- logging and evaluation ----
