@@ -160,6 +160,7 @@ class FastLanguageModel:
             raise NotSupportedYetError(
                 f"init_lora_weights={init_lora_weights!r} is not supported yet. Use True, False or 'gaussian'."
             )
+        check_checkpointing(use_gradient_checkpointing)
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "

@@ -10,8 +10,9 @@ from tests import tiny
 from tests.training.support import trainable
 
 from tunesmith import FastLanguageModel
-from tunesmith.adapters.inject import trainable_share
-from tunesmith.core.errors import AdapterError, SettingsError
+from tunesmith.adapters.inject import inject_adapter, set_checkpointing, trainable_share
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
 from tunesmith.models.load import facts_of
 
 
@@ -80,6 +81,11 @@ def test_ranks_and_exceptions_by_name() -> None:
     assert (layer.mlp.down_proj.r["default"], layer.mlp.up_proj.r["default"]) == (2, 4)
     assert layer.mlp.down_proj.scaling["default"] == 3.0
     assert not any("q_proj" in name for name in names_of(model))
+    assert (
+        names_of(adapt(exclude_modules="q_proj")) == names_of(adapt(exclude_modules=r".*\.q_proj")) == names_of(model)
+    )
+    every = {"target_modules": "all-linear", "exclude_modules": ["lm_head"], "rank_pattern": {r"layers\.1\..*_proj": 2}}
+    assert names_of(adapt(**every)) == names_of(adapt())
 
 
 @pytest.mark.parametrize(("arguments", "part"), [({"use_dora": True}, "lora_magnitude"), ({"bias": "all"}, "bias"),
@@ -97,14 +103,21 @@ def test_starts(init: Any, b_is_zero: bool) -> None:
 def test_the_same_call_again_returns_the_model() -> None:
     model = adapt()
     assert adapt(model) is model
+    assert adapt(model, target_modules="all-linear") is model, "the same layers by another name"
+    assert not facts_of(model).checkpointing
+    assert facts_of(adapt(model, use_gradient_checkpointing=True)).checkpointing
 
 
 def test_another_call_is_refused_with_the_difference() -> None:
     model = adapt()
-    with pytest.raises(AdapterError, match=r"already carries an adapter with other settings \(r: 4 -> 8; |r: 4 -> 8"):
+    with pytest.raises(AdapterError, match=r"already carries an adapter with other settings \(r: 4 -> 8\)"):
         adapt(model, r=8)
-    with pytest.raises(AdapterError, match="target_modules: None -> "):
+    with pytest.raises(AdapterError, match=r"target_modules: \['down_proj', .* -> \['q_proj'\]"):
         adapt(model, target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match="random_state: 3407 -> 1"):
+        adapt(model, random_state=1)
+    with pytest.raises(AdapterError, match=r"layers_to_transform: None -> \[1\]|finetune_last_n_layers"):
+        adapt(model, finetune_last_n_layers=1)
 
 
 def test_an_adapter_of_someone_else_is_refused() -> None:
@@ -144,11 +157,30 @@ def test_trainable_share_counts_shared_tensors_once() -> None:
         ({"r": 0}, SettingsError, "get_peft_model: r = 0"),
         ({"r": True, "lora_dropout": 1.0, "bias": "some"}, SettingsError, "get_peft_model: 3 problems"),
         ({"use_gradient_checkpointing": "always"}, SettingsError, "allowed are True, False and 'unsloth'"),
+        ({"target_modules": ".*q_proj", "finetune_last_n_layers": 1}, AdapterError, "does not fit .*layers_to_trans"),
+        ({"layers_pattern": "layers"}, AdapterError, "`layers_to_transform` must also be specified"),
+        ({"layers_pattern": "[", "layers_to_transform": [0]}, AdapterError, "the adapter does not fit"),
+        ({"rank_pattern": {"[": 2}}, AdapterError, r"rank_pattern '\[' is no regular expression"),
+        ({"exclude_modules": "["}, AdapterError, r"exclude_modules '\[' is no regular expression"),
+        ({"rank_pattern": {"down_porj": 2}}, AdapterError, "rank_pattern 'down_porj' .*Did you mean 'down_proj'"),
+        ({"alpha_pattern": {"lm_head": 2}}, AdapterError, "alpha_pattern 'lm_head' matched no layer that gets an"),
+        ({"exclude_modules": ["q_porj"]}, AdapterError, "exclude_modules 'q_porj' .*Did you mean 'q_proj'"),
+        ({"exclude_modules": ".*q_porj"}, AdapterError, r"exclude_modules '\.\*q_porj' .*must match the whole name"),
     ],
 )
 def test_requests_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         adapt(**arguments)
+
+
+@pytest.mark.parametrize("mode", ["auto", "selective", "offload"])
+def test_checkpointing_that_is_not_written_yet_is_refused_wherever_it_is_set(mode: str) -> None:
+    model = tiny.tiny_model("llama")
+    for refusing in (lambda: inject_adapter(model, AdapterSettings(use_gradient_checkpointing=mode)),
+                     lambda: set_checkpointing(model, mode)):  # fmt: skip
+        with pytest.raises(NotSupportedYetError, match=f"use_gradient_checkpointing='{mode}' is not supported yet"):
+            refusing()
+    assert not hasattr(model.model.layers[0].self_attn.q_proj, "lora_A")
 
 
 def test_tied_embeddings_are_not_parted() -> None:

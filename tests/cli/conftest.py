@@ -48,8 +48,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """``run("train", "--data", path, stdin="")``: what ``tunesmith train --data ...`` does."""
     from tunesmith.cli.main import main
 
-    def call(*words: Any, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    def call(*words: Any, stdin: str | bytes = "") -> Outcome:
+        content = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])

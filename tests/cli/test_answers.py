@@ -63,6 +63,7 @@ def test_an_adapter_is_put_on_its_base(run, model_folder, trained_run):
         (["  "], "the prompt is empty"),
         (["x", "--temperature", "-1"], "temperature=-1.0 must be 0"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1"),
+        (["x", "--max-new-tokens", "512"], "max_new_tokens=512 must be below the 512 positions"),
         (["x", "--adapter", "nowhere"], "'nowhere' is neither a folder"),
     ],
 )
@@ -104,6 +105,28 @@ def test_chat_helps_with_commands(run, model_folder):
 def test_chat_forgets_what_no_longer_fits_and_says_so(run, model_folder):
     outcome = run("chat", model_folder, "--max-new-tokens", 430, stdin="the cat sat on the mat\n" * 2)
     assert "the oldest 1 of the exchanges no longer fit and are forgotten" in outcome.out
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_system_message_that_the_template_refuses(run, tmp_path, model_folder, command):
+    template = tmp_path / "no-system.jinja"
+    template.write_text(NO_SYSTEM)
+    words = ["chat", model_folder] if command == "chat" else ["generate", "--model", model_folder, "-"]
+    outcome = run(*words, "--chat-template", template, "--system", "sat", *SHORT, stdin="the cat\n")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "the chat template refuses the row: no system role" in outcome.err
+
+
+def test_chat_reads_only_text(run, model_folder):
+    outcome = run("chat", model_folder, *SHORT, stdin=b"\xff\n")
+    assert outcome.code == 2
+    assert outcome.err == "error: stdin is not UTF-8 text (byte 0). Convert it to UTF-8.\n"
 
 
 def test_chat_needs_a_chat_template(run, tmp_path, model_folder):

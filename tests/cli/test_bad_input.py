@@ -84,6 +84,10 @@ def _train(run, model, rows, output, *words):
         (["--set", "load_in_4bit=true"], ["load_in_4bit=True is not supported yet"]),
         (["--target-modules", "q_porj,v_proj"], ["'q_porj'", "'q_proj'"]),
         (["--optim", "adamw_fast"], ["adamw_fast"]),
+        (["--target-modules", ".*q_proj", "--finetune-last-n-layers", "1"], ["the adapter does not fit"]),
+        (["--layers-pattern", "layers"], ["the adapter does not fit"]),
+        (["--rank-pattern", "q_porj=2"], ["rank_pattern 'q_porj' matched no layer", "'q_proj'"]),
+        (["--use-gradient-checkpointing", "offload"], ["use_gradient_checkpointing='offload' is not supported yet"]),
         (["--dtype", "bf61"], ["bf61", "bfloat16"]),
         (["--map", "question=usr"], ["usr", "user"]),
     ],
@@ -176,6 +180,15 @@ def test_the_folder_of_another_run_stays_as_it_is(run, trained_run, model_folder
     assert_refused(other, "belongs to another run")
     changed = [path.name for path, content in before.items() if path.read_bytes() != content]
     assert changed == []
+
+
+def test_settings_that_an_adapter_cannot_change(run, tmp_path, trained_run, rows_file):
+    words = ("--r", 64, "--lora-alpha", 2, "--target-modules", "q_proj", "--bias", "none", "--random-state", 1)
+    outcome = _train(run, trained_run, rows_file, tmp_path / "run", *words)
+    assert_refused(outcome, "keeps its own settings", untouched=[tmp_path / "run"])
+    for words in ("r: 2 -> 64", "lora_alpha: 16 -> 2", "-> ['q_proj']"):
+        assert words in outcome.err
+    assert "bias" not in outcome.err
 
 
 def test_resume_without_a_folder(run, model_folder, rows_file):

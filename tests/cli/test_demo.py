@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from tunesmith.cli import demo
@@ -12,7 +10,7 @@ def small(monkeypatch, model_folder):
     tiny = {"model": str(model_folder), "max_steps": 2, "max_seq_length": 512, "r": 2, "dtype": "float32"}
     for name, value in tiny.items():
         monkeypatch.setitem(demo.DEMO_SETTINGS, name, value)
-    for name, value in {"_TRAIN_ROWS": 30, "_HELD_OUT_ROWS": 3, "_LONGEST_ANSWER": 4}.items():
+    for name, value in {"_TRAIN_ROWS": 30, "_EVAL_ROWS": 4, "_HELD_OUT_ROWS": 3, "_LONGEST_ANSWER": 4}.items():
         monkeypatch.setattr(demo, name, value)
 
 
@@ -24,8 +22,10 @@ def test_the_demo_trains_compares_and_leaves_rows_and_run(run, small, tmp_path):
                   "tokens/s", "peak memory", f"tunesmith chat {folder / 'run'}"):  # fmt: skip
         assert words in outcome.out, words
     assert max(len(line.rstrip()) for line in outcome.out.splitlines() if str(tmp_path) not in line) <= 80
-    rows = [json.loads(line) for line in (folder / "data" / "test.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
+    rows = {file.stem: file.read_text().splitlines() for file in (folder / "data").iterdir()}
+    assert {name: len(lines) for name, lines in rows.items()} == {"train": 30, "valid": 4, "test": 3}
+    assert not set(rows["train"]) & set(rows["valid"])
+    assert "30 to train on, 4 for evaluation" in " ".join(outcome.out.split())
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 

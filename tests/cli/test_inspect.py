@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from tests.cli.conftest import write_rows
@@ -36,6 +37,17 @@ def test_inspect_counts_as_train_does(run, rows_file, model_folder, trained_run)
         assert report["ledger"][name] == ledger[name]
 
 
+def test_inspect_has_the_window_of_train(run, tmp_path, rows_file, model_folder):
+    words = ("--model", model_folder, "--max-seq-length", 20)
+    trained = run("train", "--data", rows_file, *words, "--output-dir", tmp_path / "run", "--max-steps", 1,
+                  "--eval-split", 0)  # fmt: skip
+    assert trained.code == 0, trained.err
+    report = json.loads(run("inspect", rows_file, *words, "--json").out)
+    assert report["ledger"] == json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
+    assert report["ledger"]["rows_kept"] < 40
+    assert run("inspect", rows_file, "--model", model_folder, "--max-seq-length", 600).code == 2
+
+
 def test_json_holds_the_text_of_every_token(run, rows_file, model_folder, tiny_tokenizer):
     report = json.loads(run("inspect", rows_file, "--model", model_folder, "--json", "--rows", 2).out)
     assert len(report["rows"]) == 2
@@ -45,8 +57,13 @@ def test_json_holds_the_text_of_every_token(run, rows_file, model_folder, tiny_t
     assert "".join(piece["text"] for piece in report["rows"][0]["pieces"]) == whole
 
 
-def test_a_run_and_an_adapter_are_inspected_with_their_base(run, rows_file, trained_run):
+def test_a_run_and_an_adapter_are_inspected_with_their_base(run, tmp_path, rows_file, trained_run):
     assert run("inspect", rows_file, "--model", trained_run, "--rows", 0).code == 0
+    # Its tokenizer is the one that it was trained with.
+    own = shutil.copytree(trained_run / "adapter", tmp_path / "adapter")
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>' + ", "<|im_start|>own ' + "))
+    assert "own user" in run("inspect", rows_file, "--model", own).out
 
 
 def test_too_long_rows_leave_an_error_behind_the_ledger(run, rows_file, model_folder):

@@ -57,6 +57,30 @@ def test_a_file_with_flags_on_top(run, tmp_path, model_folder, rows_file):
     assert (settings["r"], settings["max_steps"], settings["warmup_ratio"]) == (4, 1, None)
 
 
+def test_an_adapter_is_trained_on_as_it_is_and_the_record_says_so(run, tmp_path, trained_run, rows_file):
+    folder = tmp_path / "run"
+    flags = (
+        "--model",
+        trained_run,
+        "--data",
+        rows_file,
+        "--output-dir",
+        folder,
+        "--max-steps",
+        2,
+        "--dtype",
+        "float32",
+    )
+    same = ("--r", 2, "--target-modules", "all-linear", "--no-use-dora", "--use-gradient-checkpointing", "false")
+    outcome = run("train", *flags, *same)
+    assert outcome.code == 0, outcome.err
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert (settings["r"], settings["lora_alpha"], len(settings["target_modules"])) == (2, 16, 7)
+    assert "\nr: 2\n" in (folder / "adapter" / "README.md").read_text()
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    assert run("train", folder / "settings.yaml", "--resume").code == 0
+
+
 def test_packing_says_bins(run, tmp_path, model_folder, rows_file):
     flags = ("--model", model_folder, "--data", rows_file, "--output-dir", tmp_path / "run", "--packing")
     shown = run("train", *flags, "--max-steps", 1, "--dtype", "float32").out

@@ -187,6 +187,7 @@ def test_no_prompts_give_no_answers(model, tokenizer):
     [
         ({"temperature": -1, "top_p": 0}, r"temperature=-1 must be 0 \(greedy\) or more; top_p=0 must be above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 512}, "max_new_tokens=512 must be below the 512 positions of the model"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"top_k": -1}, "top_k=-1"),
         ({"min_p": 2}, "min_p=2"),
@@ -202,6 +203,13 @@ def test_settings_out_of_range_are_refused(model, tokenizer, settings, message):
 def test_an_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(EvaluationError, match="prompt 2 is empty"):
         generate_answers(model, tokenizer, ["a", ""])
+
+
+def test_a_prompt_that_the_template_refuses(model, tokenizer, monkeypatch):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    with pytest.raises(EvaluationError, match="prompt 2 cannot be answered: the chat template refuses.*no system role"):
+        generate_answers(model, tokenizer, ["a", chat("Hi")])
 
 
 def test_messages_without_a_chat_template_are_refused(model, tokenizer, monkeypatch):

@@ -62,7 +62,9 @@ def test_early_stopping_counts_evaluations_since_the_best(evals: list[float], pa
 
 def begin(callback: Any, folder: Path, step: int) -> None:
     callback.on_train_begin(
-        SimpleNamespace(output_dir=str(folder), world_size=1), SimpleNamespace(is_world_process_zero=True, global_step=step), None
+        SimpleNamespace(output_dir=str(folder), world_size=1),
+        SimpleNamespace(is_world_process_zero=True, global_step=step),
+        None,
     )
 
 

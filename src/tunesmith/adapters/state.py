@@ -55,18 +55,20 @@ def load_source(
         AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
     """
     base, folder = _parts(name, adapter)
+    has_own_tokenizer = folder is not None and _has_tokenizer(folder)
     model, tokenizer = load_causal_lm(
         base,
         max_seq_length=max_seq_length,
         dtype=dtype,
-        chat_template=chat_template,
+        # It may need tokens that only the adapter's tokenizer has.
+        chat_template=None if has_own_tokenizer else chat_template,
         attn_implementation=attn_implementation,
         device_map=device_map,
         **hub,
     )
     if folder is None:
         return model, tokenizer
-    if _has_tokenizer(folder):
+    if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 

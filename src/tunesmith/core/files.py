@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from tunesmith.core.errors import OutputError
@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Generator[None]:
     """Hold the lock file ``path`` for the block, waiting for whoever holds it; the lock of a dead process is free."""
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path) -> Generator[Path]:
     """Yield a temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
 
     An existing ``path`` is replaced only at that moment. Partial folders of dead processes are removed first. One
@@ -198,7 +198,7 @@ _WRITE_PROBLEMS = {
 
 
 @contextlib.contextmanager
-def as_output_error(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Generator[None]:
     """Say in one sentence why ``path`` cannot be written; errors of other kinds pass."""
     try:
         yield

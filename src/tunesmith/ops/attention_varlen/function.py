@@ -130,7 +130,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of query, key and value."""
         query, key, value, output, log_sums = ctx.saved_tensors
         scale, window, wide = ctx.scale, ctx.window, log_sums.dtype

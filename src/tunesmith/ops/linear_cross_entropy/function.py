@@ -72,7 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the saved gradients by the incoming scalar."""
         incoming = grads[0]
         hidden, weight, bias = ctx.saved_tensors

@@ -42,7 +42,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x, a and b, as far as they are needed."""
         rows, weight, a, b, s = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])

@@ -1,0 +1,113 @@
+"""One function puts base, adapter and tokenizer together; adapters whose start changed the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests import tiny
+
+from tunesmith.adapters.state import attach_adapter, load_source, load_source_tokenizer
+from tunesmith.core.errors import AdapterError
+from tunesmith.models.load import facts_of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny.tiny_model("llama").save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, **config: Any) -> torch.Tensor:
+    """Write an adapter with random B as PEFT alone does, and return the logits of the live model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **config))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora"])
+def test_logits_are_those_of_the_model_that_was_trained(start: Any, base: Path, tmp_path: Path) -> None:
+    live = save_adapter(base, tmp_path, init_lora_weights=start)
+    model, _ = load_source(str(tmp_path), dtype="float32")
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-4)
+    assert facts_of(model).adapter is not None
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] == start
+
+
+def test_an_adapter_of_a_start_that_took_from_the_base_is_saved_again_as_it_was(base: Path, tmp_path: Path) -> None:
+    live = save_adapter(base, tmp_path / "first", init_lora_weights="pissa")
+    load_source(str(tmp_path / "first"), dtype="float32")[0].save_pretrained(tmp_path / "second")
+    torch.testing.assert_close(
+        logits(load_source(str(tmp_path / "second"), dtype="float32")[0]), live, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [("pissa_niter_4", "random approximation"), ("lora_ga", "gradients"), ("corda", "statistics"),
+     ("loftq", "few bits")],
+)  # fmt: skip
+def test_adapters_whose_base_is_lost_are_refused(start: str, reason: str, base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"init_lora_weights='{start}', which .*{reason}.*would be wrong. Convert"):
+        attach_adapter(tiny.tiny_model("llama"), tmp_path)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter whose tokenizer has another chat template than its base."""
+    save_adapter(base, tmp_path / "adapter")
+    for file in base.glob("*token*"):
+        shutil.copy(file, tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("own template")
+    return tmp_path / "adapter"
+
+
+def test_the_tokenizer_of_an_adapter_is_its_own(base: Path, adapter: Path) -> None:
+    asked = load_source(str(adapter), chat_template="chatml")[1]
+    assert asked.chat_template == tiny.tiny_tokenizer().chat_template
+    ours = [load_source(str(adapter))[1], load_source(str(base), adapter=str(adapter))[1],
+            load_source_tokenizer(str(adapter))[0]]  # fmt: skip
+    assert [tokenizer.chat_template for tokenizer in ours] == ["own template"] * 3
+    (adapter / "tokenizer_config.json").unlink()
+    of_base = load_source(str(adapter))[1], load_source_tokenizer(str(adapter))[0]
+    assert {tokenizer.chat_template for tokenizer in of_base} == {tiny.tiny_tokenizer().chat_template}
+
+
+@pytest.mark.parametrize("asked", [None, 64])
+def test_the_window_is_known_without_weights(asked: int | None, adapter: Path) -> None:
+    assert load_source_tokenizer(str(adapter), max_seq_length=asked)[1] == (asked or tiny.WINDOW)
+    assert facts_of(load_source(str(adapter), max_seq_length=asked)[0]).window == (asked or tiny.WINDOW)
+
+
+def test_an_adapter_can_be_loaded_to_answer_only(adapter: Path) -> None:
+    assert any(parameter.requires_grad for parameter in load_source(str(adapter))[0].parameters())
+    answers, _ = load_source(str(adapter), trainable=False)
+    assert not any(parameter.requires_grad for parameter in answers.parameters())
+
+
+def test_two_adapters_or_none_are_refused(base: Path, adapter: Path) -> None:
+    with pytest.raises(AdapterError, match="is no adapter: it holds no adapter_config"):
+        load_source(str(base), adapter=str(base))
+    with pytest.raises(AdapterError, match="already is an adapter on its base"):
+        load_source(str(adapter), adapter=str(adapter))
