@@ -38,7 +38,7 @@ def test_inspect_counts_as_train_does(run, rows_file, model_folder, trained_run)
 
 
 def test_inspect_has_the_window_of_train(run, tmp_path, rows_file, model_folder):
-    words = ("--model", model_folder, "--max-seq-length", 20)
+    words = ("--model", model_folder, "--max-seq-length", 80)
     trained = run("train", "--data", rows_file, *words, "--output-dir", tmp_path / "run", "--max-steps", 1,
                   "--eval-split", 0)  # fmt: skip
     assert trained.code == 0, trained.err

@@ -59,18 +59,7 @@ def test_a_file_with_flags_on_top(run, tmp_path, model_folder, rows_file):
 
 def test_an_adapter_is_trained_on_as_it_is_and_the_record_says_so(run, tmp_path, trained_run, rows_file):
     folder = tmp_path / "run"
-    flags = (
-        "--model",
-        trained_run,
-        "--data",
-        rows_file,
-        "--output-dir",
-        folder,
-        "--max-steps",
-        2,
-        "--dtype",
-        "float32",
-    )
+    flags = ("--model", trained_run, "--data", rows_file, "--output-dir", folder, "--max-steps", 2)
     same = ("--r", 2, "--target-modules", "all-linear", "--no-use-dora", "--use-gradient-checkpointing", "false")
     outcome = run("train", *flags, *same)
     assert outcome.code == 0, outcome.err

@@ -208,7 +208,7 @@ def test_an_empty_prompt_is_refused(model, tokenizer):
 def test_a_prompt_that_the_template_refuses(model, tokenizer, monkeypatch):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     monkeypatch.setattr(tokenizer, "chat_template", refusing)
-    with pytest.raises(EvaluationError, match="prompt 2 cannot be answered: the chat template refuses.*no system role"):
+    with pytest.raises(EvaluationError, match=r"prompt 2 cannot be answered: .*refuses.*no system role"):
         generate_answers(model, tokenizer, ["a", chat("Hi")])
 
 
