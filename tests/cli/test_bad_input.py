@@ -186,7 +186,7 @@ def test_settings_that_an_adapter_cannot_change(run, tmp_path, trained_run, rows
     words = ("--r", 64, "--lora-alpha", 2, "--target-modules", "q_proj", "--bias", "none", "--random-state", 1)
     outcome = _train(run, trained_run, rows_file, tmp_path / "run", *words)
     assert_refused(outcome, "keeps its own settings", untouched=[tmp_path / "run"])
-    for words in ("r: 2 -> 64", "lora_alpha: 16 -> 2", "-> ['q_proj']"):
+    for words in ("r: 2 -> 64", "lora_alpha: 16.0 -> 2.0", "-> ['q_proj']"):
         assert words in outcome.err
     assert "bias" not in outcome.err
 

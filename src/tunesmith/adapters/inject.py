@@ -83,10 +83,12 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
 
 def arguments_of(config: LoraConfig) -> dict[str, Any]:
     """Return the arguments of ``get_peft_model`` that give an adapter with this ``config``, but not how it started."""
-    same = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save", "layers_pattern")
+    same = ("r", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save", "layers_pattern")
     layers = config.layers_to_transform
     return {
         **{name: getattr(config, name) for name in same},
+        # PEFT keeps 16 and 16.0 as they were given.
+        "lora_alpha": float(config.lora_alpha),
         "target_modules": _sorted(config.target_modules),
         "exclude_modules": _sorted(config.exclude_modules),
         "layers_to_transform": [layers] if isinstance(layers, int) else layers,
