@@ -3,8 +3,9 @@
     python -m benchmarks.sarcasm [--train 1500] [--held-out 300]
 
 Trains SmolLM2-135M-Instruct on rows of the ``sarcasm`` set of the ``evals`` package (28,614 headlines, two nearly
-balanced classes), answers only, and scores exact match on rows it never saw, base beside tuned. Rows are read from
-their package and never stored here.
+balanced classes), answers only, and scores exact match on rows it never saw, base beside tuned. The base hardly ever
+answers with the one character that is asked for, so that the share of the larger class stands beside it as the fairer
+bar. Rows are read from their package and never stored here.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def measure(train: int = 1500, held_out: int = 300, seed: int = 0) -> dict[str, 
             "exact_match",
             max_new_tokens=4,
         )
+    ones = sum(row["ideal"] == "1" for row in rows[train : train + held_out]) / held_out
     return {"benchmark": "sarcasm", "train_rows": train, "held_out_rows": held_out, "seed": seed,
-            "training": result.numbers, "evaluation": report.as_dict()}  # fmt: skip
+            "majority": max(ones, 1 - ones), "training": result.numbers, "evaluation": report.as_dict()}  # fmt: skip
 
 
 def main() -> None:
@@ -72,7 +74,8 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = measure(arguments.train, arguments.held_out)
     scores = figures["evaluation"]
-    print(f"base  {scores['base']['value']:.3f}\ntuned {scores['model']['value']:.3f}")
+    print(f"majority {figures['majority']:.3f}\nbase     {scores['base']['value']:.3f}")
+    print(f"tuned    {scores['model']['value']:.3f}")
     print(append_record("sarcasm", figures))
 
 

@@ -15,4 +15,4 @@ def test_training_on_sarcastic_headlines_helps_on_held_out_ones(smollm2):
     append_record("sarcasm", figures)
     scores = figures["evaluation"]
     assert scores["model"]["count"] == 300
-    assert scores["model"]["value"] >= scores["base"]["value"] + 0.15
+    assert scores["model"]["value"] >= max(scores["base"]["value"], figures["majority"]) + 0.15
