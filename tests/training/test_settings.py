@@ -137,7 +137,7 @@ def test_every_alias_leads_to_a_setting() -> None:
 
 def test_our_own_keys_are_not_listed() -> None:
     values = {**GIVEN, "r": 8, "learning_rate": 1e-4, "target_modules": ["q_proj"], "optim": "sgd", "train_on": "all"}
-    assert translate(values) == (values, [])
+    assert translate(values, {}) == (values, [])
 
 
 @pytest.mark.parametrize("pair", [("lora_r", "rank"), ("lora_r", "r"), ("sequence_len", "max_length"),
@@ -209,3 +209,28 @@ def test_every_training_setting_reaches_the_trainer(tmp_path: Path) -> None:
 def test_names_unknown_to_transformers_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"settings refused by transformers: .*is not a valid"):
         config_of(load(**values), tmp_path)
+
+
+def test_problems_of_every_kind_come_together():
+    flags = {
+        "datasets": ["a.jsonl", "b.jsonl"],
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "lr": "fast",
+        "learning_rat": 1,
+        "lora_r": 4,
+        "r": 8,
+    }
+    with pytest.raises(SettingsError) as caught:
+        load_run_settings(None, {"model": "smollm2-135m", **flags})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "settings: 6 problems"
+    wanted = ("datasets: 2 data sets", "load_in_4bit=True is not", "adapter='qlora' is not", "learning_rate = 'fast'",
+              "unknown key 'learning_rat'. Did you mean 'learning_rate'?", "lora_r and r are the same")  # fmt: skip
+    for text in wanted:
+        assert any(text in line for line in lines), text
+
+
+def test_one_thing_that_is_not_supported_yet_keeps_its_class():
+    with pytest.raises(NotSupportedYetError, match="load_in_4bit=True is not supported yet"):
+        load_run_settings(None, {"model": "m", "data": "d", "load_in_4bit": True})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
 
-__all__ = ["Guide", "Settings", "guide_of", "parse_assignment", "read_yaml", "validate"]
+__all__ = ["Guide", "Settings", "check", "complaint", "guide_of", "parse_assignment", "read_yaml", "validate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,25 @@ def validate(kind: type[S], values: Mapping[str, Any], *, source: str = "setting
     Raises:
         SettingsError: listing every problem, one line each; ``source`` (a file name) opens the message.
     """
+    settings, problems = check(kind, values)
+    if settings is None:
+        raise complaint(source, problems)
+    return settings
+
+
+def check(kind: type[S], values: Mapping[str, Any]) -> tuple[S | None, list[str]]:
+    """Return ``kind`` built from ``values`` and no problems, or None and a sentence for every problem."""
     try:
-        return kind.model_validate(dict(values))
+        return kind.model_validate(dict(values)), []
     except ValidationError as error:
-        problems = [_sentence(kind, problem) for problem in error.errors()]
-    unique = list(dict.fromkeys(problems))
-    if len(unique) == 1:
-        raise SettingsError(f"{source}: {unique[0]}")
-    raise SettingsError(f"{source}: {len(unique)} problems\n" + "\n".join(f"  - {problem}" for problem in unique))
+        return None, list(dict.fromkeys(_sentence(kind, problem) for problem in error.errors()))
+
+
+def complaint(source: str, problems: Sequence[str]) -> SettingsError:
+    """Return the error that lists ``problems``, one line each where there are several."""
+    if len(problems) == 1:
+        return SettingsError(f"{source}: {problems[0]}")
+    return SettingsError(f"{source}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _sentence(kind: type[Settings], problem: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.errors import NotSupportedYetError, SettingsError, TunesmithError
 
 __all__ = ["ALIASES", "OPTIMIZERS", "SCHEDULERS", "translate"]
 
@@ -82,34 +82,45 @@ OPTIMIZERS = {"lion": "lion_32bit", "adamw": "adamw_torch_fused"}
 SCHEDULERS = {"wsd": "warmup_stable_decay"}
 
 
-def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate(values: Mapping[str, Any], problems: dict[str, TunesmithError]) -> tuple[dict[str, Any], list[str]]:
     """Return ``values`` under our names, and one line for every alias used.
 
-    Raises:
-        SettingsError: a setting is given under two names, or an alias has a value without a counterpart here.
+    A setting that cannot be translated is left out and its error is put into ``problems`` under our name for it: it is
+    given under two names, has a value without a counterpart here, or asks for what is not supported yet.
     """
     translated: dict[str, Any] = {}
     used: list[str] = []
     origin: dict[str, str] = {}
     for key, value in values.items():
-        if key in _GIVEN:
-            if value != _GIVEN[key]:
-                raise NotSupportedYetError(f"{key}={value!r} is not supported yet: adapters are LoRA on a 16-bit base.")
-            used.append(f"{key}: {value} is what is always done")
-            continue
-        if key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
-            raise SettingsError(f"{key} is the switch --resume of `tunesmith train`. Leave it out of the settings.")
-        if key == "quantization_bit" and value:
-            raise NotSupportedYetError(f"quantization_bit={value!r} is not supported yet. Leave it out.")
         ours = ALIASES.get(key, key)
-        if ours in origin:
-            raise SettingsError(f"{origin[ours]} and {key} are the same setting ({ours}). Give one of them.")
-        origin[ours] = key
-        new = _value(key, ours, value)
+        try:
+            if _is_given(key, value):
+                used.append(f"{key}: {value} is what is always done")
+                continue
+            if ours in origin:
+                raise SettingsError(f"{origin[ours]} and {key} are the same setting ({ours}). Give one of them.")
+            origin[ours] = key
+            new = _value(key, ours, value)
+        except TunesmithError as error:
+            problems[ours] = error
+            continue
         if ours != key or new != value:
             used.append(f"{key}: {value} is read as {ours}: {new}")
         translated[ours] = new
     return translated, used
+
+
+def _is_given(key: str, value: Any) -> bool:
+    """Return whether a key says what is done anyway; raise where it asks for something else."""
+    if key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
+        raise SettingsError(f"{key} is the switch --resume of `tunesmith train`. Leave it out of the settings.")
+    if key == "quantization_bit" and value:
+        raise NotSupportedYetError(f"quantization_bit={value!r} is not supported yet. Leave it out.")
+    if key not in _GIVEN:
+        return key == "quantization_bit"
+    if value != _GIVEN[key]:
+        raise NotSupportedYetError(f"{key}={value!r} is not supported yet: adapters are LoRA on a 16-bit base.")
+    return True
 
 
 def _value(key: str, ours: str, value: Any) -> Any:

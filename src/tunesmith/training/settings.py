@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.core.errors import NotSupportedYetError
-from tunesmith.core.settings import Guide, Settings, read_yaml, validate
+from tunesmith.core.errors import NotSupportedYetError, TunesmithError
+from tunesmith.core.settings import Guide, Settings, check, complaint, read_yaml
 from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
 from tunesmith.training.aliases import translate
@@ -158,18 +158,24 @@ def load_run_settings(file: Path | None, flags: Mapping[str, Any]) -> tuple[RunS
     Raises:
         SettingsError: every unknown key, wrong type, bad value and conflict, all in one message.
     """
-    values, used = translate(read_yaml(file)) if file is not None else ({}, [])
-    overrides, more = translate(dict(flags))
+    problems: dict[str, TunesmithError] = {}
+    values, used = translate(read_yaml(file), problems) if file is not None else ({}, [])
+    overrides, more = translate(flags, problems)
     # A flag for one half of a pair replaces the other half of the file, or the two would conflict.
     for ours, other in (("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")):
         if ours in overrides and other not in overrides:
             values.pop(other, None)
     values.update(overrides)
     for name in _NOT_YET:
+        value = values.pop(name, None)
         # An option that is off asks for nothing.
-        if values.get(name) in (None, False):
-            values.pop(name, None)
-        elif name in values:
-            raise NotSupportedYetError(f"{name}={values[name]!r} is not supported yet. Leave it out.")
-    source = str(file) if file is not None else "settings"
-    return validate(RunSettings, values, source=source), [*used, *more]
+        if value not in (None, False):
+            problems[name] = NotSupportedYetError(f"{name}={value!r} is not supported yet. Leave it out.")
+    settings, others = check(RunSettings, values)
+    if settings is not None and not problems:
+        return settings, [*used, *more]
+    # A setting whose value could not be translated is not missing.
+    others = [text for text in others if not any(text.startswith(f"{name} is missing") for name in problems)]
+    if len(problems) == 1 and not others:
+        raise next(iter(problems.values()))
+    raise complaint(str(file) if file is not None else "settings", [*map(str, problems.values()), *others])
