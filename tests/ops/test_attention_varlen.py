@@ -7,7 +7,7 @@ import torch
 
 from tunesmith.core.errors import ShapeError
 from tunesmith.ops.attention_varlen import attention_varlen, reference
-from tunesmith.ops.attention_varlen.function import BLOCK
+from tunesmith.ops.attention_varlen.cpu import BLOCK
 
 from ..numerics import assert_equal_in_float64, assert_no_worse
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
-from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.engine.install import engine_of
+from tunesmith.engine.policies import Policy
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
     Raises:
         AdapterError: a target or pattern matches nothing, layers are asked for that do not exist, settings exclude
             each other, or the model already has an adapter with other settings.
-        NotSupportedYetError: see :func:`check_checkpointing`.
+        SettingsError: see :func:`set_checkpointing`.
     """
     from peft import PeftModel, get_peft_model
 
@@ -67,7 +69,7 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
 
     Raises:
         SettingsError: a setting that was asked for differs from the adapter's own; all of them at once.
-        NotSupportedYetError: see :func:`check_checkpointing`.
+        SettingsError: see :func:`set_checkpointing`.
     """
     given = {name for name in asked if getattr(settings, name, None) is not None}
     changes = [change for name, change in _changes(model, settings).items() if name in given]
@@ -97,31 +99,50 @@ def arguments_of(config: LoraConfig) -> dict[str, Any]:
     }
 
 
+# What each layer keeps until a plan says more; "unsloth" and "auto" are planned when the data are known.
+_POLICIES = {
+    False: Policy.NONE,
+    True: Policy.FULL,
+    "selective": Policy.SEL_MIN,
+    "offload": Policy.OFFLOAD,
+    "unsloth": Policy.SEL_MIN,
+    "auto": Policy.SEL_MIN,
+}
+
+
 def check_checkpointing(mode: bool | str) -> None:
     """Refuse a ``use_gradient_checkpointing`` that is not there.
 
     Raises:
-        NotSupportedYetError: "auto", "selective" or "offload".
-        SettingsError: anything else that is not True, False or "unsloth".
+        SettingsError: anything that is not True, False, "auto", "unsloth", "selective" or "offload".
     """
-    if mode in ("auto", "selective", "offload"):
-        raise NotSupportedYetError(
-            f"use_gradient_checkpointing={mode!r} is not supported yet. Use True, False or 'unsloth'."
+    if mode not in _POLICIES or not isinstance(mode, bool | str):
+        raise SettingsError(
+            f"use_gradient_checkpointing={mode!r}: allowed are True, False, 'auto', 'unsloth', 'selective' and "
+            f"'offload'.{did_you_mean(mode, [x for x in _POLICIES if isinstance(x, str)]) if isinstance(mode, str) else ''}"
         )
-    if not isinstance(mode, bool) and mode != "unsloth":
-        raise SettingsError(f"use_gradient_checkpointing={mode!r}: allowed are True, False and 'unsloth'.")
 
 
 def set_checkpointing(model: Any, mode: bool | str) -> None:
-    """Recompute each decoder layer in the backward pass, or keep everything (``mode`` False).
+    """Choose what each decoder layer keeps for the backward pass; ``mode`` False keeps everything.
+
+    Layers that the engine does not know recompute all or nothing, as transformers does.
 
     Raises:
-        NotSupportedYetError, SettingsError: see :func:`check_checkpointing`.
+        SettingsError: see :func:`check_checkpointing`; or the mode needs the engine and it knows no layer of the model.
     """
     check_checkpointing(mode)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    engine = engine_of(base)
+    if mode in ("selective", "offload") and (engine is None or engine.plan.unknown):
+        why = engine.plan.reasons[0] if engine is not None else "the engine is not installed on this model"
+        raise SettingsError(
+            f"use_gradient_checkpointing={mode!r} needs fused decoder layers ({why}). Use True, False or 'unsloth'."
+        )
     checkpoint_layers(base, mode is not False)
-    facts_of(model).checkpointing = mode is not False
+    if engine is not None:
+        engine.set_policy(_POLICIES[mode])
+    facts_of(model).checkpointing = mode
 
 
 def trainable_share(model: Any) -> tuple[int, int]:

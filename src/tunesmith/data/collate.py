@@ -32,6 +32,7 @@ class DocumentCollator:
     input_ids      (1, T) int64
     position_ids   (1, T) int64  from 0 in each document
     cu_seqlens     (D+1,) int32  where documents begin, and T
+    lengths        list of int   tokens of each document
     max_length     int           tokens of the longest document
     tokens         int           tokens of the documents: T less what rounding added
     rows           (N,) int64    positions whose next token is trained; never the last of a document
@@ -77,6 +78,7 @@ class DocumentCollator:
             "input_ids": torch.from_numpy(ids)[None],
             "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths))[None],
             "cu_seqlens": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+            "lengths": lengths.tolist(),
             "max_length": int(lengths.max()),
             "tokens": tokens,
             "rows": torch.from_numpy(targets_at - 1),

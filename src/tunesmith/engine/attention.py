@@ -1,8 +1,9 @@
 """Our attention under transformers' own registry, so that documents joined on one token axis never see each other.
 
 ``use_document_attention(model)`` selects it on one model instance. It cuts the token axis where ``cu_seq_lens_q`` says
-so, or where position ids restart; with a padding mask or a key-value cache (generation, padded evaluation) it hands
-over to transformers' own SDPA. Nothing of transformers is replaced: the registry entry is ours alone.
+so, or where position ids restart; a padded batch is documents too, with the padding as documents of their own. With
+any other mask or a key-value cache (generation) it hands over to transformers' own SDPA. Nothing of transformers is
+replaced: the registry entry is ours alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tunesmith.ops.attention_varlen import attention_varlen
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ATTENTION", "use_document_attention"]
+__all__ = ["ATTENTION", "document_lengths", "use_document_attention"]
 
 ATTENTION = "tunesmith"
 _LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -53,13 +54,32 @@ def _needs_eager(model: PreTrainedModel) -> bool:
 
 
 def _mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """Build no mask where the token axis itself says everything, else the one transformers' SDPA would get."""
+    """Build no mask where the token axis itself says everything, else the one transformers' SDPA would get.
+
+    Padding beside whole sequences becomes a one-dimensional int32 tensor: the lengths of all documents of the batch.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    is_plain = attention_mask is None and q_length == kv_length and not kwargs.get("use_vmap", False)
-    if is_plain:
+    is_plain = q_length == kv_length and not kwargs.get("use_vmap", False)
+    if is_plain and attention_mask is None:
         return None
+    if is_plain and attention_mask is not None and attention_mask.shape[-1] == kv_length:
+        lengths = _padded_lengths(attention_mask)
+        if lengths is not None:
+            return torch.tensor(lengths, dtype=torch.int32)
     return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+def _padded_lengths(mask: torch.Tensor) -> list[int] | None:
+    """Return the lengths of padding, tokens and padding in each row of ``mask`` (B, T), None where tokens lie apart."""
+    found: list[int] = []
+    for row in mask.bool().tolist():
+        count = sum(row)
+        first = row.index(True) if count else 0
+        if not all(row[first : first + count]):
+            return None
+        found += [length for length in (first, count, len(row) - first - count) if length]
+    return found
 
 
 def _attend(
@@ -77,26 +97,34 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: (B,H,T,E) in, (B,T,H,E) out."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
+    if (attention_mask is not None and attention_mask.ndim != 1) or query.shape[2] != key.shape[2]:
         return _masked(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs), None
+    found = document_lengths(query.shape[0], query.shape[2], attention_mask, kwargs)
     if dropout > 0.0:
         # Rare, and slow: the documents' own mask is built, so that dropout meets each weight once.
-        mask = torch.stack(
-            [_document_mask(lengths, sliding_window, query.device) for lengths in _lengths(query, kwargs)]
-        )
+        mask = torch.stack([_document_mask(lengths, sliding_window, query.device) for lengths in found])
         return _masked(module, query, key, value, mask[:, None], dropout, scale, softcap, s_aux, kwargs), None
     rows = [
         attention_varlen(
             query[row], key[row], value[row], lengths, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
         )
-        for row, lengths in enumerate(_lengths(query, kwargs))
+        for row, lengths in enumerate(found)
     ]
     return (rows[0][None] if len(rows) == 1 else torch.stack(rows)), None
 
 
-def _lengths(query: torch.Tensor, kwargs: dict[str, Any]) -> list[list[int]]:
-    """Return the document lengths of every row of the batch."""
-    batch, tokens = query.shape[0], query.shape[2]
+def document_lengths(batch: int, tokens: int, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> list[list[int]]:
+    """Return the document lengths of every row of a (``batch``, ``tokens``) batch.
+
+    ``mask`` is None or what :func:`_mask` made of padding; ``kwargs`` are those that transformers passes to attention.
+    """
+    if mask is not None:
+        rows: list[list[int]] = [[]]
+        for length in mask.tolist():
+            if sum(rows[-1]) == tokens:
+                rows.append([])
+            rows[-1].append(length)
+        return rows
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is not None and batch == 1:
         return [(bounds[1:] - bounds[:-1]).tolist()]

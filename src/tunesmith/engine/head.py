@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunesmith.engine.install import engine_of
 from tunesmith.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -82,15 +83,10 @@ class LossHead:
 
         ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes.
         """
-        if self.joins_documents:
-            parts = [(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_length"])]
-        else:
-            parts = _one_by_one(batch)
         if self.skips_logits:
-            hidden = torch.cat([self._hidden(*part) for part in parts])[batch["rows"]]
             projection = self.model.get_output_embeddings()
             return linear_cross_entropy(
-                hidden,
+                self._trained_hidden(batch),
                 projection.weight,
                 batch["targets"],
                 bias=getattr(projection, "bias", None),
@@ -98,8 +94,22 @@ class LossHead:
                 logit_scale=self._logit_scale,
                 softcap=self._softcap,
             )
-        logits = torch.cat([self._own_logits(*part) for part in parts])[batch["rows"]]
+        logits = torch.cat([self._own_logits(*part) for part in self._parts(batch)])[batch["rows"]]
         return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="sum") / divisor
+
+    def _parts(self, batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+        if not self.joins_documents:
+            return _one_by_one(batch)
+        return [(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_length"])]
+
+    def _trained_hidden(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return (N, D), the final hidden states of the rows that predict a trained token."""
+        engine = engine_of(self.model)
+        if engine is None or not self.joins_documents:
+            return torch.cat([self._hidden(*part) for part in self._parts(batch)])[batch["rows"]]
+        with engine.batch(batch["lengths"], batch["rows"]) as told:
+            hidden = self._hidden(*self._parts(batch)[0])
+        return hidden if told.cut else hidden[batch["rows"]]
 
     @property
     def _device(self) -> torch.device:

@@ -50,7 +50,7 @@ class ModelFacts:
         window: longest sequence in tokens that this model is used with.
         notes: lines for the banner (a fast path refused).
         adapter: the arguments of ``get_peft_model``, None before it.
-        checkpointing: whether layers are recomputed in the backward pass.
+        checkpointing: ``use_gradient_checkpointing`` as it was asked for.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ModelFacts:
     window: int
     notes: list[str] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
-    checkpointing: bool = False
+    checkpointing: bool | str = False
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -94,6 +94,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     from tunesmith.engine.attention import use_document_attention
+    from tunesmith.engine.install import install
 
     device = choose_device()
     choice = choose_dtype(dtype, device)
@@ -114,6 +115,7 @@ def load_causal_lm(
         reason = use_document_attention(model)
         if reason is not None:
             facts.notes.append(f"attention per document is off: {reason}")
+    facts.notes += install(model).plan.reasons
     model.tunesmith_facts = facts
     return model, tokenizer
 

@@ -32,6 +32,7 @@ from tunesmith.core.files import damage, make_folder, require_space, whole_folde
 from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
+from tunesmith.data.parts import split_batch
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import facts_of
@@ -137,6 +138,9 @@ class SFTTrainer(Trainer):
         self.head = LossHead(_base(model), noise_alpha=args.neftune_noise_alpha)
         self.head.probe()
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
+        self.part_tokens = 512 if self.args.device.type == "cpu" else None
+        # A kernel per new shape costs a CPU in 16 bits more than some idle tokens.
+        self._multiple = 1 if facts_of(model).dtype.dtype.itemsize > 2 else 64
         self._proved_gradients = False
         self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
 
@@ -212,7 +216,10 @@ class SFTTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Smaller parts give the same sums and keep less; see data/parts.py.
+        parts = split_batch(inputs, self.part_tokens, multiple=self._multiple) if self.part_tokens else [inputs]
+        loss = sum(super(SFTTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+        assert isinstance(loss, torch.Tensor)
         if not torch.isfinite(loss) and self.args.world_size == 1:
             self._stop("the loss", inputs["where"])
         # With several processes all must see it, or the others would wait: the summed gradient carries it to them.

@@ -1,7 +1,8 @@
 """Causal attention over documents that lie end to end on one token axis and never see each other.
 
-``reference.py`` is the definition; ``function.py`` the fast path: matrix products per document and query block, the
-backward written by hand, nothing of size T x T kept.
+``reference.py`` is the definition; ``function.py`` the autograd function; ``cpu.py`` its primitives: matrix products per
+document and query block, the backward written by hand, nothing of size T x T kept. ``cuda.py`` calls torch's own
+variable-length flash attention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from tunesmith.core.errors import ShapeError
 from tunesmith.ops.attention_varlen import reference
-from tunesmith.ops.attention_varlen.function import BlockedAttention
+from tunesmith.ops.attention_varlen.function import DocumentAttention
 
 __all__ = ["attention_varlen", "reference"]
 
@@ -30,7 +31,7 @@ def attention_varlen(
 ) -> torch.Tensor:
     """Return causal attention of every token to the tokens before it in its own document.
 
-    Equals :func:`reference.attention_varlen`; keeps only the output and one log-sum-exp per token and head, and never
+    Equals :func:`reference.attention_varlen`; keeps only its inputs and output, and never
     forms a score matrix larger than one query block of one document.
 
     Args:
@@ -53,8 +54,8 @@ def attention_varlen(
         raise ShapeError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit"
         )
-    if softcap is not None or sinks is not None:
+    if sinks is not None:
         return reference.attention_varlen(
             query, key, value, lengths, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
-    return BlockedAttention.apply(query, key, value, tuple(lengths), scale, window)  # type: ignore[no-any-return]
+    return DocumentAttention.apply(query, key, value, tuple(lengths), scale, window, softcap)  # type: ignore[no-any-return]

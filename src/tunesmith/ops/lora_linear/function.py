@@ -1,11 +1,6 @@
-"""The adapter's forward and backward written out.
+"""The linear layer with its adapter as one autograd function over the primitives of ``cpu.py``, for a single layer.
 
-With s = x A^T and B' = scale B, the output is y = x W^T + s B'^T, and for the incoming gradient dy
-
-    ds = dy B'        dx = dy W + ds A        dA = ds^T x        dB = scale dy^T s
-
-Both sums are one in-place ``addmm``: the base's product is the accumulator of the adapter's, so that the output is
-written twice and never copied. W gets no gradient: that product, a third of a full layer's work, is not computed.
+W gets no gradient: that product, a third of a full layer's work, is not computed. Saved are x and x A^T.
 """
 
 from __future__ import annotations
@@ -13,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from tunesmith.ops.lora_linear import cpu
+from tunesmith.ops.lora_linear.cpu import Projection
 
 __all__ = ["LoraLinear"]
 
@@ -32,10 +30,7 @@ class LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         """Save x, s and the parameters."""
         rows = x.reshape(-1, x.shape[-1])
-        a_low, b_low = a.to(x.dtype), (b * scale).to(x.dtype)
-        s = rows @ a_low.t()
-        y = torch.nn.functional.linear(rows, weight, bias)
-        y.addmm_(s, b_low.t())
+        y, s = cpu.forward(rows, None, [Projection(weight, bias, a, b, scale)])
         ctx.save_for_backward(rows, weight, a, b, s)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -47,15 +42,12 @@ class LoraLinear(torch.autograd.Function):
         rows, weight, a, b, s = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])
         needs_x, _, needs_a, needs_b = ctx.needs_input_grad[:4]
-        dx = da = db = None
-        if needs_x or needs_a:
-            ds = dy @ (b * ctx.scale).to(dy.dtype)
-            if needs_x:
-                dx = dy @ weight
-                dx.addmm_(ds, a.to(dy.dtype))
-                dx = dx.view(ctx.shape)
-            if needs_a:
-                da = (ds.t() @ rows).to(a.dtype)
-        if needs_b:
-            db = (dy.t() @ s).to(b.dtype) * ctx.scale
-        return dx, None, da, db, None, None
+        layer = [
+            Projection(
+                weight.detach(), None, a.detach().requires_grad_(needs_a), b.detach().requires_grad_(needs_b), ctx.scale
+            )
+        ]
+        ds = cpu.low_rank_gradient(dy, layer)
+        (found,) = cpu.parameter_gradients(dy, ds, rows, s, layer)
+        dx = cpu.input_gradient(dy, ds, None, layer, out=torch.empty_like(rows)).view(ctx.shape) if needs_x else None
+        return dx, None, found.get("a"), found.get("b"), None, None

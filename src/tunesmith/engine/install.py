@@ -1,0 +1,391 @@
+"""Put fused decoder layers into one model instance, and take them out again.
+
+``plan(model)`` says for every decoder layer whether the engine knows it; ``install(model)`` swaps the known ones for
+objects of a class of ours that *is* the original class (``isinstance`` and the class name hold, so that FSDP wrapping
+and recorded hidden states go on working), shares its children and parameters, and computes what the original would
+where it cannot do better: with a key-value cache, under autocast, with adapters that are more than plain LoRA. No
+class, module or function of another library is changed; ``Engine.revert()`` puts the original layers back.
+
+Weights that read one input (q k v; gate up) are stacked: each Parameter becomes a view of one tensor, so that one
+matrix product serves them all. Keys, values and memory stay what they were. Whatever moves a Parameter elsewhere
+(``.to()``, loading, merging) is noticed in the next call, and the stack made again.
+
+The swap happens at load. A layer's forward is chosen per call; ``Engine.notes`` says what ran the slower way, and why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.engine.attention import ATTENTION, document_lengths
+from tunesmith.engine.families import LayerShape, describe
+from tunesmith.engine.layer import FusedLayer, Group, LayerCall
+from tunesmith.engine.offload import HostStore
+from tunesmith.engine.policies import Policy
+from tunesmith.engine.read import read_norm, read_projection
+from tunesmith.engine.scratch import Scratch
+from tunesmith.ops.lora_linear.cpu import Projection
+
+__all__ = ["Engine", "PatchPlan", "engine_of", "install", "plan"]
+
+_log = logging.getLogger(__name__)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPlan:
+    """Which decoder layers of a model are fused.
+
+    Attributes:
+        known: index of a layer -> its shape.
+        unknown: index of a layer -> why it stays as transformers wrote it.
+    """
+
+    known: dict[int, LayerShape]
+    unknown: dict[int, str]
+
+    @property
+    def reasons(self) -> list[str]:
+        """One line for each reason why layers are not fused."""
+        found = list(self.unknown.values())
+        return [
+            f"{found.count(reason)} decoder layers run as transformers wrote them, slower: {reason}"
+            for reason in dict.fromkeys(found)
+        ]
+
+    def __str__(self) -> str:
+        """Return a line for the fused layers and one for each reason against the others."""
+        total = len(self.known) + len(self.unknown)
+        return "\n".join([f"{len(self.known)} of {total} decoder layers fused", *self.reasons])
+
+
+@dataclass(eq=False)
+class Engine:
+    """The fused layers of one model, and what they share.
+
+    Attributes:
+        model: the transformers model (inside PEFT: the base model).
+        plan: what was swapped.
+        policies: what each layer keeps, in order of the layers.
+        notes: reasons for which a fused layer ran its original forward, each once.
+        scratch: buffers used by all layers in turn.
+        store: where inputs of layers go under ``Policy.OFFLOAD``.
+    """
+
+    model: Any
+    plan: PatchPlan
+    policies: list[Policy]
+    notes: list[str] = field(default_factory=list)
+    scratch: Scratch = field(default_factory=Scratch)
+    store: HostStore = field(default_factory=HostStore)
+    _originals: dict[int, Any] = field(default_factory=dict)
+    _batch: _Batch | None = None
+    _last_lengths: tuple[Any, int, tuple[int, ...]] | None = None
+
+    def set_policy(self, policy: Policy | Sequence[Policy]) -> None:
+        """Choose what the layers keep: one policy for all, or one a layer.
+
+        Raises:
+            ValueError: as many policies as layers are needed.
+        """
+        count = len(self.policies)
+        chosen = [policy] * count if isinstance(policy, Policy) else list(policy)
+        if len(chosen) != count:
+            raise ValueError(f"{len(chosen)} policies for {count} layers")
+        self.policies = chosen
+
+    @contextmanager
+    def batch(self, lengths: Sequence[int], rows: torch.Tensor | None = None) -> Iterator[_Batch]:
+        """Tell the layers, for one forward, the documents on the token axis and the rows that are needed at its end.
+
+        When the last layer cut its output down to ``rows``, ``cut`` of what is yielded is True.
+        """
+        self._batch = _Batch(tuple(lengths), rows)
+        try:
+            yield self._batch
+        finally:
+            self._batch = None
+
+    def revert(self) -> None:
+        """Put the original layers back, every Parameter in a tensor of its own again."""
+        layers = self.model.get_decoder().layers
+        for index, original in self._originals.items():
+            fused = layers[index]
+            for parameter in fused.parameters():
+                if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.itemsize:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            # Flags that were set on the fused layer meanwhile; children, parameters and hooks are shared.
+            original.__dict__.update({key: value for key, value in fused.__dict__.items() if key not in _OWN})
+            layers[index] = original
+        self._originals.clear()
+        self.scratch.clear()
+        self.store.close()
+        if getattr(self.model, "tunesmith_engine", None) is self:
+            del self.model.tunesmith_engine
+
+    def note(self, reason: str) -> None:
+        """Say once that layers run the slower way."""
+        if reason not in self.notes:
+            self.notes.append(reason)
+            _log.warning("decoder layers run as transformers wrote them, slower: %s", reason)
+
+    def lengths(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the documents on the flattened token axis of ``hidden`` (B, T, D)."""
+        if self._batch is not None:
+            return self._batch.lengths
+        mask = kwargs.get("attention_mask")
+        source = next(
+            (x for x in (mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if x is not None), None
+        )
+        known = self._last_lengths
+        if source is None or known is None or known[0] is not source or known[1] != hidden.shape[:2]:
+            found = document_lengths(hidden.shape[0], hidden.shape[1], mask, kwargs)
+            self._last_lengths = known = (source, hidden.shape[:2], tuple(x for row in found for x in row))
+        return known[2]
+
+    def rows_of(self, index: int) -> torch.Tensor | None:
+        """Return the rows that layer ``index`` has to compute, or None for all."""
+        if self._batch is None or self._batch.rows is None or index != len(self.policies) - 1:
+            return None
+        self._batch.cut = True
+        return self._batch.rows
+
+
+@dataclass
+class _Batch:
+    lengths: tuple[int, ...]
+    rows: torch.Tensor | None
+    cut: bool = False
+
+
+def engine_of(model: Any) -> Engine | None:
+    """Return the engine of a transformers or PEFT model, or None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "tunesmith_engine", None)
+
+
+def plan(model: Any) -> PatchPlan:
+    """Say which decoder layers of a causal language model the engine knows, without changing anything."""
+    known: dict[int, LayerShape] = {}
+    unknown: dict[int, str] = {}
+    layers = getattr(model.get_decoder(), "layers", None) if hasattr(model, "get_decoder") else None
+    if model.config._attn_implementation != ATTENTION:
+        reason = f"the attention is {model.config._attn_implementation!r}, not the engine's own"
+        return PatchPlan({}, dict.fromkeys(range(len(layers or ())), reason))
+    for index, layer in enumerate(layers or ()):
+        found = describe(layer)
+        if isinstance(found, LayerShape):
+            known[index] = found
+        else:
+            unknown[index] = found
+    return PatchPlan(known, unknown)
+
+
+def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
+    """Swap the decoder layers that the engine knows, and return the engine; a second call returns the first one's.
+
+    A layer of each kind is tried on a few tokens before: one that differs from transformers' own stays as it is.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    present = engine_of(base)
+    if present is not None:
+        return present
+    found = plan(base)
+    layers = base.get_decoder().layers if found.known else []
+    engine = Engine(base, found, [policy] * (len(found.known) + len(found.unknown)))
+    agree: dict[Any, bool] = {}
+    for index, shape in list(found.known.items()):
+        fused = _fuse(layers[index], shape, engine, index)
+        kind = (type(layers[index]), shape)
+        if kind not in agree:
+            agree[kind] = _agrees(layers[index], fused)
+        if not agree[kind]:
+            del found.known[index]
+            found.unknown[index] = f"{type(layers[index]).__name__} computes something else than the engine's layer"
+            continue
+        engine._originals[index] = layers[index]
+        layers[index] = fused
+        fused._stacks()
+    base.tunesmith_engine = engine
+    return engine
+
+
+_OWN = ("_engine", "_shape", "_index", "_stacked")
+
+
+def _fuse(layer: Any, shape: LayerShape, engine: Engine, index: int) -> Any:
+    """Return the fused twin of ``layer``: same children, parameters, hooks and flags."""
+    fused = object.__new__(_class_for(type(layer)))
+    fused.__dict__.update(layer.__dict__)
+    fused.__dict__.update(_engine=engine, _shape=shape, _index=index, _stacked=[None] * len(shape.groups))
+    return fused
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _class_for(original: type) -> type:
+    if original not in _CLASSES:
+        made = type(original.__name__, (_FusedMixin, original), {})
+        if "forward" in made.__dict__:
+            # transformers wraps every subclass's forward for checkpointing; what ours keeps is its policy's affair.
+            del made.forward  # type: ignore[attr-defined]
+        _CLASSES[original] = made
+    return _CLASSES[original]
+
+
+class _FusedMixin:
+    """Forward of a fused layer, in front of the class of the layer that it replaces."""
+
+    _engine: Engine
+    _shape: LayerShape
+    _index: int
+    _stacked: list[torch.Tensor | None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the hooks of a module; older transformers wrap checkpointing around ``__call__``."""
+        return nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what the original layer returns for (B, T, D)."""
+        call = self._call(hidden_states, args, kwargs)
+        if isinstance(call, LayerCall):
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            out = FusedLayer.apply(flat, call, *call.parameters)
+            return out.view(*hidden_states.shape[:-1], -1) if call.rows is None else out[None]
+        if call:
+            self._engine.note(call)
+        original = super().forward  # type: ignore[misc]
+        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+            return self._gradient_checkpointing_func(partial(original, **kwargs), hidden_states, *args)  # type: ignore[attr-defined]
+        return original(hidden_states, *args, **kwargs)
+
+    def _call(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | str:
+        """Return all that the fused forward needs, or why it cannot be used; the reason is empty where none is due."""
+        position = kwargs.get("position_embeddings")
+        mask = kwargs.get("attention_mask")
+        if args or position is None or kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+            return ""  # generation, and callers who want more than the output
+        if mask is not None and mask.ndim != 1:
+            return "the attention mask is more than documents side by side"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "autocast chooses the dtypes"
+        attention = self.self_attn  # type: ignore[attr-defined]
+        if attention.config._attn_implementation != ATTENTION:
+            return f"the attention is {attention.config._attn_implementation!r}"
+        training = bool(self.training)  # type: ignore[attr-defined]
+        if training and attention.attention_dropout:
+            return f"attention_dropout is {attention.attention_dropout}"
+        read = self._read(hidden, training)
+        if isinstance(read, str):
+            return read
+        groups, norms, head_norms, parameters = read
+        engine, shape = self._engine, self._shape
+        cos, sin = (x.expand(hidden.shape[0], -1, -1).flatten(0, 1) for x in position)
+        return LayerCall(
+            shape=shape,
+            policy=engine.policies[self._index],
+            groups=groups,
+            norms=norms,
+            head_norms=head_norms,
+            cos=cos,
+            sin=sin,
+            lengths=engine.lengths(hidden, kwargs),
+            rows=engine.rows_of(self._index),
+            parameters=parameters,
+            scratch=engine.scratch,
+            offload=engine.store,
+        )
+
+    def _read(self, hidden: torch.Tensor, training: bool) -> Any:
+        """Return groups, norms, head norms and parameters, or the reason why one of them is not plain."""
+        shape, submodule = self._shape, self.get_submodule  # type: ignore[attr-defined]
+        groups: list[Group] = []
+        parameters: list[torch.Tensor] = []
+        for stacked, paths in zip(self._stacks(), shape.groups, strict=True):
+            projections: list[Projection] = []
+            for path in paths:
+                found = read_projection(submodule(path), training=training)
+                if isinstance(found, str):
+                    return found
+                if found.weight.dtype != hidden.dtype:
+                    return f"hidden states are {hidden.dtype}, a weight is {found.weight.dtype}"
+                projections.append(found)
+                parameters += [x for x in (found.weight, found.bias, found.a, found.b) if x is not None]
+            drops = any(p.dropout for p in projections)
+            # From torch's own generator, so that a resumed run draws the same.
+            seeds = torch.randint(2**62, (len(projections),)).tolist() if drops else ()
+            groups.append(Group(tuple(projections), stacked, tuple(seeds)))
+        norms: list[torch.Tensor | None] = []
+        for path in (*shape.norms, *(shape.head_norms or ())):
+            weight = None if path is None else read_norm(submodule(path))
+            if isinstance(weight, str):
+                return weight
+            norms.append(weight)
+            parameters += [] if weight is None else [weight]
+        head_norms = (norms[4], norms[5]) if shape.head_norms else None
+        return tuple(groups), tuple(norms[:4]), head_norms, tuple(parameters)
+
+    def _stacks(self) -> list[torch.Tensor | None]:
+        """Return the stacked weights of each group, made again where a Parameter has moved."""
+        for number, paths in enumerate(self._shape.groups):
+            weights = [_weight(self.get_submodule(path)) for path in paths]  # type: ignore[attr-defined]
+            self._stacked[number] = _stack(self._stacked[number], weights)
+        return self._stacked
+
+
+def _weight(module: Any) -> Any:
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return getattr(base, "weight", None)
+
+
+@torch.no_grad()
+def _stack(present: torch.Tensor | None, weights: list[Any]) -> torch.Tensor | None:
+    """Return one tensor of which all ``weights`` are views, ``present`` if it is that; None where they cannot be."""
+    if any(w is None or not w.is_floating_point() or w.is_meta or w.dtype != weights[0].dtype for w in weights):
+        return None
+    if len(weights) == 1:
+        return weights[0].data
+    if present is not None:
+        place = present.data_ptr()
+        for weight in weights:
+            if weight.data_ptr() != place or weight.dtype != present.dtype or not weight.is_contiguous():
+                break
+            place += weight.numel() * weight.itemsize
+        else:
+            return present
+    stacked = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, stacked.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = part
+    return stacked
+
+
+@torch.no_grad()
+def _agrees(original: Any, fused: Any) -> bool:
+    """Compare both layers on two short documents."""
+    weight = next(original.parameters())
+    if weight.is_meta:
+        return True
+    shape: LayerShape = fused._shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 12, fused.get_submodule(shape.norms[0] or "").weight.shape[0], generator=generator)
+    x = x.to(weight.device, weight.dtype)
+    size = int(shape.head_dim * (getattr(original.self_attn.config, "partial_rotary_factor", None) or 1.0))
+    angle = torch.rand(1, 12, size // 2, generator=generator).repeat(1, 1, 2).to(weight.device)
+    embeddings = (angle.cos().to(weight.dtype), angle.sin().to(weight.dtype))
+    bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=weight.device)
+    given = {"position_embeddings": embeddings, "attention_mask": None, "cu_seq_lens_q": bounds}
+    call = fused._call(x, (), given)
+    if isinstance(call, str):
+        return not call or fused._engine.note(call) is None
+    ours, theirs = (layer(x, **given).float() for layer in (fused, original))
+    scale = float(theirs.abs().max()) or 1.0
+    return bool((ours - theirs).abs().max() <= _TOLERANCE[weight.dtype] * scale)

@@ -1,0 +1,25 @@
+"""Row blocks: plain torch on pieces whose temporaries stay in a core's cache instead of going through memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["row_blocks", "wide_dtype"]
+
+# Bytes of one temporary in a block. Smaller pays the overhead of calls, larger takes fresh pages from the system.
+# AMD EPYC, 2 threads, SwiGLU backward of (1024, 3072) float32: 3.5 ms, against 9.8 at 64 KiB and 12 in one piece.
+_BLOCK_BYTES = 1024 * 1024
+
+
+def row_blocks(rows: int, width: int, itemsize: int) -> Iterator[slice]:
+    """Yield slices that cover ``rows``, each of about a megabyte at ``width`` columns of ``itemsize`` bytes."""
+    step = max(16, _BLOCK_BYTES // max(1, width * itemsize))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over a 16-bit or 32-bit tensor are made: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
