@@ -117,9 +117,10 @@ def check_checkpointing(mode: bool | str) -> None:
         SettingsError: anything that is not True, False, "auto", "unsloth", "selective" or "offload".
     """
     if mode not in _POLICIES or not isinstance(mode, bool | str):
+        names = [name for name in _POLICIES if isinstance(name, str)]
         raise SettingsError(
-            f"use_gradient_checkpointing={mode!r}: allowed are True, False, 'auto', 'unsloth', 'selective' and "
-            f"'offload'.{did_you_mean(mode, [x for x in _POLICIES if isinstance(x, str)]) if isinstance(mode, str) else ''}"
+            f"use_gradient_checkpointing={mode!r}: allowed are True, False, {', '.join(map(repr, names))}."
+            f"{did_you_mean(str(mode), names)}"
         )
 
 

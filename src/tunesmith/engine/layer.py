@@ -101,7 +101,11 @@ class FusedLayer(torch.autograd.Function):
         run = _Pass(ctx.call, x, dict(zip(ctx.names, saved, strict=True)))
         dx = run.gradients(grads[0].reshape(-1, x.shape[1]), needs_input=ctx.needs_input_grad[0])
         found = (run.grads.get(id(parameter)) for parameter in ctx.call.parameters)
-        return dx, None, *(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad[2:]))
+        return (
+            dx,
+            None,
+            *(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad[2:], strict=True)),
+        )
 
 
 class _Pass:

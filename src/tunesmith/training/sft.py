@@ -31,8 +31,8 @@ from tunesmith.core.errors import ModelError, OutputError, SettingsError, Traini
 from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
-from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.data.parts import split_batch
+from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import facts_of

@@ -1,7 +1,7 @@
 """Causal attention over documents that lie end to end on one token axis and never see each other.
 
-``reference.py`` is the definition; ``function.py`` the autograd function; ``cpu.py`` its primitives: matrix products per
-document and query block, the backward written by hand, nothing of size T x T kept. ``cuda.py`` calls torch's own
+``reference.py`` is the definition; ``function.py`` the autograd function; ``cpu.py`` its primitives: matrix products
+per document and query block, the backward written by hand, nothing of size T x T kept. ``cuda.py`` calls torch's own
 variable-length flash attention.
 """
 

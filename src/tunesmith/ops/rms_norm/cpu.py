@@ -65,6 +65,6 @@ def backward(
 def weight_gradient(dh: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the weight (D,) in at least float32."""
     total = torch.zeros(x.shape[1], dtype=rstd.dtype, device=x.device)
-    for part in row_blocks(*x.shape, rstd.dtype.itemsize):
+    for part in row_blocks(x.shape[0], x.shape[1], rstd.dtype.itemsize):
         total += (dh[part].to(rstd.dtype) * x[part]).mul_(rstd[part, None]).sum(0)
     return total

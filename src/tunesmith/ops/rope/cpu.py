@@ -64,7 +64,7 @@ def norm_rotate_backward(
     out: torch.Tensor,
     dweight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write the gradient of ``heads`` (T, H, E) to ``out``, which may be ``dout``; add that of the weight to dweight."""
+    """Write the gradient of ``heads`` (T, H, E) to ``out``, which may be ``dout``; add the weight's to ``dweight``."""
     size = heads.shape[-1]
     grad = dout.clone(memory_format=torch.contiguous_format)
     rotate_(grad, cos, sin, inverse=True)
