@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunesmith.core.errors import ShapeError
-from tunesmith.ops.linear_cross_entropy import linear_cross_entropy, reference
+from tunesmith.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs, reference
 
 from ..numerics import assert_equal_in_float64, assert_no_worse
 
@@ -34,7 +34,8 @@ CASES = {
     "tensor divisor": loss_inputs(7, divisor=torch.tensor(17.0)),
     "scale": loss_inputs(7, logit_scale=0.25),
     "softcap": loss_inputs(7, softcap=1.5),
-    "everything": loss_inputs(9, bias=True, divisor=9.0, logit_scale=3.0, softcap=2.0),
+    "label smoothing": loss_inputs(7, label_smoothing=0.1),
+    "everything": loss_inputs(9, bias=True, divisor=9.0, logit_scale=3.0, softcap=2.0, label_smoothing=0.2),
     "odd sizes": loss_inputs(13, hidden=123, vocabulary=431),
     "one word": loss_inputs(5, vocabulary=1),
 }
@@ -99,7 +100,9 @@ def test_without_gradients_nothing_is_computed_for_them() -> None:
     torch.testing.assert_close(loss, reference.linear_cross_entropy(**given).detach())
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"logit_scale": 0.5, "divisor": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 1.5}, {"logit_scale": 0.5, "divisor": 3.0}, {"label_smoothing": 0.3}], ids=str
+)
 def test_gradcheck(options: dict[str, Any]) -> None:
     given = loss_inputs(4, hidden=3, vocabulary=7, bias=True)
     assert torch.autograd.gradcheck(
@@ -144,3 +147,37 @@ def test_the_loss_is_wide_for_narrow_input() -> None:
 def test_shapes_that_do_not_fit(change: dict[str, Any]) -> None:
     with pytest.raises(ShapeError, match=r"\(N, D\), \(V, D\) and \(N,\) are needed"):
         linear_cross_entropy(**{**loss_inputs(7), **change})
+
+
+LOG_PROBS = {
+    "plain": loss_inputs(42),
+    "one row": loss_inputs(1),
+    "no rows": loss_inputs(0),
+    "everything": loss_inputs(50, bias=True, logit_scale=3.0, softcap=2.0),
+}
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("hidden", "weight", "bias")], ids=str)
+def test_log_probs_equal_the_reference(name: str, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row with a gradient of its own, over several chunks."""
+    from tunesmith.ops.linear_cross_entropy import function
+
+    monkeypatch.setattr(function, "_CHUNK_BYTES", 1)
+    given = {
+        name: value.detach().requires_grad_(name in trained)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in LOG_PROBS[name].items()
+    }
+    assert_equal_in_float64(linear_log_probs, reference.linear_log_probs, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_probs_are_as_accurate_as_plain_torch(dtype: torch.dtype) -> None:
+    assert_no_worse(linear_log_probs, reference.linear_log_probs, LOG_PROBS["everything"], dtype)
+
+
+def test_log_probs_refuse_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ShapeError, match=r"\(N, D\), \(V, D\) and \(N,\) are needed"):
+        linear_log_probs(**{**loss_inputs(7), "hidden": torch.zeros(7, 5)})

@@ -1,26 +1,80 @@
-"""The chunked loss: gradient in the forward pass, so that logits live for one chunk only.
+"""The chunked loss and the chunked log-probabilities: logits live for one chunk only.
 
-With z = cap(c (h W^T + b)), p = softmax(z) and one-hot y, the loss of a row is logsumexp(z) - z_y and
-
-    dz = (p - y) / divisor      dz' = dz (1 - (z / cap)^2) c      dh = dz' W      dW = dz'^T h      db = sum(dz')
-
-The backward only multiplies by the incoming scalar. Losses are summed in float64; the softmax runs in float32.
+For a sum of losses the gradient is made in the forward pass and the backward multiplies by the incoming scalar. For
+log-probabilities each row waits for a factor of its own: the gradient of ``hidden`` is kept for a factor of one and
+scaled by rows in the backward; that of a trained ``weight``, which mixes rows, is computed again there. Losses are
+summed in float64; the softmax runs in float32 (``cpu.py`` has the formulas, ``triton.py`` the kernel of a GPU).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["LinearCrossEntropy"]
+from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.rows import wide_dtype
+
+__all__ = ["Head", "LinearCrossEntropy", "LinearLogProbs"]
 
 # Logit bytes of one chunk: large enough for the matrix product's full rate, small beside the activations of a step.
 _CHUNK_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What lies between the product with the weight and the softmax, and the smoothing of the labels."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Losses of some rows, and the gradient of their raw logits in the dtype of hidden (None unless wanted)."""
+
+    rows: slice
+    losses: torch.Tensor
+    grad: torch.Tensor | None
+
+
+def _chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    divisor: float | torch.Tensor,
+    head: Head,
+    *,
+    want_grad: bool,
+) -> Iterator[_Chunk]:
+    wide = wide_dtype(hidden.dtype)
+    kernels = primitives("linear_cross_entropy", hidden)
+    step = max(16, _CHUNK_BYTES // (weight.shape[0] * wide.itemsize))
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        product = torch.nn.functional.linear(hidden[part], weight, bias)
+        logits = product.to(wide)
+        # In 16 bits the product has been read and takes the rounded gradient.
+        low = product if product.dtype != wide else None
+        losses = kernels.row_losses_(
+            logits,
+            targets[part],
+            divisor,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            label_smoothing=head.label_smoothing,
+            want_grad=want_grad,
+            grad_out=low if want_grad else None,
+        )
+        yield _Chunk(part, losses, (logits if low is None else low) if want_grad else None)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """``apply(hidden (N,D), weight (V,D), bias, targets (N,), divisor, logit_scale, softcap) -> scalar``."""
+    """``apply(hidden (N,D), weight (V,D), bias, targets (N,), divisor, head) -> scalar``."""
 
     @staticmethod
     def forward(
@@ -30,42 +84,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         divisor: float | torch.Tensor,
-        logit_scale: float,
-        softcap: float | None,
+        head: Head,
     ) -> torch.Tensor:
         """Save the finished gradients of hidden, weight and bias, as far as they are needed."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = wide_dtype(hidden.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None and needs_bias else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        rows = max(16, _CHUNK_BYTES // (weight.shape[0] * wide.itemsize))
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).to(wide)
-            if logit_scale != 1.0:
-                logits.mul_(logit_scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            log_sum = logits.logsumexp(-1)
-            chosen = targets[part, None]
-            total += (log_sum - logits.gather(1, chosen)[:, 0]).sum(dtype=torch.float64)
-            if not (needs_hidden or needs_weight or needs_bias):
+        wanted = needs_hidden or needs_weight or needs_bias
+        for chunk in _chunks(hidden, weight, bias, targets, divisor, head, want_grad=wanted):
+            total += chunk.losses.sum(dtype=torch.float64)
+            if chunk.grad is None:
                 continue
-            slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            grad.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide))
-            grad.mul_(logit_scale).div_(divisor)
-            if slope is not None:
-                grad.mul_(slope)
-            low = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(low, weight, out=grad_hidden[part])
+                torch.mm(chunk.grad, weight, out=grad_hidden[chunk.rows])
             if grad_weight is not None:
-                grad_weight += low.t() @ hidden[part]
+                grad_weight += chunk.grad.t() @ hidden[chunk.rows]
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += chunk.grad.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return (total / divisor).to(wide)
@@ -84,5 +122,55 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """``apply(hidden (N,D), weight (V,D), bias, targets (N,), head) -> (N,)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        head: Head,
+    ) -> torch.Tensor:
+        """Save the gradient of hidden for a factor of one, and the inputs where the weight is trained."""
+        result = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        unit = torch.empty_like(hidden) if needs_hidden else None
+        for chunk in _chunks(hidden, weight, bias, targets, -1.0, head, want_grad=needs_hidden):
+            result[chunk.rows] = chunk.losses.neg_()
+            if unit is not None:
+                assert chunk.grad is not None
+                torch.mm(chunk.grad, weight, out=unit[chunk.rows])
+        again = needs_weight or needs_bias
+        ctx.save_for_backward(unit, *((hidden, weight, bias, targets) if again else ()))
+        ctx.head = head
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Scale by rows; go over the logits once more for weight and bias."""
+        incoming = grads[0]
+        unit, *inputs = ctx.saved_tensors
+        grad_hidden = None if unit is None else (unit * incoming[:, None]).to(unit.dtype)
+        grad_weight = grad_bias = None
+        if inputs:
+            hidden, weight, bias, targets = inputs
+            wide = wide_dtype(hidden.dtype)
+            sums = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
+            bias_sum = torch.zeros(len(weight), dtype=wide, device=weight.device) if ctx.needs_input_grad[2] else None
+            for chunk in _chunks(hidden, weight, bias, targets, -1.0, ctx.head, want_grad=True):
+                assert chunk.grad is not None
+                scaled = chunk.grad * incoming[chunk.rows, None].to(chunk.grad.dtype)
+                if sums is not None:
+                    sums += scaled.t() @ hidden[chunk.rows]
+                if bias_sum is not None:
+                    bias_sum += scaled.sum(0, dtype=wide)
+            grad_weight = None if sums is None else sums.to(weight.dtype)
+            grad_bias = None if bias_sum is None or bias is None else bias_sum.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None
