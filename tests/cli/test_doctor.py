@@ -14,6 +14,7 @@ def test_doctor_prints_versions_machine_and_packages(run):
     assert torch.__version__ in shown["torch"]
     assert "(" in shown["dtype"]  # the reason
     assert {"device", "threads", "memory", "cache", *OPTIONAL} <= set(shown)
+    assert {"rms_norm", "attention_varlen"} <= set(shown)
     assert max(len(line.rstrip()) for line in outcome.out.splitlines()) <= 80
 
 

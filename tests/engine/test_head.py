@@ -206,3 +206,22 @@ def test_noise_is_added_in_training_only_and_scaled_per_document() -> None:
     for part, length in ((noise[:4], 4), (noise[4:], 100)):
         bound = 7.0 / (length * 32) ** 0.5
         assert 0.9 * bound < float(part.abs().max()) <= bound * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("skips_logits", [True, False])
+def test_label_smoothing_is_that_of_transformers_and_for_training_only(skips_logits: bool) -> None:
+    from transformers.modeling_outputs import CausalLMOutput
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    model = adapted("llama")
+    head = probed(model)
+    head.label_smoothing, head.skips_logits = 0.2, skips_logits
+    (document,) = features(23, answers_only=True)
+    batch = DocumentCollator()([document])
+    ids, labels = (torch.from_numpy(document[name])[None] for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        smoothed = LabelSmoother(0.2)(CausalLMOutput(logits=logits), labels, shift_labels=True)
+        assert_close(head.loss(batch, len(batch["rows"])), smoothed, 1e-5, "smoothed")
+        model.eval()
+        assert_close(head.loss(batch, len(batch["rows"])), own_loss(model, [document]), 1e-5, "plain")

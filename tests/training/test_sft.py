@@ -357,7 +357,6 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
         ({"max_length": 600}, SettingsError, "max_length=600 is above the 512 tokens that the model was loaded with"),
         ({"bf16": True}, SettingsError, "bf16=True, but the model's weights are float32"),
         ({"fp16": True}, NotSupportedYetError, "fp16=True is not supported yet"),
-        ({"label_smoothing_factor": 0.1}, NotSupportedYetError, "label_smoothing_factor=0.1 is not supported yet"),
         ({"dataloader_drop_last": True}, NotSupportedYetError, "dataloader_drop_last=True is not supported yet"),
         ({"torch_compile": True}, NotSupportedYetError, "torch_compile=True is not supported yet"),
         ({"fsdp": "full_shard"}, NotSupportedYetError, "fsdp='full_shard' is not supported yet"),

@@ -40,6 +40,7 @@ def command() -> None:
     for title, rows in (
         ("versions", _versions()),
         ("machine", _machine()),
+        ("ops", _ops()),
         ("optional packages", [(module, import_state(module, name)) for module, name in OPTIONAL.items()]),
     ):
         console().rule(title, align="left", style="dim")
@@ -87,6 +88,19 @@ def _machine() -> list[tuple[str, str]]:
         ("memory", f"{bytes_in_words(memory.available)} free of {bytes_in_words(memory.total)}"),
         ("cache", f"{cache}, {bytes_in_words(free_bytes(cache))} free"),
     ]
+
+
+def _ops() -> list[tuple[str, str]]:
+    """Return which implementation of each op runs in the dtype that would be chosen here, and why."""
+    import torch
+
+    from tunesmith.core.device import choose_device, choose_dtype
+    from tunesmith.ops.dispatch import OPS, choose
+
+    device = choose_device()
+    sample = torch.empty(0, device=device, dtype=choose_dtype(None, device).dtype)
+    choices = [choose(op, sample) for op in OPS]
+    return [(choice.op, f"{choice.implementation}: {choice.reason}") for choice in choices]
 
 
 def _gpus(torch: Any) -> list[tuple[str, str]]:

@@ -44,6 +44,7 @@ class LossHead:
         model: the unwrapped transformers model (inside PEFT: ``get_base_model()``).
         noise_alpha: NEFTune's alpha (Jain et al. 2023, arXiv:2310.05914): in training, uniform noise of
             ``alpha / sqrt(tokens of the document * D)`` is added to the embeddings.
+        label_smoothing: share of each label that training spreads over the vocabulary; evaluation never does.
         reasons: one line for each fast path that the probes refused, empty when all run.
     """
 
@@ -52,6 +53,7 @@ class LossHead:
     joins_documents: bool = True
     skips_logits: bool = True
     noise_alpha: float | None = None
+    label_smoothing: float = 0.0
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -83,6 +85,7 @@ class LossHead:
 
         ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes.
         """
+        smoothing = self.label_smoothing if self.model.training else 0.0
         if self.skips_logits:
             projection = self.model.get_output_embeddings()
             return linear_cross_entropy(
@@ -93,9 +96,15 @@ class LossHead:
                 divisor=divisor,
                 logit_scale=self._logit_scale,
                 softcap=self._softcap,
+                label_smoothing=smoothing,
             )
         logits = torch.cat([self._own_logits(*part) for part in self._parts(batch)])[batch["rows"]]
-        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="sum") / divisor
+        return (
+            torch.nn.functional.cross_entropy(
+                logits.float(), batch["targets"], reduction="sum", label_smoothing=smoothing
+            )
+            / divisor
+        )
 
     def _parts(self, batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
         if not self.joins_documents:

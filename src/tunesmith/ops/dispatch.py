@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Choice", "choose", "explain", "primitives"]
+__all__ = ["OPS", "Choice", "choose", "explain", "primitives"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "rope": ("triton", "cpu"),
     "swiglu": ("triton", "cpu"),
 }
+
+OPS = tuple(_TABLE)
+"""The names of all ops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,11 @@ def choose(op: str, x: torch.Tensor) -> Choice:
 def _choose(op: str, device: str, dtype: str) -> Choice:
     preferred = _TABLE[op][0]
     if preferred == "cpu":
-        return Choice(op, "cpu", "matrix products of torch are the fastest known on every device")
+        return Choice(op, "cpu", "torch's matrix products, on every device")
     if device != "cuda":
-        return Choice(op, "cpu", f"the tensor is on the {device}; {preferred} kernels need a CUDA device")
+        return Choice(op, "cpu", f"{device} tensor; {preferred} kernels need a GPU")
     if dtype == "float64" or (preferred == "cuda" and dtype == "float32"):
-        return Choice(op, "cpu", f"the {preferred} kernels do not compute {dtype}")
+        return Choice(op, "cpu", f"{preferred} kernels do not compute {dtype}")
     if preferred == "triton" and importlib.util.find_spec("triton") is None:
         _log.warning("%s runs in plain torch, slower: the package triton is not installed", op)
         return Choice(op, "cpu", "the package triton is not installed")

@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
     "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "deepspeed", "eval_accumulation_steps", "eval_do_concat_batches", "fp16", "fp16_full_eval", "fsdp",
-    "include_for_metrics", "label_smoothing_factor", "parallelism_config", "prediction_loss_only", "push_to_hub",
+    "include_for_metrics", "parallelism_config", "prediction_loss_only", "push_to_hub",
     "save_only_model", "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy",
     "use_liger_kernel",
 )  # fmt: skip

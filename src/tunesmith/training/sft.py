@@ -135,7 +135,9 @@ class SFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # The Trainer's NEFTune scales by the length of the input, which here is the joined axis of many documents.
         self.neftune_noise_alpha = None
-        self.head = LossHead(_base(model), noise_alpha=args.neftune_noise_alpha)
+        self.head = LossHead(
+            _base(model), noise_alpha=args.neftune_noise_alpha, label_smoothing=args.label_smoothing_factor
+        )
         self.head.probe()
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
         self.part_tokens = 512 if self.args.device.type == "cpu" else None
