@@ -74,7 +74,7 @@ def forward(
         if stacked is None:
             torch.mm(x, p.weight.t(), out=y)
         if p.b is not None:
-            y.addmm_(s[:, columns], p.b.to(x.dtype).t(), alpha=p.scale)
+            y.addmm_(s[:, columns], p.b.to(x.dtype).t().contiguous(), alpha=p.scale)
         if p.bias is not None:
             y.add_(p.bias)
     return out, s
@@ -139,7 +139,7 @@ def parameter_gradients(
 ) -> list[dict[str, torch.Tensor]]:
     """Return a dictionary a projection with the gradients of those of weight, bias, a and b that require one."""
     found: list[dict[str, torch.Tensor]] = []
-    # (D, R) and turned: with the long axis first a CPU's matrix library takes 0.6x the time.
+    # A CPU's matrix library takes 0.45x to 0.6x the time for dB^T = s^T dy and dA^T = x^T ds, turned afterwards.
     shared = any(p.a is not None and p.a.requires_grad for p in projections) and not any(p.dropout for p in projections)
     together = x.t() @ ds if shared else None
     for index, (p, rows, columns) in enumerate(_parts(projections)):
@@ -152,7 +152,8 @@ def parameter_gradients(
             turned = together[:, columns] if together is not None else _dropped(x, p, seeds, index).t() @ ds[:, columns]
             grads["a"] = turned.t().to(p.a.dtype, memory_format=torch.contiguous_format, copy=True)
         if p.b is not None and p.b.requires_grad:
-            grads["b"] = (dy[:, rows].t() @ s[:, columns]).to(p.b.dtype).mul_(p.scale)
+            turned = s[:, columns].t() @ dy[:, rows]
+            grads["b"] = turned.t().to(p.b.dtype, memory_format=torch.contiguous_format, copy=True).mul_(p.scale)
         found.append(grads)
     return found
 
