@@ -37,4 +37,4 @@ def swiglu(gate_up: torch.Tensor, *, activation: str = "silu") -> torch.Tensor:
             f"{', '.join(ACTIVATIONS)} are needed"
         )
     flat = gate_up.reshape(-1, gate_up.shape[-1])
-    return SwiGLU.apply(flat, activation).view(*gate_up.shape[:-1], -1)  # type: ignore[no-any-return]
+    return SwiGLU.apply(flat, activation).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)  # type: ignore[no-any-return]

@@ -1,0 +1,158 @@
+"""Causal attention over documents through torch's own variable-length flash attention, for a GPU.
+
+Same functions and arguments as ``cpu.py``, to which everything goes that the kernels do not do; ``supports`` says what
+that is. All documents are one call: the kernels read where each begins from int32 offsets on the device, which are made
+once for a list of lengths and used by every layer. Kept for the backward is the log-sum-exp, a float32 a head and token.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from itertools import accumulate
+
+import torch
+
+from tunesmith.ops.attention_varlen import cpu
+
+__all__ = ["backward", "forward", "supports"]
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_HEAD = 256
+# The backward adds up to this many rows between documents to its buffers, and counts their values in 32 bits.
+_ROWS_BETWEEN = 128
+_MOST_VALUES = 2**31
+
+
+def supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    softcap: float | None = None,
+) -> tuple[bool, str]:
+    """Return whether the kernels compute this, and why not where they do not.
+
+    ``query`` (T, H, E), ``key`` (T, K, E) and ``value`` (T, K, E').
+    """
+    tokens, heads, size = query.shape
+    if query.device.type != "cuda":
+        return False, f"{query.device.type} tensors"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return False, "this torch was built without flash attention"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False, "flash attention needs a GPU of compute capability 8.0 or above"
+    return _fits(query.dtype, heads, size, value.shape[2], tokens, sum(map(bool, lengths)), softcap)
+
+
+def _fits(
+    dtype: torch.dtype, heads: int, size: int, value_size: int, tokens: int, documents: int, softcap: float | None
+) -> tuple[bool, str]:
+    """Return the same from dtype and sizes alone."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False, f"flash attention computes in 16 bits, not in {dtype}"
+    if softcap is not None:
+        return False, "torch's flash attention has no softcap"
+    if value_size != size:
+        return False, f"heads of {size} for query and key, of {value_size} for value"
+    if size > _LARGEST_HEAD or size % 8:
+        return False, f"heads of {size}; a multiple of 8 up to {_LARGEST_HEAD} is needed"
+    if (tokens + _ROWS_BETWEEN * documents) * heads * size >= _MOST_VALUES:
+        return False, f"{tokens} tokens in {documents} documents overflow 32-bit offsets in the backward"
+    return True, ""
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return (T, H, E') and what the backward needs: the log-sum-exp (H, T), or nothing where ``cpu.py`` computed.
+
+    ``query`` (T, H, E), ``key`` (T, K, E) and ``value`` (T, K, E') may be strided. ``out`` costs a copy: torch's op
+    makes its own result.
+    """
+    possible, reason = supports(query, key, value, lengths, softcap=softcap)
+    if not possible or not len(query):
+        if not possible:
+            _note(reason)
+        return cpu.forward(query, key, value, lengths, scale=scale, window=window, softcap=softcap, out=out)
+    bounds, longest = _bounds(lengths, query.device)
+    left, right = _sides(window)
+    result, log_sum_exp = torch.ops.aten._flash_attention_forward(
+        _packed(query), _packed(key), _packed(value), bounds, bounds, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )[:2]  # fmt: skip
+    if out is None:
+        return result, (log_sum_exp,)
+    return out.copy_(result), (log_sum_exp,)
+
+
+def backward(
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    kept: tuple[torch.Tensor, ...],
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dquery: torch.Tensor,
+    dkey: torch.Tensor,
+    dvalue: torch.Tensor,
+) -> None:
+    """Write the gradients of query, key and value to ``dquery``, ``dkey`` and ``dvalue``, of their shapes.
+
+    ``out`` and ``kept`` are what forward returned. dQ is summed by atomics, in no fixed order, unless
+    ``torch.use_deterministic_algorithms`` is on.
+    """
+    if not kept:
+        cpu.backward(
+            dout, query, key, value, out, kept, lengths, scale=scale, window=window, softcap=softcap,
+            dquery=dquery, dkey=dkey, dvalue=dvalue,
+        )  # fmt: skip
+        return
+    bounds, longest = _bounds(lengths, query.device)
+    left, right = _sides(window)
+    # The state of the random numbers is read with dropout only.
+    unused = torch.empty(2, dtype=torch.uint64, device=query.device)
+    found = torch.ops.aten._flash_attention_backward(
+        dout, _packed(query), _packed(key), _packed(value), out, kept[0], bounds, bounds, longest, longest, 0.0, True,
+        unused, unused, scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    for target, grad in zip((dquery, dkey, dvalue), found, strict=True):
+        target.copy_(grad)
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with the values of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sides(window: int | None) -> tuple[int | None, int | None]:
+    """Return how many tokens are seen on the left and on the right, beside the token itself; None for all."""
+    return (None, None) if window is None else (window - 1, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Return the bounds of the documents, int32 on ``device``, and the longest length."""
+    present = [length for length in lengths if length]
+    return torch.tensor([0, *accumulate(present)], dtype=torch.int32, device=device), max(present)
+
+
+@functools.lru_cache(maxsize=16)
+def _note(reason: str) -> None:
+    """Say once that attention runs in plain torch."""
+    _log.warning("attention runs in plain torch, slower: %s", reason)
