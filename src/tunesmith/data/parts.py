@@ -7,13 +7,14 @@ each part. Tokens behind the last one that predicts something trained are left o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.collate import IGNORED, DocumentCollator
 
-__all__ = ["split_batch"]
+__all__ = ["share_documents", "split_batch"]
 
 
 def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -> list[dict[str, Any]]:
@@ -23,8 +24,9 @@ def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -
     the first part. ``multiple`` is that of :class:`DocumentCollator`.
     """
     documents = _trained_documents(batch)
+    lengths = [len(document["input_ids"]) for document in documents]
     collate = DocumentCollator(multiple)
-    parts = [collate([documents[index] for index in chosen]) for chosen in _shares(documents, most_tokens)]
+    parts = [collate([documents[index] for index in chosen]) for chosen in share_documents(lengths, most_tokens)]
     for part in parts:
         part["tokens"], part["where"] = 0, batch["where"]
     parts[0]["tokens"] = batch["tokens"]
@@ -48,9 +50,8 @@ def _trained_documents(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return documents or [{"input_ids": ids[:1], "labels": labels[:1]}]
 
 
-def _shares(documents: list[dict[str, Any]], most_tokens: int) -> list[list[int]]:
+def share_documents(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Return indices of documents, the longest placed first, each in the share that has the fewest tokens."""
-    lengths = [len(document["input_ids"]) for document in documents]
     limit = max(most_tokens, max(lengths))
     count = -(-sum(lengths) // limit)
     while True:

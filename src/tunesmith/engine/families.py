@@ -75,6 +75,8 @@ def describe(layer: Any) -> LayerShape | str:
     name = type(layer).__name__
     if name not in FAMILIES or not type(layer).__module__.startswith("transformers."):
         return f"{name} is none of {', '.join(sorted(FAMILIES))}"
+    if "forward" in vars(layer):
+        return f"{name} has a forward of its own, from accelerate's hooks perhaps"
     offset, norms, softcap = FAMILIES[name]
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config

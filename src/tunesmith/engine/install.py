@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.core.memory import forget_pages
 from tunesmith.engine.attention import ATTENTION, document_lengths
 from tunesmith.engine.families import LayerShape, describe
 from tunesmith.engine.layer import FusedLayer, Group, LayerCall
 from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
-from tunesmith.engine.read import read_norm, read_projection
+from tunesmith.engine.read import read_blocks, read_norm, read_projection
 from tunesmith.engine.scratch import Scratch
 from tunesmith.ops.lora_linear.cpu import Projection
 
@@ -88,7 +89,7 @@ class Engine:
     store: HostStore = field(default_factory=HostStore)
     _originals: dict[int, Any] = field(default_factory=dict)
     _batch: _Batch | None = None
-    _last_lengths: tuple[Any, int, tuple[int, ...]] | None = None
+    _last_lengths: tuple[Any, Any, tuple[int, ...]] | None = None
 
     def set_policy(self, policy: Policy | Sequence[Policy]) -> None:
         """Choose what the layers keep: one policy for all, or one a layer.
@@ -145,10 +146,12 @@ class Engine:
         source = next(
             (x for x in (mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if x is not None), None
         )
-        known = self._last_lengths
-        if source is None or known is None or known[0] is not source or known[1] != hidden.shape[:2]:
+        # The same for all layers of a forward. A caller may fill one tensor anew for a batch: that raises its version.
+        version = None if source is None or source.is_inference() else source._version
+        key, known = (hidden.shape[:2], version), self._last_lengths
+        if version is None or known is None or known[0] is not source or known[1] != key:
             found = document_lengths(hidden.shape[0], hidden.shape[1], mask, kwargs)
-            self._last_lengths = known = (source, hidden.shape[:2], tuple(x for row in found for x in row))
+            self._last_lengths = known = (source, key, tuple(x for row in found for x in row))
         return known[2]
 
     def rows_of(self, index: int) -> torch.Tensor | None:
@@ -203,8 +206,9 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
     engine = Engine(base, found, [policy] * (len(found.known) + len(found.unknown)))
     agree: dict[Any, bool] = {}
     for index, shape in list(found.known.items()):
+        places = [(weight, weight.data_ptr()) for weight in layers[index].parameters()]
         fused = _fuse(layers[index], shape, engine, index)
-        kind = (type(layers[index]), shape)
+        kind = (shape, tuple(type(module) for module in layers[index].modules()))
         if kind not in agree:
             agree[kind] = _agrees(layers[index], fused)
         if not agree[kind]:
@@ -214,6 +218,9 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
         engine._originals[index] = layers[index]
         layers[index] = fused
         fused._stacks()
+        # Loaded weights are views of their file, which stays mapped as long as one of them lies there: without this,
+        # those that were stacked would count twice.
+        forget_pages((place, weight.nbytes) for weight, place in places if weight.data_ptr() != place)
     base.tunesmith_engine = engine
     return engine
 
@@ -260,7 +267,7 @@ class _FusedMixin:
         if isinstance(call, LayerCall):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             out = FusedLayer.apply(flat, call, *call.parameters)
-            return out.view(*hidden_states.shape[:-1], -1) if call.rows is None else out[None]
+            return out.view(hidden_states.shape) if call.rows is None else out[None]
         if call:
             self._engine.note(call)
         original = super().forward  # type: ignore[misc]
@@ -292,7 +299,8 @@ class _FusedMixin:
         cos, sin = (x.expand(hidden.shape[0], -1, -1).flatten(0, 1) for x in position)
         return LayerCall(
             shape=shape,
-            policy=engine.policies[self._index],
+            # Without a graph there is no backward to keep anything for.
+            policy=engine.policies[self._index] if torch.is_grad_enabled() else Policy.FULL,
             groups=groups,
             norms=norms,
             head_norms=head_norms,
@@ -308,6 +316,9 @@ class _FusedMixin:
     def _read(self, hidden: torch.Tensor, training: bool) -> Any:
         """Return groups, norms, head norms and parameters, or the reason why one of them is not plain."""
         shape, submodule = self._shape, self.get_submodule  # type: ignore[attr-defined]
+        reason = read_blocks(self)
+        if reason:
+            return reason
         groups: list[Group] = []
         parameters: list[torch.Tensor] = []
         for stacked, paths in zip(self._stacks(), shape.groups, strict=True):
@@ -350,7 +361,9 @@ def _weight(module: Any) -> Any:
 @torch.no_grad()
 def _stack(present: torch.Tensor | None, weights: list[Any]) -> torch.Tensor | None:
     """Return one tensor of which all ``weights`` are views, ``present`` if it is that; None where they cannot be."""
-    if any(w is None or not w.is_floating_point() or w.is_meta or w.dtype != weights[0].dtype for w in weights):
+    if any(type(w) is not nn.Parameter or w.is_meta or w.dtype != weights[0].dtype for w in weights):
+        return None
+    if not weights[0].is_floating_point():
         return None
     if len(weights) == 1:
         return weights[0].data

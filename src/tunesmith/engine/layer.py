@@ -298,7 +298,7 @@ class _Pass:
         return self.x.new_empty(shape) if name in self._keep else self._temporary(name, *shape)
 
     def _heads(self, qkv: torch.Tensor) -> torch.Tensor:
-        return qkv.view(len(qkv), -1, self.shape.head_dim)
+        return qkv.view(len(qkv), self._size // self.shape.head_dim, self.shape.head_dim)
 
     def _turning(self, qkv: torch.Tensor) -> torch.Tensor:
         return self._heads(qkv)[:, : self.shape.heads + self.shape.key_heads]

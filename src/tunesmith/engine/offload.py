@@ -7,9 +7,11 @@ that nothing is left behind however the process ends.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from tunesmith.core.errors import OutputError
-from tunesmith.core.files import require_space
+from tunesmith.core.files import require_space, require_writable
 
 __all__ = ["HostStore"]
 
@@ -39,11 +41,26 @@ class HostStore:
     """Puts tensors away and gives them back, each once or more; belongs to one engine."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = folder
+        self._folder: Path | None = None
+        self.move_to(folder)
         self._file: _File | None = None
         self._streams: tuple[Any, Any] | None = None
         self._pinned: list[torch.Tensor] = []
         self._newest: _Ticket | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model starts with a store of its own: an open file cannot be copied.
+        return HostStore, (self._folder,)
+
+    def move_to(self, folder: str | Path | None) -> None:
+        """Use ``folder`` for the file that the next first :meth:`put` makes; None is the system's temporary folder.
+
+        Raises:
+            OutputError: it is a file, or cannot be made or written to.
+        """
+        self._folder = None if folder is None else Path(folder).expanduser()
+        if self._folder is not None:
+            require_writable(self._folder)
 
     def put(self, x: torch.Tensor) -> _Ticket:
         """Copy ``x`` away and return the ticket for it; ``x`` must not be changed in place afterwards."""
@@ -115,13 +132,18 @@ class HostStore:
 class _File:
     """One file of slots; a slot is free again when its :class:`_Slot` is collected with the graph that held it."""
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: Path | None) -> None:
+        made = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
+        # Folders that we made go when the store is closed or the process ends; other files in them stay.
+        self._removal = weakref.finalize(self, _remove_empty, made)
         try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as the store)
         except OSError as error:
             raise OutputError(f"temporary_location {folder} cannot be written: {error}") from error
-        self._folder = Path(folder or tempfile.gettempdir())
-        self._end = 0
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._end = self._written = self._used = 0
         self._free: dict[int, list[int]] = {}
 
     def write(self, x: torch.Tensor) -> _Slot:
@@ -131,9 +153,12 @@ class _File:
         if places:
             slot = _Slot(self, places.pop(), size)
         else:
-            require_space(self._folder, size, "offloading the inputs of decoder layers")
+            if self._end + size > self._written:
+                require_space(self._folder, size, "offloading the inputs of decoder layers")
             slot = _Slot(self, self._end, size)
             self._end += size
+            self._written = max(self._written, self._end)
+        self._used += 1
         if data is not None:
             _write_all(self._file.fileno(), memoryview(data).cast("B"), slot.offset)
         return slot
@@ -149,9 +174,22 @@ class _File:
 
     def free(self, slot: _Slot) -> None:
         self._free.setdefault(slot.size, []).append(slot.offset)
+        self._used -= 1
+        if not self._used:
+            # The next step may have other lengths: its slots start at the front again, or the file would grow with
+            # every length that was ever seen.
+            self._free.clear()
+            self._end = 0
 
     def close(self) -> None:
         self._file.close()
+        self._removal()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @dataclass(slots=True)

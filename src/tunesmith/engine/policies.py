@@ -6,8 +6,8 @@ policy       kept per token                                                     
 none         x, q, k, v, o, x2, gate, up, low-rank inputs, statistics             norms, rotation of normed heads, act
 sel_mlp      the same without gate and up                                         + the product of gate and up
 sel_min      x, o, what attention keeps, input of the last product's adapter      + q, k, v and o products
-full         x                                                                    + attention; never the last product
-offload      nothing here: x goes to host memory or a file                        as full
+full         x, input of the last product's adapter                               + attention; never the last product
+offload      as full, but x goes to host memory or a file                         as full
 ============ ==================================================================== ===================================
 
 The output of the down projection is never needed again, so no policy computes it twice (but where a norm stands behind
@@ -41,8 +41,9 @@ _KEPT = {
     Policy.NONE: (*_ATTENTION, *_ATTENDED, *_MIDDLE, "y", "gate_up", "s_gate_up"),
     Policy.SEL_MLP: (*_ATTENTION, *_ATTENDED, *_MIDDLE, "y"),
     Policy.SEL_MIN: _ATTENDED,
-    Policy.FULL: (),
-    Policy.OFFLOAD: (),
+    # A rank's width; from the recomputed activation it would differ by rounding, and cost a product.
+    Policy.FULL: ("s_down",),
+    Policy.OFFLOAD: ("s_down",),
 }
 
 
