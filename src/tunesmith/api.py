@@ -154,7 +154,7 @@ class FastLanguageModel:
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
         if loftq_config == {}:
             given["loftq_config"] = None  # Unsloth's own default.
-        not_yet = ("loftq_config", "temporary_location", "qat_scheme", "target_parameters", "ensure_weight_tying")
+        not_yet = ("loftq_config", "qat_scheme", "target_parameters", "ensure_weight_tying")
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
             raise NotSupportedYetError(

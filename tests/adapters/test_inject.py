@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from tests.training.support import trainable
 from tunesmith import FastLanguageModel
 from tunesmith.adapters.inject import inject_adapter, set_checkpointing, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import AdapterError, OutputError, SettingsError
+from tunesmith.engine.attention import use_document_attention
+from tunesmith.engine.install import install
+from tunesmith.engine.policies import Policy
 from tunesmith.models.load import facts_of
 
 
@@ -156,7 +160,7 @@ def test_trainable_share_counts_shared_tensors_once() -> None:
         ({"exclude_modules": ".*"}, AdapterError, "the adapter does not fit LlamaForCausalLM"),
         ({"r": 0}, SettingsError, "get_peft_model: r = 0"),
         ({"r": True, "lora_dropout": 1.0, "bias": "some"}, SettingsError, "get_peft_model: 3 problems"),
-        ({"use_gradient_checkpointing": "always"}, SettingsError, "allowed are True, False and 'unsloth'"),
+        ({"use_gradient_checkpointing": "always"}, SettingsError, "allowed are True, False, 'selective'"),
         ({"target_modules": ".*q_proj", "finetune_last_n_layers": 1}, AdapterError, "does not fit .*layers_to_trans"),
         ({"layers_pattern": "layers"}, AdapterError, "`layers_to_transform` must also be specified"),
         ({"layers_pattern": "[", "layers_to_transform": [0]}, AdapterError, "the adapter does not fit"),
@@ -173,14 +177,55 @@ def test_requests_that_are_refused(arguments: dict[str, Any], error: type[Except
         adapt(**arguments)
 
 
-@pytest.mark.parametrize("mode", ["auto", "selective", "offload"])
-def test_checkpointing_that_is_not_written_yet_is_refused_wherever_it_is_set(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["selective", "offload"])
+def test_policies_that_need_fused_layers_are_refused_without_them(mode: str) -> None:
+    with pytest.raises(SettingsError, match=f"'{mode}' needs fused decoder layers .the engine is not installed"):
+        set_checkpointing(tiny.tiny_model("llama"), mode)
+    other = tiny.tiny_model("mixtral")
+    install(other)
+    with pytest.raises(SettingsError, match=f"'{mode}' needs fused decoder layers .2 decoder layers run as"):
+        set_checkpointing(other, mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "policy"),
+    [
+        (False, Policy.NONE),
+        (True, Policy.FULL),
+        ("selective", Policy.SEL_MIN),
+        ("offload", Policy.OFFLOAD),
+        ("auto", Policy.SEL_MIN),
+        ("unsloth", Policy.SEL_MIN),
+    ],
+)
+def test_each_mode_gives_the_fused_layers_their_policy(mode: Any, policy: Policy) -> None:
     model = tiny.tiny_model("llama")
-    for refusing in (lambda: inject_adapter(model, AdapterSettings(use_gradient_checkpointing=mode)),
-                     lambda: set_checkpointing(model, mode)):  # fmt: skip
-        with pytest.raises(NotSupportedYetError, match=f"use_gradient_checkpointing='{mode}' is not supported yet"):
-            refusing()
-    assert not hasattr(model.model.layers[0].self_attn.q_proj, "lora_A")
+    use_document_attention(model)
+    engine = install(model)
+    adapted = inject_adapter(model, AdapterSettings(use_gradient_checkpointing=mode))
+    assert engine.policies == [policy, policy]
+    assert facts_of(adapted).checkpointing == mode
+
+
+def test_the_folder_of_what_is_offloaded_is_checked_made_and_removed(tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama")
+    use_document_attention(model)
+    engine = install(model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        FastLanguageModel.get_peft_model(
+            model, use_gradient_checkpointing="offload", temporary_location=str(tmp_path / "file")
+        )
+    place = tmp_path / "made" / "here"
+    settings = AdapterSettings(use_gradient_checkpointing="offload", temporary_location=str(place))
+    adapted = inject_adapter(model, settings)
+    assert not place.exists()
+    adapted.train()(input_ids=torch.arange(9)[None], use_cache=False).logits.sum().backward()
+    assert place.is_dir() and not list(place.iterdir())
+    assert any(p.grad is not None for p in adapted.parameters())
+    (tmp_path / "made" / "other").write_text("stays")
+    engine.store.close()
+    assert not place.exists() and (tmp_path / "made" / "other").exists()
 
 
 def test_tied_embeddings_are_not_parted() -> None:

@@ -87,7 +87,10 @@ def _train(run, model, rows, output, *words):
         (["--target-modules", ".*q_proj", "--finetune-last-n-layers", "1"], ["the adapter does not fit"]),
         (["--layers-pattern", "layers"], ["the adapter does not fit"]),
         (["--rank-pattern", "q_porj=2"], ["rank_pattern 'q_porj' matched no layer", "'q_proj'"]),
-        (["--use-gradient-checkpointing", "offload"], ["use_gradient_checkpointing='offload' is not supported yet"]),
+        (
+            ["--use-gradient-checkpointing", "always"],
+            ["use_gradient_checkpointing = 'always'", "unsloth, auto, selective, offload"],
+        ),
         (["--dtype", "bf61"], ["bf61", "bfloat16"]),
         (["--map", "question=usr"], ["usr", "user"]),
     ],

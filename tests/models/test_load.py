@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +16,10 @@ from tests import tiny
 
 from tunesmith import FastLanguageModel, FastModel, get_chat_template
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError, TunesmithError
+from tunesmith.engine.install import engine_of
 from tunesmith.models import gguf_cache
-from tunesmith.models.load import facts_of
+from tunesmith.models.aliases import find_model
+from tunesmith.models.load import empty_causal_lm, facts_of, stored_bytes
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return shutil.copytree(saved, tmp_path / "model")
 
 
@@ -238,7 +240,7 @@ SERVED = {
     "local_files_only", "chat_template", "unknown",
 }  # fmt: skip
 ADAPTER_ASKED: dict[str, Any] = {
-    "loftq_config": {"loftq_bits": 4}, "temporary_location": "x", "qat_scheme": "int4", "target_parameters": ["x"],
+    "loftq_config": {"loftq_bits": 4}, "qat_scheme": "int4", "target_parameters": ["x"],
     "ensure_weight_tying": True,
 }  # fmt: skip
 
@@ -273,9 +275,27 @@ def test_starts_that_change_the_base_are_not_written_yet(init: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "selective", "offload"])
-def test_kinds_of_checkpointing_that_are_not_written_yet(mode: str, saved: Path) -> None:
-    with pytest.raises(NotSupportedYetError, match=f"use_gradient_checkpointing='{mode}' is not supported yet"):
-        load(saved, use_gradient_checkpointing=mode)
+def test_every_kind_of_checkpointing_is_taken(mode: str, saved: Path) -> None:
+    model, _ = load(saved, use_gradient_checkpointing=mode)
+    assert facts_of(model).checkpointing == mode
+
+
+def test_an_empty_model_has_the_shapes_of_the_loaded_one(saved: Path) -> None:
+    model, _ = load(saved)
+    source = find_model(str(saved))
+    empty = empty_causal_lm(source, dtype="float32")
+    shapes = {name: (weight.shape, weight.dtype) for name, weight in empty.named_parameters()}
+    assert shapes == {name: (weight.shape, weight.dtype) for name, weight in model.named_parameters()}
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert str(engine_of(empty).plan) == str(engine_of(model).plan)
+    assert stored_bytes(source) == {"F32": sum(weight.nbytes for weight in model.parameters())}
+
+
+def test_a_header_that_is_cut_short_is_said(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 20)
+    with pytest.raises(ModelError, match=r"model\.safetensors is corrupt or cut short"):
+        stored_bytes(find_model(str(folder)))
 
 
 def test_unsloths_own_defaults_ask_for_nothing(saved: Path) -> None:
@@ -299,7 +319,7 @@ def test_an_unknown_argument_names_the_nearest(saved: Path) -> None:
     [
         ({"load_in_16bit": True, "dtype": "float32"}, "load_in_16bit=True and dtype=float32: give one of them"),
         ({"load_in_16bit": False}, "load_in_16bit=False names no other precision"),
-        ({"use_gradient_checkpointing": 3}, "allowed are True, False and 'unsloth'"),
+        ({"use_gradient_checkpointing": 3}, "allowed are True, False, 'selective'"),
     ],
 )
 def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message: str, saved: Path) -> None:

@@ -43,10 +43,12 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
         AdapterError: a target or pattern matches nothing, layers are asked for that do not exist, settings exclude
             each other, or the model already has an adapter with other settings.
         SettingsError: see :func:`set_checkpointing`.
+        OutputError: ``temporary_location`` is a file or cannot be written.
     """
     from peft import PeftModel, get_peft_model
 
     check_checkpointing(settings.use_gradient_checkpointing)
+    _set_location(model, settings.temporary_location)
     facts = facts_of(model)
     if isinstance(model, PeftModel):
         _refuse_second(model, settings)
@@ -79,6 +81,7 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
             " Leave these settings out, or train a new adapter on the base model."
         )
     set_checkpointing(model, settings.use_gradient_checkpointing)
+    _set_location(model, settings.temporary_location)
     # Its layers_to_transform say the same.
     return {**(facts_of(model).adapter or {}), "finetune_last_n_layers": None}
 
@@ -144,6 +147,13 @@ def set_checkpointing(model: Any, mode: bool | str) -> None:
     if engine is not None:
         engine.set_policy(_POLICIES[mode])
     facts_of(model).checkpointing = mode
+
+
+def _set_location(model: Any, folder: str | None) -> None:
+    """Choose where offloaded layer inputs go on a CPU; None leaves it to the system."""
+    engine = engine_of(model)
+    if engine is not None:
+        engine.store.move_to(folder)
 
 
 def trainable_share(model: Any) -> tuple[int, int]:

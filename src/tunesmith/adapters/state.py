@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.adapters.inject import arguments_of
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
-from tunesmith.models.load import DEFAULT_WINDOW, facts_of, load_causal_lm, load_tokenizer, load_window
+from tunesmith.models.load import (
+    DEFAULT_WINDOW,
+    empty_causal_lm,
+    facts_of,
+    load_causal_lm,
+    load_tokenizer,
+    load_window,
+)
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attach_adapter", "base_of", "load_source", "load_source_tokenizer"]
+__all__ = ["attach_adapter", "base_of", "empty_source", "load_source", "load_source_tokenizer"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Start of an adapter -> what it did to the base that a reload cannot repeat.
@@ -71,6 +78,25 @@ def load_source(
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
+
+
+def empty_source(name: str, **arguments: Any) -> tuple[PreTrainedModel | PeftModel, ModelSource]:
+    """Return what :func:`load_source` would give ``name``, with shapes and no values, and where its base lies.
+
+    ``arguments`` are those of :func:`tunesmith.models.load.empty_causal_lm`.
+    """
+    base, folder = _parts(name, None)
+    model = empty_causal_lm(base, **arguments)
+    if folder is None:
+        return model, base
+    from peft import PeftConfig, get_peft_model
+
+    facts = facts_of(model)
+    config: Any = PeftConfig.from_pretrained(folder.path)
+    adapted = get_peft_model(model, config)
+    facts.adapter = arguments_of(config)
+    adapted.tunesmith_facts = facts  # type: ignore[assignment]
+    return adapted, base  # type: ignore[return-value]
 
 
 def load_source_tokenizer(

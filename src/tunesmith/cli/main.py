@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": ("tunesmith.cli.train", "Train an adapter on rows, from a YAML file, flags, or both."),
+    "plan": ("tunesmith.cli.plan", "Predict memory, disk and speed of a run, and say what it would do to fit."),
     "inspect": ("tunesmith.cli.inspect", "Show what would be trained on: the ledger and the trained tokens."),
     "evaluate": ("tunesmith.cli.evaluate", "Score a model on rows, with the base beside the tuned model."),
     "chat": ("tunesmith.cli.chat", "Talk to a model or a trained run."),

@@ -19,10 +19,19 @@ from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
+    from tunesmith.memory.plan import TrainingPlan
     from tunesmith.training.run import RunResult
     from tunesmith.training.sft import SFTTrainer
 
-__all__ = ["facts_table", "print_banner", "print_ledger", "print_result", "result_facts", "resume_command"]
+__all__ = [
+    "facts_table",
+    "plan_in_short",
+    "print_banner",
+    "print_ledger",
+    "print_result",
+    "result_facts",
+    "resume_command",
+]
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -58,7 +67,13 @@ def result_facts(result: RunResult) -> list[tuple[str, str]]:
         rows.append(("eval loss", f"{numbers['best_eval_loss']:.4f} at best{kept}"))
     if numbers["tokens_per_s"]:
         rows.append(("speed", f"{amount(numbers['tokens_per_s'])} tokens/s"))
-    return [*rows, ("peak memory", bytes_in_words(numbers["peak_bytes"])), ("folder", str(result.folder))]
+    return [*rows, ("peak memory", _peaks(numbers)), ("folder", str(result.folder))]
+
+
+def _peaks(numbers: dict[str, Any]) -> str:
+    measured, predicted = numbers["peak_bytes"], numbers["predicted_peak_bytes"]
+    difference = 100 * (predicted / measured - 1)
+    return f"{bytes_in_words(measured)}; {bytes_in_words(predicted)} were predicted ({difference:+.0f} %)"
 
 
 def resume_command(folder: Path) -> str:
@@ -90,10 +105,19 @@ def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
         ("trained on", _trained_tokens(trainer)),
         ("batch", _batch(args)),
         ("per step", _per_step(trainer, steps)),
+        ("memory", plan_in_short(trainer.plan)),
         ("steps", f"{steps:,} an epoch, {_total_steps(args, steps):,} in all"),
         ("folder", str(args.output_dir)),
     ]
     return [*rows, *(("note", note) for note in [*trainer.head.reasons, *facts.notes])]
+
+
+def plan_in_short(plan: TrainingPlan) -> str:
+    """Return the predicted peak, what layers keep and the tokens computed together, in one sentence."""
+    together = "whole micro-batches" if plan.part_tokens is None else f"at most {plan.part_tokens:,} tokens together"
+    warning = "" if plan.advice is None else f". It may not fit: {plan.advice}"
+    peak = f"{bytes_in_words(plan.peak)} predicted at the peak"
+    return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); {together}{warning}"
 
 
 def _devices(trainer: SFTTrainer) -> str:

@@ -1,11 +1,18 @@
-"""The memory that a process has used."""
+"""The memory that a process uses, has used and may use, and pages of files that it no longer needs."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import re
 import resource
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["peak_bytes"]
+from tunesmith.core.errors import SettingsError
+
+__all__ = ["available_bytes", "forget_pages", "parse_bytes", "peak_bytes", "resident_bytes"]
 
 
 def peak_bytes() -> int:
@@ -13,6 +20,94 @@ def peak_bytes() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    # ru_maxrss is the same, but a child process also inherits the peak of the one that started it.
+    return _status("VmHWM") or _maximum_resident()
+
+
+def resident_bytes() -> int:
+    """Return the resident set of this process, or its peak where the system does not tell."""
+    return _status("VmRSS") or _maximum_resident()
+
+
+def available_bytes() -> int:
+    """Return the bytes of main memory that this process could still get without swapping, limits of containers too."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _number(limit), _number(used)
+        if most is not None and now is not None:
+            free = min(free, max(0, most - now))
+    return free
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of ``"8GiB"``, ``"16 GB"``, ``"512MiB"``.
+
+    Raises:
+        SettingsError: it is no positive number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)b?\s*", text.lower())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match is not None else 0
+    if count < 1:
+        raise SettingsError(f"memory {text!r}: write a number with a unit, for example 8GiB, 512MiB or 16GB.")
+    return count
+
+
+def forget_pages(ranges: Iterable[tuple[int, int]]) -> None:
+    """Take the pages of ``(address, bytes)`` out of this process where they are views of a weights file.
+
+    Reading there again reads the file. For weights whose values have gone elsewhere while other weights of the same
+    file keep the mapping alive. Does nothing where the system has no ``/proc``.
+    """
+    ranges = list(ranges)
+    files = _mapped_weights() if ranges else []
+    library = ctypes.CDLL(None) if files else None
+    for address, size in ranges:
+        if library is None or not any(start <= address and address + size <= end for start, end in files):
+            continue
+        # Only whole pages: the first and last may hold a neighbour.
+        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        count = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if count > 0:
+            library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
+
+
+def _mapped_weights() -> list[tuple[int, int]]:
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    spans: list[tuple[int, int]] = []
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.endswith(".safetensors"):
+            start, _, end = line.split(maxsplit=1)[0].partition("-")
+            spans.append((int(start, 16), int(end, 16)))
+    return spans
+
+
+def _status(name: str) -> int | None:
+    file = Path("/proc/self/status")
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _maximum_resident() -> int:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _number(file: str) -> int | None:
+    try:
+        return int(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

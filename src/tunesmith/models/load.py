@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_WINDOW",
     "ModelFacts",
+    "empty_causal_lm",
     "facts_of",
     "load_causal_lm",
     "load_tokenizer",
     "load_window",
     "native_window",
+    "stored_bytes",
 ]
 
 
@@ -93,9 +95,6 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    from tunesmith.engine.attention import use_document_attention
-    from tunesmith.engine.install import install
-
     device = choose_device()
     choice = choose_dtype(dtype, device)
     place = _local_place(source)
@@ -110,14 +109,83 @@ def load_causal_lm(
     _refuse_missing_weights(source, info)
     if device_map is None:
         model.to(device)
-    facts = ModelFacts(source.name, choice, _window(model.config, max_seq_length))
-    if attn_implementation is None:
+    _fit_out(model, source, choice, max_seq_length, attn_implementation)
+    return model, tokenizer
+
+
+def empty_causal_lm(
+    source: ModelSource,
+    *,
+    max_seq_length: int | None = DEFAULT_WINDOW,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **hub: Any,
+) -> PreTrainedModel:
+    """Return what :func:`load_causal_lm` would, with shapes and no values: on the meta device, from config.json alone.
+
+    Raises:
+        ModelError: as :func:`load_causal_lm`, as far as the config shows it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    choice = choose_dtype(dtype, choose_device())
+    arguments: dict[str, Any] = {"dtype": choice.dtype}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if hub.get("trust_remote_code"):
+        arguments["trust_remote_code"] = True
+    with _readable_errors(source):
+        config = AutoConfig.from_pretrained(_local_place(source), **hub)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **arguments)
+    _fit_out(model, source, choice, max_seq_length, attn_implementation)
+    return model
+
+
+def stored_bytes(source: ModelSource) -> dict[str, int]:
+    """Return the bytes of the weights of a local model by the dtype they are stored in, from the headers of its files.
+
+    Names are those of safetensors ("F32", "BF16", "I8" ...). Empty where no file is here: a hub model that was never
+    downloaded, or weights of another format.
+    """
+    folder = Path(_local_place(source))
+    found: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        for entry in _header(file).values():
+            start, end = entry["data_offsets"]
+            found[entry["dtype"]] = found.get(entry["dtype"], 0) + end - start
+    return found
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Return name -> dtype, shape and place of every tensor of a safetensors file."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if not 0 < size <= file.stat().st_size - 8:
+                raise ValueError("its header is cut short")
+            entries: dict[str, Any] = json.loads(opened.read(size))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is corrupt or cut short ({error}). Copy or download it again.") from error
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def _fit_out(
+    model: PreTrainedModel, source: ModelSource, choice: DtypeChoice, window: int | None, attention: str | None
+) -> None:
+    """Give a model our attention and fused layers where it takes them, and the facts about it."""
+    from tunesmith.engine.attention import use_document_attention
+    from tunesmith.engine.install import install
+
+    facts = ModelFacts(source.name, choice, _window(model.config, window))
+    if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
             facts.notes.append(f"attention per document is off: {reason}")
     facts.notes += install(model).plan.reasons
-    model.tunesmith_facts = facts
-    return model, tokenizer
+    model.tunesmith_facts = facts  # type: ignore[assignment]
 
 
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:

@@ -24,6 +24,7 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoints_in",
     "find_checkpoint",
+    "plan_of",
     "remove_old_checkpoints",
     "require_disk_space",
 ]
@@ -88,6 +89,11 @@ def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             f"{checkpoint} belongs to another run: {'; '.join(differences)}. "
             "Use what it was started with, or start anew with another output_dir."
         )
+
+
+def plan_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the record of the memory plan that the run of a checkpoint follows."""
+    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))["plan"]
 
 
 def checkpoint_bytes(model: Any) -> int:

@@ -7,6 +7,7 @@ The folder of a run::
 
     settings.yaml        the resolved settings
     ledger.json          what happened to every row
+    plan.json            bytes by part, the predicted peak, what layers keep
     metrics.jsonl        a JSON line per log
     training_loss.png    training and eval loss over steps
     checkpoint-N/        the newest two and the best, whole with checksums
@@ -43,7 +44,7 @@ from tunesmith.training.config import config_of, dated_folder
 from tunesmith.training.settings import RunSettings
 from tunesmith.training.sft import SFTTrainer
 
-__all__ = ["RunResult", "choose_folder", "run_training"]
+__all__ = ["RunResult", "choose_folder", "make_trainer", "prepare_data", "run_training"]
 
 _log = logging.getLogger(__name__)
 
@@ -119,17 +120,7 @@ def run_training(
         TunesmithError: anything that the user can mend; see the modules that this composes.
     """
     folder = choose_folder(settings, resume=resume)
-    model, tokenizer, settings = _load(settings)
-    train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
-    require_disk_space(model, folder)
-    trainer = SFTTrainer(
-        model=model,
-        args=config_of(settings, folder),
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+    trainer, settings = make_trainer(settings, folder, callbacks=callbacks)
     # A resumed run has its plan, and one that is about to be refused must not overwrite it.
     if trainer.args.should_save and not (resume and (folder / "settings.yaml").is_file()):
         _write_plan(folder, settings, trainer)
@@ -147,6 +138,24 @@ def run_training(
             loss_plot(trainer.state.log_history, folder / "training_loss.png")
     trainer.accelerator.wait_for_everyone()
     return RunResult(folder, adapter, numbers, trainer)
+
+
+def make_trainer(
+    settings: RunSettings, folder: Path, *, callbacks: Sequence[Any] = ()
+) -> tuple[SFTTrainer, RunSettings]:
+    """Return the trainer of a run in ``folder``, and the settings, in which a loaded adapter stands as it is."""
+    model, tokenizer, settings = _load(settings)
+    train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
+    require_disk_space(model, folder)
+    trainer = SFTTrainer(
+        model=model,
+        args=config_of(settings, folder),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    return trainer, settings
 
 
 def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[PreparedData, PreparedData | None]:
@@ -220,6 +229,7 @@ def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> Non
     if trainer.eval_data is not None:
         ledgers["eval"] = trainer.eval_data.ledger.as_dict()
     write_text(folder / "ledger.json", json.dumps(ledgers, indent=1) + "\n")
+    write_text(folder / "plan.json", json.dumps(trainer.plan.record(), indent=1) + "\n")
 
 
 def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
@@ -236,6 +246,7 @@ def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "peak_bytes": peak_bytes(),
+        "predicted_peak_bytes": trainer.plan.peak,
         "trainable_parameters": trainable,
         "parameters": total,
     }

@@ -25,7 +25,7 @@ __all__ = ["RunSettings", "TrainingSettings", "load_run_settings"]
 _NOT_YET = (
     "load_in_4bit", "load_in_8bit", "load_in_fp8", "full_finetuning", "rope_scaling", "qat_scheme", "loftq_config",
     "target_parameters", "ensure_weight_tying", "embedding_learning_rate", "resize_model_vocab", "offload_embedding",
-    "temporary_location", "fast_inference", "task_type", "task",
+    "fast_inference", "task_type", "task",
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from tunesmith.data.parts import split_batch
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.modes import evaluation_mode
+from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
@@ -43,12 +44,14 @@ from tunesmith.training.checkpoint import (
     checkpoint_bytes,
     checkpoints_in,
     find_checkpoint,
+    plan_of,
     remove_old_checkpoints,
     require_disk_space,
 )
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
+from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
 from tunesmith.training.plan import apply_older_style, check_precision, choose_cadence, length_limit, try_out
 from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
 
@@ -71,6 +74,7 @@ class SFTTrainer(Trainer):
 
     Attributes:
         ledger: what happened to every row; raises already on rows that would train nothing.
+        plan: what the layers keep, the tokens computed together, and the predicted peak.
     """
 
     def __init__(
@@ -140,9 +144,9 @@ class SFTTrainer(Trainer):
         )
         self.head.probe()
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
-        self.part_tokens = 512 if self.args.device.type == "cpu" else None
         # A kernel per new shape costs a CPU in 16 bits more than some idle tokens.
-        self._multiple = 1 if facts_of(model).dtype.dtype.itemsize > 2 else 64
+        self.axis_multiple = 1 if facts_of(model).dtype.dtype.itemsize > 2 else 64
+        self._make_plan()
         self._proved_gradients = False
         self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
 
@@ -167,11 +171,13 @@ class SFTTrainer(Trainer):
         data.ledger.check()
         self.train_data, self.ledger = data, data.ledger
         self.train_dataset = self._as_dataset(data, self.args, ledger=True)
+        self._make_plan()
 
     def replace_eval_data(self, data: PreparedData) -> None:
         """Evaluate on ``data`` from now on."""
         data.ledger.check()
         self.eval_data, self.eval_dataset = data, DocumentDataset(data.documents)
+        self._make_plan()
 
     def get_train_dataloader(self) -> DocumentLoader:
         """Return the loader of this process's micro-batches."""
@@ -192,6 +198,17 @@ class SFTTrainer(Trainer):
             processes=self.args.world_size,
         )
         return DocumentLoader(dataset, batches, pin_memory=self.args.device.type == "cuda")
+
+    def _make_plan(self) -> None:
+        """Choose what layers keep and how many tokens are computed together, alike on all processes."""
+        self.plan: TrainingPlan = gather_objects(plan_run(self), self.args.world_size)[0]
+        check_fits(self.plan, memory_there_is(self.args.device))
+        self.follow(self.plan)
+
+    def follow(self, plan: TrainingPlan) -> None:
+        """Train by ``plan`` from now on."""
+        self.plan, self.part_tokens = plan, plan.part_tokens
+        apply_plan(self.model, plan)
 
     # ---- one step ----
 
@@ -218,8 +235,7 @@ class SFTTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
-        # Smaller parts give the same sums and keep less; see data/parts.py.
-        parts = split_batch(inputs, self.part_tokens, multiple=self._multiple) if self.part_tokens else [inputs]
+        parts = self._parts_of(inputs)
         loss = sum(super(SFTTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
         assert isinstance(loss, torch.Tensor)
         if not torch.isfinite(loss) and self.args.world_size == 1:
@@ -232,6 +248,10 @@ class SFTTrainer(Trainer):
             self._places = []
         # The Trainer reports the mean over processes; each holds its share of one sum.
         return loss * self.args.world_size
+
+    def _parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return smaller batches with the same sums, which keep less (data/parts.py)."""
+        return split_batch(batch, self.part_tokens, multiple=self.axis_multiple) if self.part_tokens else [batch]
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -288,9 +308,9 @@ class SFTTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with evaluation_mode(self.model):
             for batch in self.get_eval_dataloader(eval_dataset):
-                batch = self._prepare_inputs(batch)
-                sums[0] += self.head.loss(batch, 1.0).double()
-                sums[1] += len(batch["rows"])
+                for part in self._parts_of(batch):
+                    sums[0] += self.head.loss(self._prepare_inputs(part), 1.0).double()
+                    sums[1] += len(part["rows"])
         total, count = sum_over_processes(sums, self.args.world_size).tolist()
         if count == 0:
             raise SettingsError("the evaluation rows train on nothing, so they have no loss. Give other rows.")
@@ -347,6 +367,9 @@ class SFTTrainer(Trainer):
                 f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
                 "or choose another output_dir."
             )
+        if checkpoint is not None:
+            # With another choice the sums would be rounded in another way.
+            self.follow(self.plan.restored(plan_of(Path(checkpoint))))
         if self.args.should_save:
             require_disk_space(self.model, folder)
         self._log_time = time.perf_counter()
@@ -378,7 +401,8 @@ class SFTTrainer(Trainer):
                     torch.save(states, folder / name)
                 self.state.stateful_callbacks.update(self._callback_states())
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-                (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+                run = {**self.run_fingerprint(), "plan": self.plan.record()}
+                (folder / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
             remove_old_checkpoints(
                 self._checkpoint_folder(),
                 keep=self._keep,

@@ -1,0 +1,246 @@
+"""Predicted and measured peak memory of training runs, each in a process of its own.
+
+    python -m benchmarks.memory [--record] [--only TEXT]
+
+A run loads a model, trains two optimizer steps with a checkpoint, and reports the plan's predicted peak beside the peak
+resident set of its process. ``--record`` appends a JSON line a configuration to ``results/memory.jsonl``: predicted,
+measured, ratio. Random models are made once under ``.cache/benchmarks/memory``.
+
+The arm ``transformers`` is what ``use_gradient_checkpointing="unsloth"`` is compared with: transformers and PEFT alone,
+gradient checkpointing on, the documents of the micro-batch padded to one length, AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import append_record
+
+__all__ = ["CONFIGURATIONS", "SHAPES", "measure", "model_folder", "name_of"]
+
+ROOT = Path(__file__).parent.parent
+_FOLDER = ROOT / ".cache" / "benchmarks" / "memory"
+
+# name -> (class of the config, its arguments, dtype of the file). 0.23 and 0.97 billion parameters.
+SHAPES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3-0.2b": (
+        "Qwen3Config",
+        {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16, "head_dim": 64,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True},
+        "float32",
+    ),
+    "llama-1b": (
+        "LlamaConfig",
+        {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+        "bfloat16",
+    ),
+    "tiny": (
+        "LlamaConfig",
+        {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        "float32",
+    ),
+}  # fmt: skip
+
+_SMOL = "smollm2-135m"
+CONFIGURATIONS: tuple[dict[str, Any], ...] = (
+    {"model": _SMOL, "mode": False, "batch": 2, "length": 512, "r": 16},
+    {"model": _SMOL, "mode": True, "batch": 2, "length": 512, "r": 64},
+    {"model": _SMOL, "mode": "selective", "batch": 4, "length": 256, "r": 16, "trained": 0.1},
+    {"model": _SMOL, "mode": "offload", "batch": 2, "length": 512, "r": 8},
+    {"model": _SMOL, "mode": "sel_mlp", "batch": 1, "length": 1024, "r": 16, "trained": 0.5},
+    {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 180, "r": 16, "vary": True, "trained": 0.3},
+    {"model": _SMOL, "mode": "auto", "batch": 4, "length": 200, "r": 32, "vary": True},
+    {"model": _SMOL, "mode": True, "batch": 1, "length": 2048, "r": 16, "trained": 0.2},
+    {"model": _SMOL, "mode": False, "batch": 1, "length": 128, "r": 8, "dtype": "bfloat16"},
+    {"model": "qwen3-0.2b", "mode": False, "batch": 1, "length": 512, "r": 16},
+    {"model": "qwen3-0.2b", "mode": "selective", "batch": 1, "length": 1024, "r": 8, "trained": 0.2},
+    {"model": "qwen3-0.2b", "mode": "unsloth", "batch": 4, "length": 256, "r": 128},
+    {"model": "qwen3-0.2b", "mode": True, "batch": 2, "length": 300, "r": 16, "vary": True},
+    {"model": "llama-1b", "mode": True, "batch": 1, "length": 256, "r": 16},
+    {"model": "llama-1b", "mode": False, "batch": 1, "length": 256, "r": 8, "trained": 0.5},
+)
+"""Batch, length, policy, rank over three models. ``vary`` draws lengths around ``length``; ``mode`` is
+``use_gradient_checkpointing``, or a policy that no mode has alone."""
+
+
+def name_of(spec: dict[str, Any]) -> str:
+    """Return a configuration in one line."""
+    extra = [f"{key} {spec[key]}" for key in ("trained", "dtype", "vary", "arm") if key in spec]
+    words = f"{spec['model']} {spec.get('mode')} batch {spec['batch']} x {spec['length']} r {spec['r']}"
+    return ", ".join([words, *extra])
+
+
+def model_folder(name: str) -> str:
+    """Return the folder of a random model of ``SHAPES``, made when it is not there, or ``name`` itself."""
+    if name not in SHAPES:
+        return name
+    folder = _FOLDER / name
+    if not (folder / "tokenizer.json").is_file():
+        code = "import sys; from benchmarks.memory import _make_model; _make_model(sys.argv[1], sys.argv[2])"
+        subprocess.run([sys.executable, "-c", code, name, str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return str(folder)
+
+
+def measure(spec: dict[str, Any], *, timeout: float = 900) -> dict[str, Any]:
+    """Run a configuration in a process of its own and return what it reports."""
+    spec = {**spec, "folder": model_folder(spec["model"])}
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(spec)],
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    if ended.returncode:
+        raise RuntimeError(f"{name_of(spec)} failed: {ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def _make_model(name: str, folder: str) -> None:
+    import torch
+    import transformers
+    from tests.tiny import tiny_tokenizer
+
+    kind, arguments, dtype = SHAPES[name]
+    own = {"max_position_embeddings": 8192, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**arguments, **own)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def _lengths(spec: dict[str, Any], generator: Any) -> list[int]:
+    import numpy as np
+
+    count = spec["batch"] * spec.get("steps", 2)
+    if not spec.get("vary"):
+        return [spec["length"]] * count
+    return np.clip(generator.lognormal(np.log(spec["length"]), 0.6, count), 16, 2048).astype(int).tolist()
+
+
+def _rows(spec: dict[str, Any], vocabulary: int) -> list[tuple[Any, Any]]:
+    """Return token ids of seeded random documents, and which of them are trained."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    rows: list[tuple[Any, Any]] = []
+    for length in _lengths(spec, generator):
+        trained = generator.random(length) < spec.get("trained", 1.0)
+        trained[-1] = True
+        rows.append((generator.integers(0, vocabulary, length).astype(np.int32), trained))
+    return rows
+
+
+def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
+    from tunesmith.core.memory import peak_bytes
+    from tunesmith.data.ledger import KeptRow, Ledger
+    from tunesmith.data.prepare import PreparedData
+    from tunesmith.data.types import Document
+    from tunesmith.engine.policies import Policy
+    from tunesmith.models.load import facts_of
+
+    mode, is_policy = spec["mode"], spec["mode"] == "sel_mlp"
+    asked = "selective" if is_policy else mode
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        spec["folder"], dtype=spec.get("dtype", "float32"), use_gradient_checkpointing=asked
+    )
+    model = FastLanguageModel.get_peft_model(model, r=spec["r"], use_gradient_checkpointing=asked)
+    if is_policy:
+        facts_of(model).checkpointing = Policy(mode)
+    ledger, kept = Ledger(), []
+    for index, (ids, trained) in enumerate(_rows(spec, model.config.vocab_size)):
+        kept.append(KeptRow((Document(ids, trained, f"row {index}"),), f"row {index}"))
+        ledger.rows_in += 1
+        ledger.keep(kept[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=PreparedData(kept, ledger),
+            args=SFTConfig(
+                output_dir=folder, per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
+                eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
+            ),
+        )  # fmt: skip
+        before = peak_bytes()
+        trainer.train()
+    plan = trainer.plan
+    return {
+        "predicted": plan.peak,
+        "measured": peak_bytes(),
+        "before": before,
+        "policies": plan.describe(),
+        "part_tokens": plan.part_tokens,
+        "parts": plan.parts,
+    }
+
+
+def _train_transformers(spec: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from tunesmith.core.memory import peak_bytes
+    from tunesmith.models.aliases import find_model
+    from tunesmith.models.gguf_cache import converted_gguf
+
+    source = find_model(spec["folder"])
+    place = str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
+    dtype = getattr(torch, spec.get("dtype", "float32"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(model, LoraConfig(r=spec["r"], target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    rows = _rows(spec, model.config.vocab_size)
+    for start in range(0, len(rows), spec["batch"]):
+        chosen = rows[start : start + spec["batch"]]
+        longest = max(len(ids) for ids, _ in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for row, (own, trained) in enumerate(chosen):
+            ids[row, : len(own)] = torch.from_numpy(own).long()
+            labels[row, : len(own)] = torch.where(torch.from_numpy(trained), ids[row, : len(own)], -100)
+            mask[row, : len(own)] = 1
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"measured": peak_bytes()}
+
+
+def main() -> None:
+    """Measure the configurations and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--record", action="store_true", help="append to results/memory.jsonl")
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        spec = json.loads(arguments.child)
+        found = _train_transformers(spec) if spec.get("arm") == "transformers" else _train_ours(spec)
+        print(json.dumps(found))
+        return
+    print(f"{'configuration':<78} {'predicted':>10} {'measured':>10} ratio")
+    for spec in CONFIGURATIONS:
+        if arguments.only not in name_of(spec):
+            continue
+        found = measure(spec)
+        ratio = found["predicted"] / found["measured"]
+        if arguments.record:
+            append_record("memory", {**spec, **found, "ratio": round(ratio, 4)})
+        sizes = "".join(f"{found[key] / 2**20:>7.0f} MiB" for key in ("predicted", "measured"))
+        print(f"{name_of(spec):<78}{sizes} {ratio:.3f}  {found['policies']}, {found['part_tokens']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

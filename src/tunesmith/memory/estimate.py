@@ -1,0 +1,365 @@
+"""Peak memory of a training run, part by part, from plain numbers: no tensor is made here.
+
+What is predicted is what ``core.memory.peak_bytes`` measures: on a GPU the bytes that torch has allocated, on a CPU the
+resident set of the whole process. A run needs
+
+    base + adapter + gradients + optimizer + scratch + what layers keep + the larger of head and one layer's backward
+
+and on a CPU also the interpreter with its libraries, measured in the process that asks. Everything but ``kept``,
+``head`` and ``layer`` stands from the first step to the last. Freed blocks below glibc's threshold stay in the heap, so
+that gradients count even while they are None; ``_HEAP`` is what such holes cost beyond that.
+
+``benchmarks/memory.py`` compares prediction and measurement; where the engine keeps or reuses something else, change
+``kept`` or ``scratch`` here with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.engine.families import LayerShape
+from tunesmith.engine.policies import Policy, kept_names, kept_values
+
+__all__ = [
+    "LIBRARIES_BYTES",
+    "Estimate",
+    "MemoryShape",
+    "PartShape",
+    "Setting",
+    "eager_bytes",
+    "estimate",
+    "kept_bytes",
+    "shape_of",
+    "transformers_peak",
+]
+
+MIB = 2**20
+LIBRARIES_BYTES = 500 * MIB
+"""Interpreter, torch, transformers, PEFT, Trainer and datasets on a CPU; measured with Python 3.11 and torch 2.13."""
+_LATER = 12 * MIB
+"""Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
+_HEAP, _HEAP_SHARE = 56 * MIB, 0.03
+"""Holes in glibc's heap, and the share of what layers keep that they grow by: see benchmarks/results/memory.jsonl."""
+_CHUNK = 64 * MIB
+"""Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
+_BLOCK, _MOST_SCORES, _STEP = 128, 4 * 2**20, 32
+"""Query block, scores of one product, rounding of lengths in 16 bits (``ops/attention_varlen/cpu.py``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryShape:
+    """The numbers of a model with its adapter that memory depends on.
+
+    Attributes:
+        hidden, ffn, vocabulary: widths.
+        layers: the shape of every decoder layer that the engine runs; empty where transformers runs them.
+        count: of decoder layers.
+        ranks: summed ranks of the groups q k v, o, gate up, down, one tuple a layer.
+        itemsize: bytes of a weight and of an activation.
+        base_bytes: of all frozen weights and buffers as they are in memory.
+        trained: parameters that get a gradient (float32).
+        trained_bytes: of these.
+        kind: "cpu" or "cuda".
+        load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
+    """
+
+    hidden: int
+    ffn: int
+    vocabulary: int
+    layers: tuple[LayerShape, ...]
+    count: int
+    ranks: tuple[tuple[int, int, int, int], ...]
+    itemsize: int
+    base_bytes: int
+    trained: int
+    trained_bytes: int
+    kind: str = "cpu"
+    load_bytes: int = 0
+    heads: int = 1
+    key_heads: int = 1
+    head_dim: int = 1
+    softcap: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a value that sums are made in."""
+        return max(4, self.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class PartShape:
+    """What is computed together: tokens of each document, and rows that reach the loss."""
+
+    lengths: tuple[int, ...]
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """T, all documents on one axis."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a step is computed.
+
+    Attributes:
+        policies: one a layer.
+        parts: parts of one optimizer step; with more than one, gradients stand while a part is computed.
+        state_bytes: bytes of optimizer state a trained parameter; 8 for AdamW.
+    """
+
+    policies: tuple[Policy, ...]
+    parts: int = 1
+    state_bytes: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by part at the peak of a step, and the peaks of the other phases of a run.
+
+    Attributes:
+        parts: name -> bytes; their sum is the peak of a step.
+        phases: name -> peak of loading, of a step, of evaluation and of saving.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Peak of a training step."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        """Peak of the run."""
+        return max([self.step, *self.phases.values()])
+
+    @property
+    def activations(self) -> int:
+        """Bytes that depend on how a step is computed."""
+        return sum(self.parts[name] for name in ("kept", "scratch", "layer", "head") if name in self.parts)
+
+
+def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None, load_bytes: int = 0) -> MemoryShape:
+    """Read the shape of a transformers or PEFT model, on any device, ``meta`` included."""
+    from tunesmith.engine.install import engine_of
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, engine = base.config.get_text_config(), engine_of(base)
+    weight = base.get_input_embeddings().weight
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_ids = {id(p) for p in trained}
+    size = itemsize or weight.itemsize
+    frozen = sum(p.numel() * _bytes_of(p, itemsize) for p in model.parameters() if id(p) not in trained_ids)
+    count = config.num_hidden_layers
+    fused = engine is not None and not engine.plan.unknown and engine.plan.known
+    layers = tuple(engine.plan.known[index] for index in sorted(engine.plan.known)) if engine and fused else ()
+    decoder = list(base.get_decoder().layers) if fused else []
+    ranks = tuple(_ranks(layer, shape) for layer, shape in zip(decoder, layers, strict=True))
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return MemoryShape(
+        hidden=config.hidden_size,
+        ffn=_ffn(decoder[0], layers[0]) if layers else getattr(config, "intermediate_size", 4 * config.hidden_size),
+        vocabulary=weight.shape[0],
+        layers=layers,
+        count=count,
+        ranks=ranks,
+        itemsize=size,
+        base_bytes=frozen,
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=sum(p.numel() * p.itemsize for p in trained),
+        kind=kind or weight.device.type,
+        load_bytes=load_bytes,
+        heads=heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        softcap=getattr(config, "final_logit_softcapping", None) is not None,
+    )
+
+
+def estimate(
+    shape: MemoryShape,
+    part: PartShape,
+    setting: Setting,
+    *,
+    present: int | None = None,
+    peak_so_far: int = 0,
+    evaluated: PartShape | None = None,
+) -> Estimate:
+    """Return the bytes of a run whose largest part is ``part``.
+
+    Args:
+        present: bytes that this process holds with base and adapter loaded; None: before anything is loaded.
+        peak_so_far: the peak of this process until now.
+        evaluated: the largest part of an evaluation.
+    """
+    standing = shape.base_bytes + shape.trained_bytes
+    on_cpu = shape.kind == "cpu"
+    if present is None:
+        present = (LIBRARIES_BYTES if on_cpu else 0) + standing
+    libraries = max(0, present - standing)
+    fixed = {
+        "libraries": libraries + (_LATER + _HEAP if on_cpu else 0),
+        "base": shape.base_bytes,
+        "adapter": shape.trained_bytes,
+        "gradients": 4 * shape.trained,
+        "optimizer": setting.state_bytes * shape.trained,
+    }
+    head = _head_bytes(shape, part.rows)
+    kept = kept_bytes(shape, part, setting.policies)
+    fixed["libraries"] += int(_HEAP_SHARE * kept) if on_cpu else 0
+    layer = _layer_bytes(shape, part)
+    parts = {
+        **fixed,
+        "scratch": _scratch_bytes(shape, part, setting.policies),
+        "kept": kept,
+        # The head runs when everything is kept; so does the backward of the last layer.
+        **({"head": head, "layer": 0} if head >= layer else {"head": 0, "layer": layer}),
+    }
+    parts = {name: size for name, size in parts.items() if size}
+    standing_later = sum(fixed.values())
+    # A float32 copy of the adapter while it is written, and one of a moment of the optimizer.
+    phases = {"save": standing_later + 2 * shape.trained_bytes}
+    phases["load"] = max(peak_so_far, libraries + shape.base_bytes + shape.load_bytes)
+    if evaluated is not None:
+        forward = _scratch_bytes(shape, evaluated, (Policy.FULL,) * shape.count)
+        rows = _head_bytes(shape, evaluated.rows, gradient=False)
+        phases["evaluation"] = (
+            standing_later
+            + forward
+            + max(rows, _layer_bytes(shape, evaluated))
+            + (3 * evaluated.tokens * shape.hidden * shape.itemsize)
+        )
+    return Estimate(parts, phases)
+
+
+def transformers_peak(shape: MemoryShape, rows: int, longest: int, *, state_bytes: int = 8) -> tuple[int, int]:
+    """Return what transformers' own checkpointing needs for a micro-batch padded to (rows, longest): peak, activations.
+
+    Layer inputs of all layers; the logits of all tokens, their log-softmax and their gradient, in float32; one layer
+    that is computed again under autograd comes when the logits are gone, and counts where it is larger.
+    """
+    tokens = rows * longest
+    inputs = tokens * shape.hidden * shape.itemsize * shape.count
+    upcast = 0 if shape.itemsize >= 4 else 2 * shape.itemsize
+    logits = tokens * shape.vocabulary * (3 * shape.wide + upcast)
+    layer = 2 * tokens * eager_bytes(shape)
+    held = LIBRARIES_BYTES if shape.kind == "cpu" else 0
+    fixed = held + shape.base_bytes + shape.trained_bytes + (4 + state_bytes) * shape.trained
+    activations = inputs + max(logits, layer)
+    return fixed + activations, activations
+
+
+def eager_bytes(shape: MemoryShape) -> int:
+    """Return the bytes a token that one layer of transformers with PEFT keeps under autograd without checkpointing."""
+    size, wide, hidden = shape.itemsize, shape.wide, shape.hidden
+    attention = shape.heads * shape.head_dim
+    qkv = attention + 2 * shape.key_heads * shape.head_dim
+    own = 4 * hidden + qkv + 3 * attention + 4 * shape.ffn
+    # In 16 bits norms work on float32 copies and PEFT casts the input of every adapter.
+    casts = 0 if size >= 4 else 4 * hidden + 5 * hidden + attention + shape.ffn
+    return own * size + casts * wide
+
+
+def _bytes_of(parameter: Any, itemsize: int | None) -> int:
+    return itemsize if itemsize is not None and parameter.is_floating_point() else parameter.itemsize
+
+
+def _ranks(layer: Any, shape: LayerShape) -> tuple[int, int, int, int]:
+    found = [0, 0, 0, 0]
+    for number, paths in enumerate(shape.groups):
+        for path in paths:
+            adapters = getattr(layer.get_submodule(path), "lora_A", {})
+            found[number] += sum(adapters[name].weight.shape[0] for name in adapters)
+    return found[0], found[1], found[2], found[3]
+
+
+def _ffn(layer: Any, shape: LayerShape) -> int:
+    module = layer.get_submodule(shape.groups[3][0])
+    return (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight.shape[1]
+
+
+def kept_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Policy]) -> int:
+    """Return what all layers keep between forward and backward, the rotary tables and hidden states at the end."""
+    tokens, size = part.tokens, shape.itemsize
+    if not shape.layers:
+        # transformers' layers keep everything, or their inputs and, while one is computed again, all of that one.
+        whole = tokens * eager_bytes(shape)
+        is_kept = [policy is Policy.NONE for policy in policies]
+        inputs = tokens * shape.hidden * size * (len(is_kept) - sum(is_kept))
+        return whole * sum(is_kept) + inputs + (whole if not all(is_kept) else 0)
+    total = 0
+    for index, (layer, ranks, policy) in enumerate(zip(shape.layers, shape.ranks, policies, strict=True)):
+        values = kept_values(policy, layer, shape.hidden, shape.ffn, ranks)
+        total += tokens * values * size
+        if index == shape.count - 1:
+            # Behind the attention of the last layer only rows with a label are computed.
+            total -= (tokens - min(part.rows, tokens)) * _behind_attention(policy, layer, shape, ranks) * size
+        if shape.kind == "cuda" and policy not in (Policy.FULL, Policy.OFFLOAD):
+            total += tokens * layer.heads * 4  # log-sum-exps of the attention
+    return total + 2 * tokens * shape.head_dim * 4 + 2 * tokens * shape.hidden * size
+
+
+def _behind_attention(policy: Policy, layer: LayerShape, shape: MemoryShape, ranks: tuple[int, ...]) -> int:
+    width = {"x2": shape.hidden, "y": shape.hidden, "z": shape.hidden, "gate_up": 2 * shape.ffn,
+             "s_o": ranks[1], "s_gate_up": ranks[2], "s_down": ranks[3]}  # fmt: skip
+    return sum(width.get(name, 0) for name in kept_names(policy, layer))
+
+
+def _scratch_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Policy]) -> int:
+    """Return the engine's buffers: the union of what the policies ask for by name (``engine/layer.py``)."""
+    widths: dict[str, int] = {}
+    for layer, policy in dict.fromkeys(zip(shape.layers, policies, strict=False)):
+        hidden, ffn, attention = shape.hidden, shape.ffn, layer.heads * layer.head_dim
+        qkv = (layer.heads + 2 * layer.key_heads) * layer.head_dim
+        kept = set(kept_names(policy, layer))
+        own = {"h": hidden, "m": ffn, "dm": ffn, "dh": hidden, "dx2": hidden, "do": attention, "dqkv": qkv,
+               "do_all": attention, "dx_all": hidden, "y": hidden}  # fmt: skip
+        own |= {name: size for name, size in (("qkv", qkv), ("o", attention), ("x2", hidden)) if name not in kept}
+        # What is saved may not be overwritten: its gradient needs a buffer of its own.
+        own["dgate_up" if "gate_up" in kept else "gate_up"] = 2 * ffn
+        if layer.head_norms is not None:
+            own["turned"] = qkv
+        if layer.has_post_norms:
+            own |= {"dy": hidden, "dz": hidden, "z": hidden}
+        for name, size in own.items():
+            widths[name] = max(widths.get(name, 0), size)
+    return part.tokens * shape.itemsize * sum(widths.values())
+
+
+def _layer_bytes(shape: MemoryShape, part: PartShape) -> int:
+    """Return what one layer's backward allocates and gives back: attention's grids and scores, gradients of weights."""
+    if not shape.layers:
+        return part.tokens * eager_bytes(shape)
+    size, wide = shape.itemsize, shape.wide
+    own = 2 * 4 * shape.trained // max(1, shape.count) + 2 * part.tokens * shape.hidden * size
+    if shape.kind == "cuda":
+        return own + part.tokens * shape.heads * shape.head_dim * (wide + size)
+    query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    most = 0
+    by_length: dict[int, int] = {}
+    for length in part.lengths:
+        rounded = length if size > 2 else -(-length // _STEP) * _STEP
+        by_length[rounded] = by_length.get(rounded, 0) + 1
+    for length, documents in by_length.items():
+        block = shape.heads * min(length, _BLOCK) * length
+        together = min(documents, max(1, _MOST_SCORES // block))
+        # q, k, v, dq, dk, dv and the gradient of the output as grids; weights, their gradient and one more for scores.
+        grids = together * length * ((4 * query + 2 * keys) * size + 2 * keys * wide)
+        scores = together * block * (3 * wide + (2 * size if size < 4 else 0))
+        most = max(most, grids + scores)
+    return own + most
+
+
+def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
+    """Return the final norm under autograd, hidden rows with their gradient, and one chunk of logits."""
+    size, wide = shape.itemsize, shape.wide
+    chunk = min(max(rows, 1), max(16, _CHUNK // (shape.vocabulary * wide)))
+    # Logits, and as much again while logsumexp works; a softcap keeps its slope too.
+    logits = chunk * shape.vocabulary * wide * (2 + (shape.softcap and gradient))
+    norm = rows * shape.hidden * (2 * wide + 2 * size)
+    return logits + norm + (rows * shape.hidden * size if gradient else 0)

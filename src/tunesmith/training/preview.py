@@ -1,0 +1,136 @@
+"""What a run would need, before any weight is loaded: settings and data as they are, the model as shapes only.
+
+Used by ``tunesmith plan``. Base and stored dtypes come from config.json and the headers of the weight files, lengths
+from the real rows through the real tokenizer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.adapters.inject import continue_adapter, inject_adapter
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.state import empty_source, load_source_tokenizer
+from tunesmith.core.device import choose_device
+from tunesmith.core.files import free_bytes
+from tunesmith.core.memory import resident_bytes
+from tunesmith.data.ledger import Ledger
+from tunesmith.data.prepare import DocumentDataset, PackedDataset
+from tunesmith.memory import MemoryShape, Probe, TrainingPlan, Work, plan_training, shape_of
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
+from tunesmith.training.checkpoint import checkpoint_bytes
+from tunesmith.training.config import config_of
+from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
+from tunesmith.training.settings import RunSettings
+
+__all__ = ["Preview", "preview", "probe_settings"]
+
+_STORED = {2: {"BF16", "F16"}, 4: {"F32"}, 8: {"F64"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would need.
+
+    Attributes:
+        shape, work, plan: model, data and the choice.
+        memory: bytes that were planned for.
+        tokens_an_epoch: of the training documents.
+        disk: name -> bytes that the run writes.
+        disk_free: on the disk of its folder.
+        stored: bytes of the weight files by dtype; empty where none is here.
+    """
+
+    shape: MemoryShape
+    work: Work
+    plan: TrainingPlan
+    memory: int
+    ledger: Ledger
+    tokens_an_epoch: int
+    disk: dict[str, int]
+    disk_free: int
+    dtype: str
+    stored: dict[str, int]
+
+
+def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
+    """Plan the run of ``settings`` for ``memory`` bytes, or for what this machine has free.
+
+    Raises:
+        TunesmithError: what ``train`` would refuse before it loads weights.
+    """
+    from tunesmith.training.run import prepare_data
+
+    device = choose_device()
+    tokenizer, window = load_source_tokenizer(
+        settings.model,
+        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        chat_template=settings.chat_template,
+    )
+    train_data, eval_data = prepare_data(settings, tokenizer, window)
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
+    model, source = empty_source(
+        settings.model,
+        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        **{name: value for name, value in hub.items() if value is not None},
+    )
+    wanted: AdapterSettings = settings.part(AdapterSettings)
+    if facts_of(model).adapter is None:
+        model = inject_adapter(model, wanted)
+    else:
+        continue_adapter(model, wanted, settings.model_fields_set)
+    folder = Path(settings.output_dir).expanduser() if settings.output_dir else Path("runs/plan")
+    args = config_of(settings, folder)
+    dataset: Any = DocumentDataset(train_data.documents)
+    if args.packing:
+        dataset = PackedDataset(train_data.documents, settings.max_length or window)
+    evaluated = None if eval_data is None else DocumentDataset(eval_data.documents)
+    itemsize = facts_of(model).dtype.dtype.itemsize
+    stored = stored_bytes(source)
+    converted = sum(size for dtype, size in stored.items() if dtype not in _STORED.get(itemsize, ()))
+    shape = replace(shape_of(model, kind=device.type), load_bytes=converted if device.type == "cpu" else 0)
+    work = work_of(dataset, evaluated, args, multiple=1 if itemsize > 2 else 64)
+    there_is = memory_there_is(device) if memory is None else memory
+    here = resident_bytes() if device.type == "cpu" else 0
+    plan = plan_training(
+        shape,
+        work,
+        mode=settings.use_gradient_checkpointing,
+        memory=there_is,
+        present=here + shape.base_bytes + shape.trained_bytes,
+        state_bytes=state_bytes(args.optim),
+    )
+    kept = (settings.save_total_limit or 10) + 1
+    disk = {
+        f"checkpoints ({kept} at most, {'the newest and the best' if settings.save_total_limit else 'all are kept'})":
+            kept * checkpoint_bytes(model),
+        "adapter": shape.trained_bytes,
+        "merged in 16 bit, where asked for": 2 * shape.base_bytes // shape.itemsize,
+    }  # fmt: skip
+    return Preview(
+        shape=shape,
+        work=work,
+        plan=plan,
+        memory=there_is,
+        ledger=train_data.ledger,
+        tokens_an_epoch=sum(map(len, train_data.documents)),
+        disk=disk,
+        disk_free=free_bytes(folder),
+        dtype=facts_of(model).dtype.name,
+        stored=stored,
+    )
+
+
+def probe_settings(settings: RunSettings, plan: TrainingPlan) -> Probe:
+    """Load the model and measure one forward and backward of the longest batch under ``plan``."""
+    from tunesmith.training.run import make_trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(settings, Path(folder) / "run")[0]
+        trainer.follow(plan)
+        return probe_run(trainer)

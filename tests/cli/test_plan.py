@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+
+def plan(run, model_folder, rows_file, *words):
+    return run("plan", "--model", model_folder, "--data", rows_file, *words)
+
+
+def test_plan_shows_parts_choice_and_disk(run, model_folder, rows_file):
+    outcome = plan(run, model_folder, rows_file)
+    assert outcome.code == 0, outcome.err
+    for word in (
+        "libraries",
+        "optimizer",
+        "kept",
+        "peak",
+        "backward keeps",
+        "together",
+        "checkpoints",
+        "merged",
+        "GiB",
+    ):
+        assert word in outcome.out, word
+    assert outcome.err == ""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_plan_fits_the_terminal(run, model_folder, rows_file, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = plan(run, model_folder, rows_file).out
+    assert max(map(len, shown.splitlines())) <= columns
+
+
+def test_plan_for_another_machine(run, model_folder, rows_file):
+    shown = plan(run, model_folder, rows_file, "--memory", "8GiB").out
+    assert "8.00 GiB asked for" in " ".join(shown.split())
+    small = plan(run, model_folder, rows_file, "--memory", "64MiB", "--use-gradient-checkpointing", "auto")
+    assert small.code == 0
+    assert "does not fit" in small.out and "smaller model" in " ".join(small.out.split())
+
+
+@pytest.mark.parametrize("text", ["8", "lots", "-1GiB"])
+def test_memory_that_cannot_be_read(run, model_folder, rows_file, text):
+    outcome = plan(run, model_folder, rows_file, f"--memory={text}")
+    assert outcome.code == 2
+    assert outcome.err.count("error: ") == 1 and "for example 8GiB" in outcome.err
+
+
+def test_settings_come_from_a_file_and_flags(run, model_folder, rows_file, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {model_folder}\ndata: {rows_file}\nr: 8\n")
+    assert "all layers full" in run("plan", file, "--set", "use_gradient_checkpointing=true").out
+    assert run("plan", file, "--set", "no_such=1").code == 2
+
+
+def test_a_probe_says_how_long_an_epoch_takes(run, model_folder, rows_file):
+    shown = plan(run, model_folder, rows_file, "--probe").out
+    assert "tokens/s" in shown and "an epoch" in shown
+
+
+def test_the_model_and_data_of_a_run_can_be_planned_on(run, trained_run, rows_file):
+    assert plan(run, trained_run, rows_file).code == 0
+
+
+def test_train_writes_and_compares_the_prediction(run, model_folder, rows_file, tmp_path):
+    folder = tmp_path / "run"
+    outcome = run("train", "--model", model_folder, "--data", rows_file, "--output-dir", folder, "--max-steps", "2")
+    shown = " ".join(outcome.out.split())
+    assert outcome.code == 0 and "predicted at the peak; backward keeps" in shown and "were predicted (" in shown
+    record = json.loads((folder / "plan.json").read_text())
+    numbers = json.loads((folder / "result.json").read_text())
+    assert record["peak"] == numbers["predicted_peak_bytes"] and sum(record["parts"].values()) <= record["peak"]
