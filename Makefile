@@ -19,7 +19,12 @@ UNSLOTH_PACKAGES := trl==1.15.0 transformers==5.17.0 datasets==4.8.5 peft==0.21.
 	requests protobuf sentencepiece
 UNSLOTH_PACKAGES_ALONE := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
-.PHONY: demo test test-slow lint format docs peers clean
+# Triton interprets kernels without a GPU, at the price of 640 MB: in an environment of its own. Version 3.6 is the
+# oldest that they have run with; its interpreter does not know numpy 2.4 yet (3.9 with numpy 2.4 passes too).
+KERNELS := .venv-kernels
+KERNEL_PACKAGES := triton==3.6.0 'numpy<2.4'
+
+.PHONY: demo test test-slow test-kernels gpu-check lint format docs peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/tunesmith demo
@@ -29,6 +34,14 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# The Triton kernels under Triton's interpreter, and compiled for a GPU that need not be there.
+test-kernels: $(KERNELS)/installed
+	PYTHONPATH=src TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest tests/ops/test_triton.py
+
+# On a machine with a GPU, with its own python3, torch, triton, transformers and peft: nothing is installed.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_check
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -46,7 +59,7 @@ docs: $(VENV)/installed
 peers: $(VENV)/installed-dev $(PEERS)/installed $(UNSLOTH)/installed
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(UNSLOTH) .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(UNSLOTH) $(KERNELS) .cache build dist src/*.egg-info
 
 # torch first and alone: its pin decides which build the others are resolved against.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -67,6 +80,12 @@ $(PEERS)/installed: constraints.txt
 	$(PEERS)/bin/python $(INSTALL) -c constraints.txt torch
 	$(PEERS)/bin/python $(INSTALL) -c constraints.txt $(PEER_PACKAGES)
 	$(PEERS)/bin/python $(INSTALL) --no-deps $(PEER_PACKAGES_ALONE)
+	@touch $@
+
+$(KERNELS)/installed: constraints.txt
+	$(PYTHON) -m venv $(KERNELS)
+	$(KERNELS)/bin/python $(INSTALL) -c constraints.txt torch pytest pytest-timeout hypothesis
+	$(KERNELS)/bin/python $(INSTALL) $(KERNEL_PACKAGES)
 	@touch $@
 
 $(UNSLOTH)/installed: constraints.txt

@@ -24,6 +24,7 @@ from benchmarks.workload import RANK, Workload, load
 __all__ = [
     "BATCH",
     "LEARNING_RATE",
+    "ONE_BY_ONE",
     "Clock",
     "Job",
     "RefusedError",
@@ -35,6 +36,8 @@ __all__ = [
 
 BATCH = 8
 LEARNING_RATE = 2e-4
+# The same step as eight micro-batches of a row each: nothing is padded.
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
 # Beside those that ``environment`` knows.
 _PACKAGES = ("trl", "unsloth", "unsloth_zoo", "litgpt", "lightning")
 

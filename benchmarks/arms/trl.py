@@ -1,7 +1,8 @@
 """TRL's SFTTrainer with PEFT.
 
 ``trl``: TRL's own defaults: float32 weights under bfloat16 autocast, every layer recomputed, rows padded.
-``trl-best``: the fastest of its settings that compute the same loss. ``trl-free`` and ``trl-nockpt`` stand between.
+``trl-best``: the fastest of its settings that compute the same loss. ``trl-free``, ``trl-nockpt`` and ``trl-single``
+(one row at a time) are others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from benchmarks.arms.common import Clock, Job, RefusedError, checkpointed_modules, precision, run, trainer_arguments
+from benchmarks.arms.common import (
+    ONE_BY_ONE,
+    Clock,
+    Job,
+    RefusedError,
+    checkpointed_modules,
+    precision,
+    run,
+    trainer_arguments,
+)
 from benchmarks.workload import RANK, TARGETS, load_adapter
 
 # "best" keeps everything and joins the rows on one axis instead of padding them; "free" does so under TRL's
@@ -21,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "best": {"gradient_checkpointing": False, **_JOINED},
     "free": _JOINED,
     "nockpt": {"bf16": False, "gradient_checkpointing": False},
+    "single": {"bf16": False, "gradient_checkpointing": False, **ONE_BY_ONE},
 }
 
 
@@ -37,10 +48,9 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
     if job.dtype is not None:
         own |= {"bf16": False, "model_init_kwargs": {"dtype": job.dtype}}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer_arguments(job, folder)
         trainer = SFTTrainer(
             model=job.data().model,
-            args=SFTConfig(**arguments, train_sampling_strategy="sequential", **own),
+            args=SFTConfig(**{**trainer_arguments(job, folder), **own}, train_sampling_strategy="sequential"),
             train_dataset=Dataset.from_list(job.rows()),
             processing_class=AutoTokenizer.from_pretrained(job.data().model),
             peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM"),

@@ -2,8 +2,8 @@
 
 ``unsloth``: its defaults in 16 or 32 bit (``use_gradient_checkpointing="unsloth"``, ``dtype=None``,
 ``load_in_4bit=False``). ``unsloth-nockpt``: nothing recomputed; TRL's own checkpointing, which is on by default, has to
-be switched off as well. ``unsloth-best``: also with its opt-in compilation of the layers on a CPU. It pads rows on a CPU
-whatever it is told.
+be switched off as well. On a CPU it pads rows whatever it is told, so ``unsloth-single`` also takes one row at a
+time; ``unsloth-best`` is that with its opt-in compilation of layers for a CPU.
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ import os
 import tempfile
 from typing import Any
 
-from benchmarks.arms.common import Clock, Job, RefusedError, checkpointed_modules, precision, run, trainer_arguments
+from benchmarks.arms.common import (
+    ONE_BY_ONE,
+    Clock,
+    Job,
+    RefusedError,
+    checkpointed_modules,
+    precision,
+    run,
+    trainer_arguments,
+)
 from benchmarks.workload import RANK, TARGETS, load_adapter
 
 # Variant -> use_gradient_checkpointing.
-VARIANTS: dict[str, bool | str] = {"": "unsloth", "nockpt": False, "best": False}
+VARIANTS: dict[str, bool | str] = {"": "unsloth", "nockpt": False, "single": False, "best": False}
 _WINDOW = 1024
 
 
@@ -33,7 +42,9 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     checkpointing = VARIANTS[job.variant]
-    own = {} if checkpointing else {"gradient_checkpointing": False}
+    own: dict[str, Any] = {} if checkpointing else {"gradient_checkpointing": False}
+    if job.variant in ("single", "best"):
+        own |= ONE_BY_ONE
     model, tokenizer = FastLanguageModel.from_pretrained(
         job.data().model,
         max_seq_length=_WINDOW,
@@ -57,7 +68,7 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(job.rows()),
             args=SFTConfig(
-                **trainer_arguments(job, folder), max_length=_WINDOW, train_sampling_strategy="sequential", **own
+                **{**trainer_arguments(job, folder), **own}, max_length=_WINDOW, train_sampling_strategy="sequential"
             ),
             callbacks=[clock.callback()],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,42 @@ def test_positions_changed_in_place_are_read_again() -> None:
     same_step(model, twin, given=given)
 
 
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A process group of one, and its mesh."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "adapter"])
+def test_sharded_weights_are_not_moved(adapter: Any, alone: Any) -> None:
+    """FSDP fills the memory behind a Parameter anew for every forward: stacked elsewhere it would never change."""
+    from torch.distributed.fsdp import fully_shard
+
+    losses = []
+    for made in (fused, plain):
+        model = made(adapter=adapter)
+        if made is fused:
+            for layer in layers_of(model):
+                fully_shard(layer, mesh=alone)
+            fully_shard(model, mesh=alone)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        losses.append([])
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = model(**batch(9, 4)).loss
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---- what is not fused ----
 
 
@@ -434,8 +471,32 @@ def test_autocast_is_left_to_torch() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = step(model, fused=False), step(twin)
     torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-2, atol=0)
-    assert notes(model) == ["autocast chooses the dtypes"]
+    assert notes(model) == ["autocast computes in torch.bfloat16, the hidden states are torch.float32"]
     same_step(model, twin)
+
+
+def test_autocast_to_the_models_own_dtype_changes_nothing() -> None:
+    model = fused(adapter=LORA).to(torch.bfloat16)
+    alone = step(model, fused=True)
+    with torch.autocast("cpu", torch.bfloat16), counted() as calls:
+        hidden = model(**batch(9), output_hidden_states=True).hidden_states
+    assert len(calls) == 2
+    assert not notes(model)
+    expected = model(**batch(9), output_hidden_states=True).hidden_states
+    assert all(torch.equal(one, other) for one, other in zip(hidden[:-1], expected[:-1], strict=True))
+    assert_identical(step(model, fused=True), alone)
+
+
+def test_the_flag_of_transformers_counts_until_a_policy_is_chosen() -> None:
+    model = fused(adapter=LORA)
+    layer = layers_of(model)[0]
+    assert layer._policy() is Policy.NONE
+    base_of(model).gradient_checkpointing_enable()
+    assert layer._policy() is Policy.FULL
+    engine_of(model).set_policy(Policy.NONE)
+    assert layer._policy() is Policy.NONE
+    with torch.no_grad():
+        assert layer._policy() is Policy.FULL
 
 
 def test_attention_dropout_is_left_to_transformers() -> None:

@@ -10,8 +10,8 @@ from benchmarks.memory import CONFIGURATIONS, measure, name_of
 from tunesmith.memory.plan import UNSLOTH_SHARE
 
 QUICK: tuple[dict[str, Any], ...] = (
-    {"model": "tiny", "mode": False, "batch": 1, "length": 1536, "r": 16},
-    {"model": "tiny", "mode": "selective", "batch": 4, "length": 300, "r": 64, "vary": True, "trained": 0.2},
+    {"model": "tiny", "mode": False, "batch": 1, "length": 1024, "r": 16},
+    {"model": "tiny", "mode": "selective", "batch": 4, "length": 200, "r": 64, "vary": True, "trained": 0.2},
 )
 
 

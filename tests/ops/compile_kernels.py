@@ -10,11 +10,10 @@ import importlib
 from typing import Any
 
 import torch
+from tests.ops.kernel_cases import CASES, Memory
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from tests.ops.kernel_cases import CASES, Memory
 
 __all__ = ["compiled", "main"]
 

@@ -419,7 +419,8 @@ class _Loss:
             grad = logits.as_strided((self.rows, self.classes), (logits.stride(0), 1)).view(memory.dtype)
             grad = grad[:, : self.classes] if memory.dtype.itemsize == 2 else logits
         losses = module.row_losses_(
-            logits, given["targets"], torch.tensor(divisor, device=logits.device) if self.divisor_on_device else divisor,
+            logits, given["targets"],
+            torch.tensor(divisor, device=logits.device) if self.divisor_on_device else divisor,
             logit_scale=self.logit_scale, softcap=self.softcap, label_smoothing=self.smoothing,
             want_grad=self.want_grad, grad_out=grad,
         )  # fmt: skip

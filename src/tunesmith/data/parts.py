@@ -18,7 +18,8 @@ __all__ = ["share_documents", "split_batch"]
 
 
 def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -> list[dict[str, Any]]:
-    """Return batches of about equal size, each of at most ``most_tokens`` or of one document, in the form of ``batch``.
+    """Return batches of about equal size in the form of ``batch``, each of at most ``most_tokens`` or, where one
+    document is longer than that, of as many tokens as the longest.
 
     Documents keep their order inside a part. ``where`` and ``tokens``, which are for messages and counts, stay with
     the first part. ``multiple`` is that of :class:`DocumentCollator`.

@@ -76,6 +76,7 @@ class Engine:
         model: the transformers model (inside PEFT: the base model).
         plan: what was swapped.
         policies: what each layer keeps, in order of the layers.
+        is_chosen: whether ``set_policy`` chose them; until then transformers' own checkpointing flag decides.
         notes: reasons for which a fused layer ran its original forward, each once.
         scratch: buffers used by all layers in turn.
         store: where inputs of layers go under ``Policy.OFFLOAD``.
@@ -84,6 +85,7 @@ class Engine:
     model: Any
     plan: PatchPlan
     policies: list[Policy]
+    is_chosen: bool = False
     notes: list[str] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
     store: HostStore = field(default_factory=HostStore)
@@ -101,7 +103,7 @@ class Engine:
         chosen = [policy] * count if isinstance(policy, Policy) else list(policy)
         if len(chosen) != count:
             raise ValueError(f"{len(chosen)} policies for {count} layers")
-        self.policies = chosen
+        self.policies, self.is_chosen = chosen, True
 
     @contextmanager
     def batch(self, lengths: Sequence[int], rows: torch.Tensor | None = None) -> Iterator[_Batch]:
@@ -225,14 +227,16 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
     return engine
 
 
-_OWN = ("_engine", "_shape", "_index", "_stacked")
+_OWN = ("_engine", "_shape", "_index", "_stacked", "_is_apart")
 
 
 def _fuse(layer: Any, shape: LayerShape, engine: Engine, index: int) -> Any:
     """Return the fused twin of ``layer``: same children, parameters, hooks and flags."""
     fused = object.__new__(_class_for(type(layer)))
     fused.__dict__.update(layer.__dict__)
-    fused.__dict__.update(_engine=engine, _shape=shape, _index=index, _stacked=[None] * len(shape.groups))
+    fused.__dict__.update(
+        _engine=engine, _shape=shape, _index=index, _stacked=[None] * len(shape.groups), _is_apart=False
+    )
     return fused
 
 
@@ -256,6 +260,7 @@ class _FusedMixin:
     _shape: LayerShape
     _index: int
     _stacked: list[torch.Tensor | None]
+    _is_apart: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the hooks of a module; older transformers wrap checkpointing around ``__call__``."""
@@ -266,7 +271,9 @@ class _FusedMixin:
         call = self._call(hidden_states, args, kwargs)
         if isinstance(call, LayerCall):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            out = FusedLayer.apply(flat, call, *call.parameters)
+            # Autocast to the dtype that everything has already would only slow it down.
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                out = FusedLayer.apply(flat, call, *call.parameters)
             return out.view(hidden_states.shape) if call.rows is None else out[None]
         if call:
             self._engine.note(call)
@@ -283,8 +290,9 @@ class _FusedMixin:
             return ""  # generation, and callers who want more than the output
         if mask is not None and mask.ndim != 1:
             return "the attention mask is more than documents side by side"
-        if torch.is_autocast_enabled(hidden.device.type):
-            return "autocast chooses the dtypes"
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != hidden.dtype:
+            return f"autocast computes in {torch.get_autocast_dtype(kind)}, the hidden states are {hidden.dtype}"
         attention = self.self_attn  # type: ignore[attr-defined]
         if attention.config._attn_implementation != ATTENTION:
             return f"the attention is {attention.config._attn_implementation!r}"
@@ -299,8 +307,7 @@ class _FusedMixin:
         cos, sin = (x.expand(hidden.shape[0], -1, -1).flatten(0, 1) for x in position)
         return LayerCall(
             shape=shape,
-            # Without a graph there is no backward to keep anything for.
-            policy=engine.policies[self._index] if torch.is_grad_enabled() else Policy.FULL,
+            policy=self._policy(),
             groups=groups,
             norms=norms,
             head_norms=head_norms,
@@ -312,6 +319,13 @@ class _FusedMixin:
             scratch=engine.scratch,
             offload=engine.store,
         )
+
+    def _policy(self) -> Policy:
+        if not torch.is_grad_enabled():
+            return Policy.FULL  # without a graph there is no backward to keep anything for
+        # Someone else's gradient_checkpointing_enable() counts where nobody has chosen a policy.
+        asked = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
+        return Policy.FULL if asked and not self._engine.is_chosen else self._engine.policies[self._index]
 
     def _read(self, hidden: torch.Tensor, training: bool) -> Any:
         """Return groups, norms, head norms and parameters, or the reason why one of them is not plain."""
@@ -349,7 +363,12 @@ class _FusedMixin:
         """Return the stacked weights of each group, made again where a Parameter has moved."""
         for number, paths in enumerate(self._shape.groups):
             weights = [_weight(self.get_submodule(path)) for path in paths]  # type: ignore[attr-defined]
-            self._stacked[number] = _stack(self._stacked[number], weights)
+            present = self._stacked[number]
+            if len(weights) > 1:
+                # FSDP puts Parameters over memory of its own, which it fills anew for every step: one that was moved
+                # out of there would keep old weights. So with several processes what has moved stays where it is.
+                self._is_apart |= present is not None and not _lies_in(present, weights) and _is_distributed()
+            self._stacked[number] = None if self._is_apart and len(weights) > 1 else _stack(present, weights)
         return self._stacked
 
 
@@ -367,18 +386,28 @@ def _stack(present: torch.Tensor | None, weights: list[Any]) -> torch.Tensor | N
         return None
     if len(weights) == 1:
         return weights[0].data
-    if present is not None:
-        place = present.data_ptr()
-        for weight in weights:
-            if weight.data_ptr() != place or weight.dtype != present.dtype or not weight.is_contiguous():
-                break
-            place += weight.numel() * weight.itemsize
-        else:
-            return present
+    if present is not None and _lies_in(present, weights):
+        return present
     stacked = torch.cat([weight.data for weight in weights])
     for weight, part in zip(weights, stacked.split([w.shape[0] for w in weights]), strict=True):
         weight.data = part
     return stacked
+
+
+def _lies_in(present: torch.Tensor, weights: list[Any]) -> bool:
+    """Return whether ``weights`` are, one after the other, the rows of ``present``."""
+    place = present.data_ptr()
+    for weight in weights:
+        if weight is None or weight.is_meta or weight.dtype != present.dtype or not weight.is_contiguous():
+            return False
+        if weight.data_ptr() != place:
+            return False
+        place += weight.numel() * weight.itemsize
+    return True
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ LIBRARIES_BYTES = 500 * MIB
 _LATER = 12 * MIB
 """Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
 _HEAP, _HEAP_SHARE = 56 * MIB, 0.03
-"""Holes in glibc's heap, and the share of what layers keep that they grow by: see benchmarks/results/memory.jsonl."""
+"""Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
+benchmarks/results/memory.jsonl."""
 _CHUNK = 64 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
 _BLOCK, _MOST_SCORES, _STEP = 128, 4 * 2**20, 32
@@ -211,7 +212,7 @@ def estimate(
     }
     head = _head_bytes(shape, part.rows)
     kept = kept_bytes(shape, part, setting.policies)
-    fixed["libraries"] += int(_HEAP_SHARE * kept) if on_cpu else 0
+    fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) if on_cpu else 0
     layer = _layer_bytes(shape, part)
     parts = {
         **fixed,

@@ -1,8 +1,8 @@
 """Causal attention over documents through torch's own variable-length flash attention, for a GPU.
 
 Same functions and arguments as ``cpu.py``, to which everything goes that the kernels do not do; ``supports`` says what
-that is. All documents are one call: the kernels read where each begins from int32 offsets on the device, which are made
-once for a list of lengths and used by every layer. Kept for the backward is the log-sum-exp, a float32 a head and token.
+that is. All documents are one call: the kernels read where each begins from int32 offsets on the device, made once for
+a list of lengths and used by every layer. Kept for the backward is the log-sum-exp, a float32 a head and token.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Losses of rows of logits and their gradients as a Triton kernel: a program goes over one row twice.
 
 Same function and arguments as ``cpu.py``, which has the formulas. The first pass keeps the running maximum and the sum
-of exponentials (Milakov and Gimelshein 2018, arXiv:1805.02867); the second writes the gradient where the logits were, or
-rounded to ``grad_out``. Nothing else of a row's size is made.
+of exponentials (Milakov and Gimelshein 2018, arXiv:1805.02867); the second writes the gradient where the logits were,
+or rounded to ``grad_out``. Nothing else of a row's size is made.
 """
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # (A kernel's language is no typed Python, and triton is installed where there is a GPU only.)
 
 from __future__ import annotations
@@ -87,10 +87,7 @@ def _row_losses_kernel(
     tl.store(losses + row, loss)
     if WANT_GRAD:
         there = grad + row * grad_stride
-        if FACTOR_ON_DEVICE:
-            scale = tl.load(factor)
-        else:
-            scale = factor
+        scale = tl.load(factor) if FACTOR_ON_DEVICE else factor
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < classes
@@ -126,19 +123,17 @@ def row_losses_(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     grad = logits if grad_out is None else grad_out
     on_device = isinstance(divisor, torch.Tensor)
-    if on_device:
-        # It stays there: reading it would wait for all the work before.
-        factor = (logit_scale / divisor.to(logits.device, torch.float32)).reshape(1)
-    else:
-        factor = logit_scale / divisor
+    # A divisor on the device stays there: reading it would wait for all the work before.
+    factor = logit_scale / (divisor.to(logits.device, torch.float32).reshape(1) if on_device else divisor)
     block = min(_MOST_COLUMNS, triton.next_power_of_2(classes))
-    _row_losses_kernel[(rows,)](
-        logits, targets, losses, grad, factor, logits.stride(0), grad.stride(0), classes,
-        float(logit_scale), float(softcap or 0.0), float(label_smoothing),
-        HAS_CAP=softcap is not None, WANT_GRAD=want_grad, FACTOR_ON_DEVICE=on_device,
-        OVERLAPS=grad.dtype != logits.dtype and _share_memory(grad, logits),
-        BLOCK=block, num_warps=min(16, max(4, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _row_losses_kernel[(rows,)](
+            logits, targets, losses, grad, factor, logits.stride(0), grad.stride(0), classes,
+            float(logit_scale), float(softcap or 0.0), float(label_smoothing),
+            HAS_CAP=softcap is not None, WANT_GRAD=want_grad, FACTOR_ON_DEVICE=on_device,
+            OVERLAPS=grad.dtype != logits.dtype and _share_memory(grad, logits),
+            BLOCK=block, num_warps=min(16, max(4, block // 512)),
+        )  # fmt: skip
     return losses
 
 

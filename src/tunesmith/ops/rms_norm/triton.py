@@ -4,7 +4,7 @@ Same functions and arguments as ``cpu.py``, which derives the backward. Everythi
 once. Rows may lie apart, but not the values of a row; offsets are 64-bit, since T * D passes 2**31 at long contexts.
 """
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # (A kernel's language is no typed Python, and triton is installed where there is a GPU only.)
 
 from __future__ import annotations
@@ -79,11 +79,13 @@ def forward(
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     added = x if residual is None else residual
     block = triton.next_power_of_2(width)
-    _forward_kernel[(rows,)](
-        x, added, weight, out, total, rstd,
-        x.stride(0), added.stride(0), out.stride(0), total.stride(0), width, float(eps), float(offset),
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps_for(block),
-    )  # fmt: skip
+    # A kernel runs on the current device, wherever its tensors are.
+    with torch.cuda.device_of(x):
+        _forward_kernel[(rows,)](
+            x, added, weight, out, total, rstd,
+            x.stride(0), added.stride(0), out.stride(0), total.stride(0), width, float(eps), float(offset),
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps_for(block),
+        )  # fmt: skip
     return out, total, rstd
 
 
@@ -135,11 +137,12 @@ def backward(
     out = x.new_empty(rows, width) if out is None else out
     added = dh if dresidual is None else dresidual
     block = triton.next_power_of_2(width)
-    _backward_kernel[(rows,)](
-        dh, x, weight, rstd, added, out,
-        dh.stride(0), x.stride(0), added.stride(0), out.stride(0), width, float(offset),
-        HAS_RESIDUAL=dresidual is not None, BLOCK=block, num_warps=warps_for(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward_kernel[(rows,)](
+            dh, x, weight, rstd, added, out,
+            dh.stride(0), x.stride(0), added.stride(0), out.stride(0), width, float(offset),
+            HAS_RESIDUAL=dresidual is not None, BLOCK=block, num_warps=warps_for(block),
+        )  # fmt: skip
     return out
 
 
@@ -178,7 +181,8 @@ def weight_gradient(dh: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor) -> to
     steps = max(1, triton.cdiv(rows, tall * _MOST_PARTS))
     count = triton.cdiv(rows, tall * steps)
     parts = torch.empty(count, width, dtype=torch.float32, device=x.device)
-    _weight_kernel[(count, triton.cdiv(width, wide))](
-        dh, x, rstd, parts, dh.stride(0), x.stride(0), rows, width, steps, BLOCK_T=tall, BLOCK_D=wide, num_warps=4
-    )
+    with torch.cuda.device_of(x):
+        _weight_kernel[(count, triton.cdiv(width, wide))](
+            dh, x, rstd, parts, dh.stride(0), x.stride(0), rows, width, steps, BLOCK_T=tall, BLOCK_D=wide, num_warps=4
+        )
     return parts.sum(0)

@@ -1,10 +1,10 @@
-"""Rotary embedding in place, and norm + rotation with its backward, as Triton kernels: a program takes heads of a token.
+"""Rotary embedding in place, and norm + rotation with its backward, as Triton kernels over the heads of a token.
 
-Same functions and arguments as ``cpu.py``. A head is held in three pieces: the two halves that turn into each other, and
-what lies behind them where the rotation is partial. Everything is computed in float32 and rounded once.
+Same functions and arguments as ``cpu.py``. A head is held in three pieces: the two halves that turn into each other,
+and what lies behind them where the rotation is partial. Everything is computed in float32 and rounded once.
 """
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # (A kernel's language is no typed Python, and triton is installed where there is a GPU only.)
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, invers
     tokens, count, _ = heads.shape
     half = cos.shape[-1] // 2
     taken, padded = _heads_of(count, half)
-    _rotate_kernel[(tokens, triton.cdiv(count, taken))](
-        heads, cos, sin, heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0), count, half,
-        INVERSE=inverse, BLOCK_H=taken, BLOCK_HALF=padded, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(heads):
+        _rotate_kernel[(tokens, triton.cdiv(count, taken))](
+            heads, cos, sin, heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0), count, half,
+            INVERSE=inverse, BLOCK_H=taken, BLOCK_HALF=padded, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _norm_rotate_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """BLOCK_H of the H heads of token t of heads and out (T, H, E), E = ``size``; rstd (T, H); grid (T, H / BLOCK_H)."""
+    """BLOCK_H of the H heads of token t of heads and out (T, H, E), E = ``size``; rstd (T, H); grid as above."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     pair = tl.arange(0, BLOCK_HALF)
@@ -138,12 +139,13 @@ def norm_rotate(
     half = cos.shape[-1] // 2
     taken, padded = _heads_of(count, half)
     rstd = torch.empty(tokens, count, dtype=torch.float32, device=heads.device)
-    _norm_rotate_kernel[(tokens, triton.cdiv(count, taken))](
-        heads, weight, cos, sin, out, rstd,
-        heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0), out.stride(0), out.stride(1),
-        count, half, size, float(eps), float(offset),
-        HAS_REST=size > 2 * half, BLOCK_H=taken, BLOCK_HALF=padded, BLOCK_REST=_padded_rest(size, half), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(heads):
+        _norm_rotate_kernel[(tokens, triton.cdiv(count, taken))](
+            heads, weight, cos, sin, out, rstd,
+            heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0), out.stride(0), out.stride(1),
+            count, half, size, float(eps), float(offset), HAS_REST=size > 2 * half,
+            BLOCK_H=taken, BLOCK_HALF=padded, BLOCK_REST=_padded_rest(size, half), num_warps=4,
+        )  # fmt: skip
     return rstd
 
 
@@ -179,7 +181,7 @@ def _norm_rotate_backward_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """As the forward, with dout (T, H, E); parts (T * grid[1], E) gets each program's share of the weight's gradient."""
+    """As the forward, with dout (T, H, E); parts (T * grid[1], E) gets a program's share of the weight's gradient."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     pair = tl.arange(0, BLOCK_HALF)
@@ -244,13 +246,14 @@ def norm_rotate_backward(
     grid = (tokens, triton.cdiv(count, taken))
     rows = grid[0] * grid[1] if dweight is not None else 0
     parts = torch.empty(rows, size, dtype=torch.float32, device=heads.device)
-    _norm_rotate_backward_kernel[grid](
-        dout, heads, weight, rstd.contiguous(), cos, sin, out, parts,
-        dout.stride(0), dout.stride(1), heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0),
-        out.stride(0), out.stride(1), count, half, size, float(offset),
-        HAS_REST=size > 2 * half, WANT_WEIGHT=dweight is not None,
-        BLOCK_H=taken, BLOCK_HALF=padded, BLOCK_REST=_padded_rest(size, half), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(heads):
+        _norm_rotate_backward_kernel[grid](
+            dout, heads, weight, rstd.contiguous(), cos, sin, out, parts,
+            dout.stride(0), dout.stride(1), heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0),
+            out.stride(0), out.stride(1), count, half, size, float(offset),
+            HAS_REST=size > 2 * half, WANT_WEIGHT=dweight is not None,
+            BLOCK_H=taken, BLOCK_HALF=padded, BLOCK_REST=_padded_rest(size, half), num_warps=4,
+        )  # fmt: skip
     if dweight is not None:
         dweight += parts.sum(0)
     return out

@@ -7,7 +7,7 @@ silu: i(g) = g        gelu: i(g) = 2 c (g + 0.044715 g^3) with c = sqrt(2 / pi),
 so that f(g) = g s and f'(g) = s + g s (1 - s) i'(g), in float32 and rounded once.
 """
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # (A kernel's language is no typed Python, and triton is installed where there is a GPU only.)
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ _MOST_COLUMNS = 1024
 @triton.jit
 def _inner(gate, IS_SILU: tl.constexpr):
     """Return i(g); 2 c = 1.5957691216057308."""
-    if IS_SILU:
-        result = gate
-    else:
-        result = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-    return result
+    return gate if IS_SILU else 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
 
 
 @triton.jit
@@ -51,9 +47,17 @@ def forward(gate_up: torch.Tensor, *, activation: str, out: torch.Tensor | None 
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width) if out is None else out
     block = min(_MOST_COLUMNS, triton.next_power_of_2(width))
-    _forward_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), width, IS_SILU=activation == "silu", BLOCK=block, num_warps=4
-    )
+    with torch.cuda.device_of(gate_up):
+        _forward_kernel[(rows, triton.cdiv(width, block))](
+            gate_up,
+            out,
+            gate_up.stride(0),
+            out.stride(0),
+            width,
+            IS_SILU=activation == "silu",
+            BLOCK=block,
+            num_warps=4,
+        )
     return out
 
 
@@ -105,8 +109,9 @@ def backward(
     out = gate_up.new_empty(rows, 2 * width) if out is None else out
     hidden = dh if hidden_out is None else hidden_out
     block = min(_MOST_COLUMNS, triton.next_power_of_2(width))
-    _backward_kernel[(rows, triton.cdiv(width, block))](
-        dh, gate_up, out, hidden, dh.stride(0), gate_up.stride(0), out.stride(0), hidden.stride(0), width,
-        IS_SILU=activation == "silu", HAS_HIDDEN=hidden_out is not None, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(gate_up):
+        _backward_kernel[(rows, triton.cdiv(width, block))](
+            dh, gate_up, out, hidden, dh.stride(0), gate_up.stride(0), out.stride(0), hidden.stride(0), width,
+            IS_SILU=activation == "silu", HAS_HIDDEN=hidden_out is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out

@@ -1,0 +1,188 @@
+"""What ``attention_varlen/cuda.py`` asks of torch's flash attention, without a GPU.
+
+Its calls are intercepted: a stand-in that reads them by the names of torch's schema computes what they mean in plain
+torch. That the kernels do the same is checked on a GPU by ``benchmarks.gpu_check``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tunesmith.ops.attention_varlen import cpu, cuda, reference
+
+FORWARD = torch.ops.aten._flash_attention_forward.default
+BACKWARD = torch.ops.aten._flash_attention_backward.default
+
+
+def named(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by the names in the schema, defaults included."""
+    schema = op._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False))
+    assert not given.keys() & kwargs.keys() and set(kwargs) <= {a.name for a in schema if a.kwarg_only}
+    given |= kwargs
+    return {a.name: given[a.name] if a.name in given or not a.has_default_value() else a.default_value for a in schema}
+
+
+def settings_of(call: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return lengths, and scale and window, of what the call asks for."""
+    bounds = call["cum_seq_q"]
+    lengths = tuple((bounds[1:] - bounds[:-1]).tolist())
+    assert bounds.dtype == torch.int32 and torch.equal(bounds, call["cum_seq_k"])
+    assert bounds[0] == 0 and bounds[-1] == len(call["query"]) and call["max_q"] == call["max_k"] == max(lengths)
+    assert call["is_causal"] and call["dropout_p"] == 0.0 and min(lengths) > 0
+    left, right = call["window_size_left"], call["window_size_right"]
+    assert (left is None and right is None) or (left >= 0 and right == 0)
+    return lengths, {"scale": call["scale"], "window": None if left is None else left + 1}
+
+
+class Kernels(TorchDispatchMode):
+    """Stands for the kernels; ``calls`` are those that were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (FORWARD, BACKWARD):
+            return func(*args, **(kwargs or {}))
+        call = named(func, args, kwargs or {})
+        self.calls.append(call)
+        inputs = [call[name] for name in ("query", "key", "value")]
+        assert all(x.stride(-1) == 1 for x in inputs)
+        lengths, settings = settings_of(call)
+        if func is FORWARD:
+            log_sum_exp = torch.zeros(inputs[0].shape[1], len(inputs[0]))
+            out, _ = cpu.forward(*inputs, lengths, **settings)
+            return out, log_sum_exp, *(torch.empty(0) for _ in range(3))
+        assert call["logsumexp"].shape == (inputs[0].shape[1], len(inputs[0]))
+        grads = [torch.empty(x.shape) for x in inputs]
+        cpu.backward(call["grad_out"], *inputs, call["out"], (), lengths, **settings, **named_targets(grads))
+        return tuple(grads)
+
+
+def named_targets(targets: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(("dquery", "dkey", "dvalue"), targets, strict=True))
+
+
+def inputs(tokens: int, *, heads: int = 4, key_heads: int = 2, size: int = 8) -> list[torch.Tensor]:
+    """Return q, k and v beside each other in one tensor, as a layer has them."""
+    generator = torch.Generator().manual_seed(tokens)
+    whole = torch.randn(tokens, heads + 2 * key_heads, size, generator=generator)
+    return list(whole.split((heads, key_heads, key_heads), dim=1))
+
+
+@pytest.fixture(autouse=True)
+def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything that fits pass for something a GPU can do, in float32 too."""
+    cuda._note.cache_clear()
+
+    def supports(query: Any, key: Any, value: Any, lengths: Any, *, softcap: Any = None) -> tuple[bool, str]:
+        sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, lengths)))
+        return cuda._fits(torch.bfloat16, *sizes, softcap)
+
+    monkeypatch.setattr(cuda, "supports", supports)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("lengths", [(37,), (1,), (5, 1, 42, 13), (3, 0, 4)], ids=str)
+def test_the_call_means_what_plain_torch_computes(lengths: tuple[int, ...], window: int | None) -> None:
+    query, key, value = inputs(sum(lengths))
+    settings: dict[str, Any] = {"scale": 0.3, "window": window}
+    out = torch.full((len(query), 4, 8), float("nan"))
+    gradients = torch.full((len(query), 8, 8), float("nan"))
+    dout = torch.randn(out.shape)
+    targets = named_targets(gradients.split((4, 2, 2), dim=1))
+    with Kernels() as mode:
+        returned, kept = cuda.forward(query, key, value, lengths, **settings, out=out)
+        cuda.backward(dout, query, key, value, out, kept, lengths, **settings, **targets)
+    assert returned is out and len(kept) == 1 and len(mode.calls) == 2
+
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    expected = reference.attention_varlen(*(x.transpose(0, 1) for x in leaves), lengths, **settings)
+    torch.testing.assert_close(out, expected.detach())
+    for target, grad in zip(targets.values(), torch.autograd.grad(expected, leaves, dout), strict=True):
+        torch.testing.assert_close(target, grad, atol=1e-5, rtol=1e-5)
+
+
+def test_without_out_the_result_is_not_copied() -> None:
+    with Kernels():
+        out, _ = cuda.forward(*inputs(7), (7,), scale=0.3)
+    assert out.shape == (7, 4, 8)
+
+
+def test_heads_whose_values_lie_apart_are_packed() -> None:
+    query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(7))
+    with Kernels():
+        out, _ = cuda.forward(query, key, value, (7,), scale=0.3)
+    torch.testing.assert_close(out, cpu.forward(query, key, value, (7,), scale=0.3)[0])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["odd head", "softcap"])
+def test_what_the_kernels_cannot_do_is_plain_torch_and_said_once(
+    softcap: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    query, key, value = inputs(9, size=8 if softcap else 6)
+    settings: dict[str, Any] = {"scale": 0.3, "softcap": softcap}
+    dout = torch.randn(query.shape)
+    found = [[torch.empty(x.shape) for x in (query, key, value)] for _ in range(2)]
+    with Kernels() as mode, caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            out, kept = cuda.forward(query, key, value, (4, 5), **settings)
+        cuda.backward(dout, query, key, value, out, kept, (4, 5), **settings, **named_targets(found[0]))
+    assert not mode.calls and kept == ()
+    assert [record.message for record in caplog.records] == [
+        "attention runs in plain torch, slower: "
+        + ("torch's flash attention has no softcap" if softcap else "heads of 6; a multiple of 8 up to 256 is needed")
+    ]
+    plain, _ = cpu.forward(query, key, value, (4, 5), **settings)
+    cpu.backward(dout, query, key, value, plain, (), (4, 5), **settings, **named_targets(found[1]))
+    assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_tokens() -> None:
+    query, key, value = inputs(0)
+    with Kernels() as mode:
+        out, kept = cuda.forward(query, key, value, (), scale=0.3)
+    assert out.shape == (0, 4, 8) and kept == () and not mode.calls
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((torch.float32, 32, 128, 128, 100, 1, None), "computes in 16 bits"),
+        ((torch.bfloat16, 32, 128, 128, 100, 1, 50.0), "no softcap"),
+        ((torch.bfloat16, 16, 192, 128, 100, 1, None), "192 for query and key, of 128 for value"),
+        ((torch.bfloat16, 32, 264, 264, 100, 1, None), "multiple of 8 up to 256"),
+        ((torch.bfloat16, 32, 100, 100, 100, 1, None), "multiple of 8 up to 256"),
+        ((torch.bfloat16, 32, 128, 128, 2**19 - 128, 1, None), "overflow 32-bit offsets"),
+        ((torch.bfloat16, 32, 128, 128, 2**18, 2**11, None), "overflow 32-bit offsets"),
+    ],
+)
+def test_what_does_not_fit_has_a_reason(sizes: tuple[Any, ...], reason: str) -> None:
+    possible, said = cuda._fits(*sizes)
+    assert not possible and reason in said
+
+
+def test_what_fits() -> None:
+    assert cuda._fits(torch.bfloat16, 32, 128, 128, 2**19 - 129, 1, None) == (True, "")
+    assert cuda._fits(torch.float16, 9, 64, 64, 8192, 40, None) == (True, "")
+
+
+def test_tensors_on_a_cpu_are_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert cuda.supports(*inputs(3), (3,)) == (False, "cpu tensors")
+
+
+def test_shapes_on_the_meta_device() -> None:
+    """Torch's own shape functions take the call as it is."""
+    query, key, value = (x.to("meta", torch.bfloat16) for x in inputs(12))
+    out, kept = cuda.forward(query, key, value, (5, 7), scale=0.3, window=4)
+    assert out.shape == (12, 4, 8) and out.dtype == torch.bfloat16 and kept[0].shape == (4, 12)
+    targets = [torch.empty_like(x) for x in (query, key, value)]
+    cuda.backward(out, query, key, value, out, kept, (5, 7), scale=0.3, window=4, **named_targets(targets))
