@@ -32,7 +32,9 @@ PEERS = {"trl": ".venv-peers", "litgpt": ".venv-peers", "unsloth": ".venv-unslot
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_arm(arm: str, *, workload: Path, log: Path | None = None, **job: Any) -> dict[str, Any]:
+def run_arm(
+    arm: str, *, workload: Path, log: Path | None = None, limit_s: float | None = None, **job: Any
+) -> dict[str, Any]:
     """Run one arm in its own process and return its record.
 
     The record of an arm that gave no figures holds ``arm`` and the reason under "missing" (a package), "refused" (the
@@ -40,6 +42,7 @@ def run_arm(arm: str, *, workload: Path, log: Path | None = None, **job: Any) ->
 
     Args:
         log: where to keep what the process prints; None drops it.
+        limit_s: the arm is stopped when it takes longer, and failed.
         job: steps, warmup, loss, device and dtype; see ``benchmarks.arms.common.Job``.
     """
     library, _, variant = arm.partition("-")
@@ -51,21 +54,25 @@ def run_arm(arm: str, *, workload: Path, log: Path | None = None, **job: Any) ->
         # A GPU that is there would be taken by libraries that choose for themselves.
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {}
         paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
+        process = subprocess.Popen(
             [_python(library), "-m", f"benchmarks.arms.{library}", json.dumps(task)],
             cwd=folder,  # Unsloth writes generated code where it runs.
             env={**_SETTINGS, **os.environ, **hidden, "PYTHONPATH": os.pathsep.join(paths)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
         )
+        try:
+            printed, ended = process.communicate(timeout=limit_s)[0], f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, ended = process.communicate()[0], f"stopped after {limit_s:.0f} s"
         if log is not None:
-            log.write_text(done.stdout, encoding="utf-8")
+            log.write_text(printed, encoding="utf-8")
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return {"arm": arm, "failed": f"exit code {done.returncode}: {lines[-1] if lines else 'nothing printed'}"}
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    return {"arm": arm, "failed": f"{ended}: {lines[-1] if lines else 'nothing printed'}"}
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
@@ -74,8 +81,10 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     Tokens per second of processor time stand beside those of the clock: they hold on a machine with other work.
     """
     ran = [record for record in records if "tokens_per_s" in record]
-    peers = {r["arm"]: r["tokens_per_s"] for r in reversed(ran) if r["arm"].partition("-")[0] in PEERS}
-    peers = dict(reversed(peers.items()))
+    peers: dict[str, float] = {}
+    for record in ran:
+        if record["arm"].partition("-")[0] in PEERS:
+            peers.setdefault(record["arm"], record["tokens_per_s"])
     head = [
         "arm",
         "computes in",
@@ -133,6 +142,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--loss", choices=("answers", "all"), default="answers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="force it; otherwise each arm's own choice")
     parser.add_argument("--workload", type=Path, default=WORKLOAD, help="folder of benchmarks.workload")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which an arm is stopped")
     parser.add_argument("--logs", type=Path, help="keep what each arm prints in this folder")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/train.jsonl")
     parser.add_argument("--no-repeat", action="store_true", help="do not run the first arm again at the end")
@@ -152,7 +162,7 @@ def main() -> None:
     for index, arm in enumerate(order):
         log = None if arguments.logs is None else arguments.logs / f"{index}-{arm}.log"
         print(f"running {arm}", file=sys.stderr, flush=True)
-        records.append(run_arm(arm, log=log, **job))
+        records.append(run_arm(arm, log=log, limit_s=arguments.limit, **job))
     print("\n".join(table(records)))
     if len(order) > len(arms) and all("tokens_per_s" in record for record in (records[0], records[-1])):
         noise = records[-1]["tokens_per_s"] / records[0]["tokens_per_s"]

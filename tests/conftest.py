@@ -53,7 +53,10 @@ def _is_loopback(host: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def _global_state() -> Iterator[None]:
-    """Seed every test alike, and give back dtype, threads and random state of torch as they were."""
+    """Seed every test alike, and give back dtype, threads and random state of torch as they were.
+
+    Gradients must be on when a test ends: code that leaves them off would spoil what comes after it.
+    """
     import torch
 
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
@@ -63,6 +66,7 @@ def _global_state() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    assert torch.is_grad_enabled(), "gradients were left off"
 
 
 @pytest.fixture(scope="session", autouse=True)

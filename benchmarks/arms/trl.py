@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with PEFT.
 
 ``trl``: TRL's own defaults: float32 weights under bfloat16 autocast, every layer recomputed, rows padded.
-``trl-best``: the fastest of its settings that compute the same loss. ``trl-free``, ``trl-nockpt`` and ``trl-single``
+``trl-best``: the fastest measured so far that computes the same loss. ``trl-free``, ``trl-nockpt`` and ``trl-single``
 (one row at a time) are others.
 """
 

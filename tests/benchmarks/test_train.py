@@ -68,6 +68,7 @@ def test_an_arm_of_ours_gives_a_whole_record(workload: Path) -> None:
 def test_an_arm_that_cannot_run_says_why(workload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "refused" in run_arm("ours-nonsense", workload=workload, **job())
     assert "failed" in run_arm("theirs", workload=workload, **job())
+    assert "stopped after 0 s" in run_arm("ours", workload=workload, limit_s=0.01, **job())["failed"]
     monkeypatch.setattr("benchmarks.train.PEERS", {})  # No environments of peers: this one has no litgpt.
     assert "lightning" in run_arm("litgpt", workload=workload, **job())["missing"]
 
