@@ -2,9 +2,10 @@
 
     python -m benchmarks.memory [--record] [--only TEXT]
 
-A run loads a model, trains two optimizer steps with a checkpoint, and reports the plan's predicted peak beside the peak
-resident set of its process. ``--record`` appends a JSON line a configuration to ``results/memory.jsonl``: predicted,
-measured, ratio. Random models are made once under ``.cache/benchmarks/memory``.
+A run loads a model, trains two optimizer steps with a checkpoint, and reports two predictions beside the peak resident
+set of its process: ``planned``, from shapes alone before anything is loaded, and ``predicted``, the trainer's own with
+the model there. ``--record`` appends a JSON line a configuration to ``results/memory.jsonl``, with the ratio of
+prediction and measurement. Random models are made once under ``.cache/benchmarks/memory``.
 
 The arm ``transformers`` is what ``use_gradient_checkpointing="unsloth"`` is compared with: transformers and PEFT alone,
 gradient checkpointing on, the documents of the micro-batch padded to one length, AdamW.
@@ -39,7 +40,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str]] = {
         "LlamaConfig",
         {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15,
          "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
-        "bfloat16",
+        "float32",
     ),
     "tiny": (
         "LlamaConfig",
@@ -89,7 +90,7 @@ def model_folder(name: str) -> str:
     return str(folder)
 
 
-def measure(spec: dict[str, Any], *, timeout: float = 900) -> dict[str, Any]:
+def measure(spec: dict[str, Any], *, timeout: float = 3000) -> dict[str, Any]:
     """Run a configuration in a process of its own and return what it reports."""
     spec = {**spec, "folder": model_folder(spec["model"])}
     ended = subprocess.run(
@@ -141,40 +142,63 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
-    from tunesmith.core.memory import peak_bytes
+    from tunesmith.adapters.inject import inject_adapter
+    from tunesmith.adapters.settings import AdapterSettings
+    from tunesmith.adapters.state import empty_source
+    from tunesmith.core.memory import peak_bytes, resident_bytes
     from tunesmith.data.ledger import KeptRow, Ledger
-    from tunesmith.data.prepare import PreparedData
+    from tunesmith.data.prepare import DocumentDataset, PreparedData
     from tunesmith.data.types import Document
     from tunesmith.engine.policies import Policy
-    from tunesmith.models.load import facts_of
+    from tunesmith.memory import plan_training, shape_of
+    from tunesmith.memory.estimate import present_when_loaded
+    from tunesmith.models.load import facts_of, stored_bytes
+    from tunesmith.training.memory import memory_there_is, work_of
+    from tunesmith.training.preview import converted_bytes
 
-    mode, is_policy = spec["mode"], spec["mode"] == "sel_mlp"
-    asked = "selective" if is_policy else mode
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        spec["folder"], dtype=spec.get("dtype", "float32"), use_gradient_checkpointing=asked
-    )
-    model = FastLanguageModel.get_peft_model(model, r=spec["r"], use_gradient_checkpointing=asked)
-    if is_policy:
-        facts_of(model).checkpointing = Policy(mode)
+    mode: Any = Policy(spec["mode"]) if spec["mode"] == "sel_mlp" else spec["mode"]
+    asked = "selective" if isinstance(mode, Policy) else mode
+    dtype = spec.get("dtype", "float32")
+    empty, source = empty_source(spec["folder"], dtype=dtype)
     ledger, kept = Ledger(), []
-    for index, (ids, trained) in enumerate(_rows(spec, model.config.vocab_size)):
+    for index, (ids, trained) in enumerate(_rows(spec, empty.config.vocab_size)):
         kept.append(KeptRow((Document(ids, trained, f"row {index}"),), f"row {index}"))
         ledger.rows_in += 1
         ledger.keep(kept[-1])
     with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            output_dir=folder, per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
+            eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
+        )  # fmt: skip
+        # What `tunesmith plan` knows: the shapes of the model, the rows, and this process with its libraries.
+        empty = inject_adapter(empty, AdapterSettings(r=spec["r"], use_gradient_checkpointing=asked))
+        size = facts_of(empty).dtype.dtype.itemsize
+        shape = shape_of(empty, kind="cpu", load_bytes=converted_bytes(stored_bytes(source), size, "cpu"))
+        multiple = 1 if shape.itemsize > 2 else 64
+        before_loading = plan_training(
+            shape,
+            work_of(DocumentDataset([row.documents[0] for row in kept]), None, args, multiple=multiple),
+            mode=mode,
+            memory=memory_there_is(args.device),
+            present=present_when_loaded(shape, resident_bytes()),
+        )
+        del empty
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            spec["folder"], dtype=dtype, use_gradient_checkpointing=asked
+        )
+        model = FastLanguageModel.get_peft_model(model, r=spec["r"], use_gradient_checkpointing=asked)
+        facts_of(model).checkpointing = mode
         trainer = SFTTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=PreparedData(kept, ledger),
-            args=SFTConfig(
-                output_dir=folder, per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
-                eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
-            ),
-        )  # fmt: skip
+            args=args,
+        )
         before = peak_bytes()
         trainer.train()
     plan = trainer.plan
     return {
+        "planned": before_loading.peak,
         "predicted": plan.peak,
         "measured": peak_bytes(),
         "before": before,
@@ -230,16 +254,17 @@ def main() -> None:
         found = _train_transformers(spec) if spec.get("arm") == "transformers" else _train_ours(spec)
         print(json.dumps(found))
         return
-    print(f"{'configuration':<78} {'predicted':>10} {'measured':>10} ratio")
+    print(f"{'configuration':<74}{'planned':>11}{'predicted':>11}{'measured':>11} ratios")
     for spec in CONFIGURATIONS:
         if arguments.only not in name_of(spec):
             continue
         found = measure(spec)
-        ratio = found["predicted"] / found["measured"]
+        ratio, early = (found[key] / found["measured"] for key in ("predicted", "planned"))
         if arguments.record:
-            append_record("memory", {**spec, **found, "ratio": round(ratio, 4)})
-        sizes = "".join(f"{found[key] / 2**20:>7.0f} MiB" for key in ("predicted", "measured"))
-        print(f"{name_of(spec):<78}{sizes} {ratio:.3f}  {found['policies']}, {found['part_tokens']}", flush=True)
+            append_record("memory", {**spec, **found, "ratio": round(ratio, 4), "planned_ratio": round(early, 4)})
+        sizes = "".join(f"{found[key] / 2**20:>7.0f} MiB" for key in ("planned", "predicted", "measured"))
+        choice = f"{found['policies']}, {found['part_tokens']} tokens"
+        print(f"{name_of(spec):<74}{sizes} {early:.3f} {ratio:.3f}  {choice}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ QUICK: tuple[dict[str, Any], ...] = (
 
 def compare(spec: dict[str, Any]) -> dict[str, Any]:
     found = measure(spec)
-    ratio = found["predicted"] / found["measured"]
-    assert 0.95 <= ratio <= 1.10, f"{name_of(spec)}: {ratio:.3f} of the measured peak was predicted; {found['parts']}"
+    for kind in ("planned", "predicted"):
+        ratio = found[kind] / found["measured"]
+        # Before a tiny model is there, nearly all that counts is what libraries will take: that differs by machine.
+        most = 1.25 if kind == "planned" and spec["model"] == "tiny" else 1.10
+        assert 0.95 <= ratio <= most, f"{name_of(spec)}: {ratio:.3f} of the peak was {kind}; {found['parts']}"
     return found
 
 

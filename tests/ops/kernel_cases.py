@@ -2,7 +2,8 @@
 
 Used by ``test_triton.py`` (kernels, interpreted or on a GPU), by ``test_primitives.py`` (plain torch on a CPU) and by
 ``benchmarks.gpu_check``, so that all of them ask the same. ``compare(case, implementation, ...)`` returns the errors of
-each result against float64, beside those of plain torch that computes in float32 and rounds once.
+each result against float64, beside those of plain torch that computes in float32 and rounds once (attention: in 16
+bits throughout, as transformers' eager attention does).
 
 Inputs and results lie in rows with NaN behind them, and results are NaN before: what is read or written outside its
 rows, or not written at all, shows.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CASES", "Case", "Comparison", "compare"]
+__all__ = ["CASES", "Case", "Comparison", "Memory", "cases_at", "compare"]
 
 # As in ``tests/numerics.py``: right answers differ in rounding. Slack relative to the largest value; float32 allows for
 # a GPU's exp and rsqrt, which are good to two units in the last place.
@@ -96,6 +97,7 @@ class Case:
         plain: the same in plain torch, in the dtype of its inputs.
         changes: inputs that the call may change.
         only: the one implementation that has to do this; empty for all.
+        rounds: whether plain torch is to compute in the dtype of the inputs all the way.
     """
 
     op: str
@@ -105,6 +107,7 @@ class Case:
     plain: Callable[[dict[str, Any]], Tensors]
     changes: tuple[str, ...] = ()
     only: str = ""
+    rounds: bool = False
 
 
 def compare(
@@ -121,7 +124,7 @@ def compare(
     before = {name: value.clone() for name, value in tensors.items()}
     truth, base = (
         case.plain({**inputs, **{k: v.to(wide) if v.is_floating_point() else v for k, v in before.items()}})
-        for wide in (torch.float64, torch.float32)
+        for wide in (torch.float64, dtype if case.rounds else torch.float32)
     )
     found = case.call(importlib.import_module(f"tunesmith.ops.{case.op}.{implementation}"), inputs, memory)
     memory.assert_untouched()
@@ -465,6 +468,71 @@ def _loss_cases() -> Iterator[Case]:
                ("logits",), only="triton")  # fmt: skip
 
 
+# ---- attention_varlen ----
+
+
+def _attention_inputs(
+    memory: Memory, *, lengths: tuple[int, ...], heads: int, key_heads: int, size: int, pad: int
+) -> dict[str, Any]:
+    whole = memory.draw(sum(lengths), heads + 2 * key_heads, size, pad=pad)
+    query, key, value = whole.split((heads, key_heads, key_heads), dim=1)
+    return {"query": query, "key": key, "value": value, "dout": memory.draw(sum(lengths), heads, size)}
+
+
+def _attention(
+    module: Any, given: dict[str, Any], memory: Memory, *, lengths: tuple[int, ...], settings: dict[str, Any]
+) -> Tensors:
+    query, key, value, dout = (given[name] for name in ("query", "key", "value", "dout"))
+    out = memory.empty(*query.shape)
+    grads = memory.empty(len(query), query.shape[1] + 2 * key.shape[1], query.shape[2])
+    dquery, dkey, dvalue = grads.split((query.shape[1], key.shape[1], key.shape[1]), dim=1)
+    found, kept = module.forward(query, key, value, lengths, **settings, out=out)
+    assert found.data_ptr() == out.data_ptr()
+    module.backward(
+        dout, query, key, value, out, kept, lengths, **settings, dquery=dquery, dkey=dkey, dvalue=dvalue
+    )  # fmt: skip
+    return {"out": out, "dquery": dquery, "dkey": dkey, "dvalue": dvalue}
+
+
+def _plain_attention(given: dict[str, Any], *, lengths: tuple[int, ...], settings: dict[str, Any]) -> Tensors:
+    from tunesmith.ops.attention_varlen.reference import attention_varlen
+
+    leaves = [given[name].clone().requires_grad_() for name in ("query", "key", "value")]
+    out = attention_varlen(*(x.transpose(0, 1) for x in leaves), lengths, **settings)
+    dquery, dkey, dvalue = torch.autograd.grad(out, leaves, given["dout"])
+    return {"out": out.detach(), "dquery": dquery, "dkey": dkey, "dvalue": dvalue}
+
+
+def _attention_case(
+    lengths: tuple[int, ...], heads: int, key_heads: int, size: int, *, pad: int = 0, window: int | None = None
+) -> Case:
+    settings = {"scale": size**-0.5, "window": window}
+    name = f"attention of {heads}/{key_heads} heads of {size}, documents {lengths}" + (
+        f", window {window}" * bool(window)
+    )
+    inputs = partial(
+        _attention_inputs, lengths=lengths, heads=heads, key_heads=key_heads, size=size, pad=pad
+    )  # fmt: skip
+    return Case("attention_varlen", name, inputs, partial(_attention, lengths=lengths, settings=settings),
+                partial(_plain_attention, lengths=lengths, settings=settings), rounds=True)  # fmt: skip
+
+
+def cases_at(
+    *, tokens: int, hidden: int, ffn: int, heads: int, key_heads: int, size: int, classes: int
+) -> Iterator[Case]:
+    """Yield the calls of one layer and head of a model of that shape."""
+    yield from _norm_cases(tokens, hidden, residual=True)
+    yield from _rope_cases(tokens, heads + key_heads, size, size)
+    yield from _gate_cases(tokens, ffn, "silu")
+    yield _attention_case((tokens // 2, 1, tokens - tokens // 2 - 1), heads, key_heads, size, pad=8)
+    for name, loss in {
+        "plain": _Loss(64, classes),
+        "rounded": _Loss(64, classes, grad_out="apart", divisor=7.0),
+    }.items():
+        yield Case("linear_cross_entropy", f"row losses, {name}, {classes} classes", loss.inputs, loss.call, loss.plain,
+                   ("logits",))  # fmt: skip
+
+
 CASES: tuple[Case, ...] = (
     *_norm_cases(1, 64),
     *_norm_cases(252, 123),
@@ -484,5 +552,8 @@ CASES: tuple[Case, ...] = (
     *_gate_cases(7, 2100, "silu", pad=1),
     *_gate_cases(0, 8, "silu"),
     *_loss_cases(),
+    _attention_case((5, 1, 42, 13), 4, 2, 8, pad=8),
+    _attention_case((129,), 6, 2, 64),
+    _attention_case((42, 131), 4, 4, 16, window=7),
 )
 """All cases, small: an interpreter runs some hundred programs a second."""

@@ -31,6 +31,7 @@ __all__ = [
     "eager_bytes",
     "estimate",
     "kept_bytes",
+    "present_when_loaded",
     "shape_of",
     "transformers_peak",
 ]
@@ -38,6 +39,8 @@ __all__ = [
 MIB = 2**20
 LIBRARIES_BYTES = 500 * MIB
 """Interpreter, torch, transformers, PEFT, Trainer and datasets on a CPU; measured with Python 3.11 and torch 2.13."""
+_LOADING = 48 * MIB
+"""What loading a model and making its trainer leave beside the weights: code, buffers, the last pages of files."""
 _LATER = 12 * MIB
 """Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
 _HEAP, _HEAP_SHARE = 56 * MIB, 0.03
@@ -180,6 +183,11 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
     )
+
+
+def present_when_loaded(shape: MemoryShape, here: int) -> int:
+    """Return what a process that holds ``here`` bytes, libraries and data, will hold with the model there."""
+    return here * (shape.kind == "cpu") + shape.base_bytes + shape.trained_bytes + _LOADING * (shape.kind == "cpu")
 
 
 def estimate(

@@ -67,8 +67,8 @@ class Work:
 
     Attributes:
         batches: the documents of each micro-batch as (tokens up to the last one that is trained, trained tokens).
-        whole: tokens of the largest micro-batch when nothing is cut.
         evaluated: the same of each evaluation batch.
+        whole: tokens of the largest micro-batch when nothing is cut.
         multiple: token axes are rounded up to it.
         accumulation: micro-batches of an optimizer step.
         padded: documents of a micro-batch and tokens of the longest, for tools that pad.

@@ -7,7 +7,7 @@ from the real rows through the real tokenizer.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from tunesmith.core.memory import resident_bytes
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import DocumentDataset, PackedDataset
 from tunesmith.memory import MemoryShape, Probe, TrainingPlan, Work, plan_training, shape_of
+from tunesmith.memory.estimate import present_when_loaded
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
 from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
 from tunesmith.training.settings import RunSettings
 
-__all__ = ["Preview", "preview", "probe_settings"]
+__all__ = ["Preview", "converted_bytes", "preview", "probe_settings"]
 
 _STORED = {2: {"BF16", "F16"}, 4: {"F32"}, 8: {"F64"}}
 
@@ -92,17 +93,15 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     evaluated = None if eval_data is None else DocumentDataset(eval_data.documents)
     itemsize = facts_of(model).dtype.dtype.itemsize
     stored = stored_bytes(source)
-    converted = sum(size for dtype, size in stored.items() if dtype not in _STORED.get(itemsize, ()))
-    shape = replace(shape_of(model, kind=device.type), load_bytes=converted if device.type == "cpu" else 0)
+    shape = shape_of(model, kind=device.type, load_bytes=converted_bytes(stored, itemsize, device.type))
     work = work_of(dataset, evaluated, args, multiple=1 if itemsize > 2 else 64)
     there_is = memory_there_is(device) if memory is None else memory
-    here = resident_bytes() if device.type == "cpu" else 0
     plan = plan_training(
         shape,
         work,
         mode=settings.use_gradient_checkpointing,
         memory=there_is,
-        present=here + shape.base_bytes + shape.trained_bytes,
+        present=present_when_loaded(shape, resident_bytes()),
         state_bytes=state_bytes(args.optim),
     )
     kept = (settings.save_total_limit or 10) + 1
@@ -124,6 +123,11 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         dtype=facts_of(model).dtype.name,
         stored=stored,
     )
+
+
+def converted_bytes(stored: dict[str, int], itemsize: int, kind: str) -> int:
+    """Return the bytes of weight files that stand beside the weights while these are made in another width on a CPU."""
+    return sum(size for dtype, size in stored.items() if dtype not in _STORED.get(itemsize, ())) if kind == "cpu" else 0
 
 
 def probe_settings(settings: RunSettings, plan: TrainingPlan) -> Probe:
