@@ -36,11 +36,11 @@ _SOME = ("hf", "ours-none", "ours-sel_min", "ours-full")
 _PLANS: dict[str, _Plan] = {
     "8b": (
         (Work("dense", 8192), 2, 4, _EVERY),
-        (Work("packed", 8192), 2, 4, _SOME),
+        (Work("packed", 8192), 1, 2, _SOME),
         (Work("dense", 2048, 4), 1, 3, _SOME),
         (Work("dense", 32768), 1, 2, (*_SOME, "ours-sel_mlp", "ours-offload")),
     ),
-    "4b": ((Work("dense", 8192), 2, 4, _EVERY), (Work("packed", 8192), 2, 4, _SOME)),
+    "4b": ((Work("dense", 8192), 2, 4, _EVERY), (Work("packed", 8192), 1, 2, _SOME)),
     "135m": (
         (Work("packed", 8192), 4, 10, _EVERY),
         (Work("packed", 2048), 4, 20, _SOME),

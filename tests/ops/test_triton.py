@@ -24,10 +24,13 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 
 KERNELS = [case for case in CASES if case.op != "attention_varlen"]  # It has no kernel of its own.
 
-needs_device = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no GPU, and TRITON_INTERPRET=1 is not set: make test-kernels",
-)
+
+def needs_device(test: Any) -> Any:
+    """Run on a GPU with ``-m gpu``, or interpreted."""
+    if not INTERPRETED and torch.cuda.is_available():
+        return pytest.mark.gpu(test)
+    reason = "no GPU, and TRITON_INTERPRET=1 is not set: make test-kernels"
+    return pytest.mark.skipif(not INTERPRETED, reason=reason)(test)
 
 
 @needs_device
