@@ -160,7 +160,7 @@ def forward(
     wide, (before, behind) = wide_dtype(query.dtype), _split_scale(scale, query.dtype)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
     for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
-        q = _stacked(group, query, key_heads).mul_(before)
+        q = _stacked(group, query, key_heads).mul(before)
         k, v = (group.spread(x).transpose(1, 2).contiguous() for x in (key, value))
         found = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         for first_key, first, end in _blocks(group.length, window):
@@ -194,7 +194,7 @@ def backward(
     heads, key_heads = query.shape[1], key.shape[1]
     wide, (before, behind) = wide_dtype(query.dtype), _split_scale(scale, query.dtype)
     for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
-        q, d_found = _stacked(group, query, key_heads).mul_(before), _stacked(group, dout, key_heads)
+        q, d_found = _stacked(group, query, key_heads).mul(before), _stacked(group, dout, key_heads)
         k, v = (group.spread(x).transpose(1, 2).contiguous() for x in (key, value))
         dq = torch.empty_like(q)
         # Keys and values gather over query blocks: in float32, or late blocks would be rounded away.
