@@ -48,7 +48,7 @@ _HEAP, _HEAP_SHARE = 56 * MIB, 0.03
 benchmarks/results/memory.jsonl."""
 _CHUNK = 64 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
-_BLOCK, _MOST_SCORES, _STEP = 128, 4 * 2**20, 32
+_BLOCK, _MOST_SCORES, _STEP = 64, 4 * 2**20, 32
 """Query block, scores of one product, rounding of lengths in 16 bits (``ops/attention_varlen/cpu.py``)."""
 
 
@@ -350,7 +350,7 @@ def _layer_bytes(shape: MemoryShape, part: PartShape) -> int:
     own = 2 * 4 * shape.trained // max(1, shape.count) + 2 * part.tokens * shape.hidden * size
     if shape.kind == "cuda":
         return own + part.tokens * shape.heads * shape.head_dim * (wide + size)
-    query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    query = shape.heads * shape.head_dim
     most = 0
     by_length: dict[int, int] = {}
     for length in part.lengths:
@@ -359,9 +359,9 @@ def _layer_bytes(shape: MemoryShape, part: PartShape) -> int:
     for length, documents in by_length.items():
         block = shape.heads * min(length, _BLOCK) * length
         together = min(documents, max(1, _MOST_SCORES // block))
-        # q, k, v, dq, dk, dv and the gradient of the output as grids; weights, their gradient and one more for scores.
-        grids = together * length * ((4 * query + 2 * keys) * size + 2 * keys * wide)
-        scores = together * block * (3 * wide + (2 * size if size < 4 else 0))
+        # q, the gradient of the output, k and v a query head each; their gradients. Two products, weights, their slope.
+        grids = together * length * query * (4 * size + 2 * wide)
+        scores = together * block * (2 * size + 2 * wide + (2 * (size + wide) if size < 4 else 0))
         most = max(most, grids + scores)
     return own + most
 

@@ -43,7 +43,7 @@ def attention_varlen(
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         sinks: (H,) logits of a virtual key that takes weight and gives nothing (gpt-oss).
     Returns:
-        (T, H, E') in the dtype of ``query``.
+        (T, H, E') in the dtype of ``query``; under autocast in autocast's dtype, as torch's own attention computes.
     Raises:
         ShapeError: the lengths do not sum to T, or the heads do not group.
     """
@@ -54,6 +54,9 @@ def attention_varlen(
         raise ShapeError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit"
         )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if sinks is not None:
         return reference.attention_varlen(
             query, key, value, lengths, scale=scale, window=window, softcap=softcap, sinks=sinks

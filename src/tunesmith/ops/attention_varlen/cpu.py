@@ -2,8 +2,8 @@
 
 Documents of nearly equal length are computed together as one batch of matrix products, padded behind their last token:
 causality already hides what comes after. Queries are cut into blocks of ``BLOCK``; a block sees the keys from the start
-of its window to its own last token, so that most of the upper half of the score matrix is not computed. Heads that
-share a key head are stacked along the query axis.
+of its window to its own last token, so that most of the upper half of the score matrix is not computed. Every head is
+a product of its own, those that share a key head on copies of it: that shares out evenly among few threads.
 
 In 16 bits lengths are rounded up to a multiple of ``STEP``: there a CPU's matrix library prepares a kernel for every
 new shape, and lengths as they come are nearly all new.
@@ -32,7 +32,7 @@ __all__ = ["BLOCK", "STEP", "backward", "forward"]
 
 STEP = 32
 """Lengths are rounded up to a multiple of this in 16 bits."""
-BLOCK = 128
+BLOCK = 64
 """Queries of one block."""
 # Scores of one product, in elements: 16 MB in float32, so that a batch of documents stays near the cache.
 _MOST_SCORES = 4 * 2**20
@@ -51,20 +51,24 @@ class _Group:
     tokens: torch.Tensor
     slots: torch.Tensor
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (documents, length, H, E) of ``x`` (T, H, E), zero where a document has ended."""
+    def grid(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (documents, length, H, E) of ``x`` (T, H, E): a view where one is, else a copy padded with 0."""
         if self.start is not None:
             return x[self.start : self.start + self.documents * self.length].unflatten(0, (self.documents, self.length))
         grid = x.new_zeros(self.documents * self.length, *x.shape[1:])
         grid[self.slots] = x[self.tokens]
         return grid.view(self.documents, self.length, *x.shape[1:])
 
-    def collect(self, grid: torch.Tensor, out: torch.Tensor) -> None:
-        """Write ``grid`` (documents, length, H, E), strided as it may be, to its rows of ``out`` (T, H, E)."""
-        if self.start is not None:
-            self.spread(out).copy_(grid)
-        else:
-            out[self.tokens] = grid.reshape(self.documents * self.length, *out.shape[1:])[self.slots].to(out.dtype)
+    def heads(self, x: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        """Return (documents * H * copies, length, E) contiguous of ``x`` (T, H, E), each head ``copies`` times."""
+        grid = self.grid(x).transpose(1, 2)
+        out = x.new_empty(grid.shape[0], grid.shape[1], copies, self.length, x.shape[2])
+        return out.copy_(grid.unsqueeze(2)).flatten(0, 2)
+
+    def write(self, grid: torch.Tensor, out: torch.Tensor) -> None:
+        """Write ``grid``, made by :meth:`grid` of ``out`` (T, H, E) and filled since, to ``out``."""
+        if self.start is None:
+            out[self.tokens] = grid.reshape(-1, *out.shape[1:])[self.slots]
 
 
 @functools.lru_cache(maxsize=8)
@@ -96,10 +100,11 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _hidden(rows: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return (rows, keys) bool, True where a query may not look; the last query is at the last key."""
+def _hidden(rows: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return (rows, keys), -inf where a query may not look and else 0; the last query is at the last key."""
     behind = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)[None, :]
-    return (behind < 0 if window is None else (behind < 0) | (behind >= window)).to(device)
+    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    return torch.zeros(rows, keys, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
 
 
 def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -116,10 +121,10 @@ def _weights(
     scale: float,
     window: int | None,
     softcap: float | None,
-    wide: torch.dtype,
+    buffer: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return P (documents, K, G * rows, keys) in ``wide`` and, with a softcap, the slope of the cap."""
-    scores = (queries.flatten(2, 3) @ keys.transpose(2, 3)).to(wide)
+    """Return P (heads, rows, keys), in at least float32, and, with a softcap, the slope of the cap."""
+    scores = _product(queries, keys.transpose(1, 2), buffer).to(wide_dtype(queries.dtype))
     if scale != 1.0:
         scores = scores.mul_(scale)
     slope = None
@@ -127,18 +132,31 @@ def _weights(
         scores = scores.div_(softcap).tanh_()
         slope = 1 - scores * scores
         scores = scores.mul_(softcap)
-    rows, count = queries.shape[3], keys.shape[2]
+    rows, count = queries.shape[1], keys.shape[1]
     # Without a window only the square below the last ``rows`` keys holds something to hide.
     seen = 0 if window is not None else count - rows
-    grid = scores.unflatten(2, (-1, rows))[..., seen:]
-    grid.masked_fill_(_hidden(rows, count - seen, window, keys.device), float("-inf"))
+    scores[..., seen:].add_(_hidden(rows, count - seen, window, scores.dtype, keys.device))
     return torch.softmax(scores, -1), slope
 
 
-def _stacked(group: _Group, x: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Return (documents, K, H / K, length, E) contiguous of ``x`` (T, H, E)."""
-    grid = group.spread(x).unflatten(2, (key_heads, -1))
-    return grid.permute(0, 2, 3, 1, 4).contiguous()
+def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Return a b in the front of ``buffer``."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor, first: int, length: int) -> torch.Tensor:
+    """Return ``total`` (heads, length, E), None for zeros, with ``part`` added from ``first`` on, in float32 at least.
+
+    In 16 bits late blocks would be rounded away.
+    """
+    wide = wide_dtype(part.dtype)
+    if total is None:
+        if part.shape[1] == length:
+            return part.to(wide)
+        total = part.new_zeros(part.shape[0], length, part.shape[2], dtype=wide)
+    total[:, first : first + part.shape[1]] += part
+    return total
 
 
 def forward(
@@ -156,18 +174,19 @@ def forward(
 
     All may be strided.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
-    wide, (before, behind) = wide_dtype(query.dtype), _split_scale(scale, query.dtype)
+    heads, copies = query.shape[1], query.shape[1] // key.shape[1]
+    before, behind = _split_scale(scale, query.dtype)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
     for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
-        q = _stacked(group, query, key_heads).mul(before)
-        k, v = (group.spread(x).transpose(1, 2).contiguous() for x in (key, value))
-        found = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+        q, k, v = group.heads(query), group.heads(key, copies), group.heads(value, copies)
+        q = q.mul_(before) if before != 1.0 else q
+        buffer = q.new_empty(len(q) * min(BLOCK, group.length) * group.length)
+        found = group.grid(out)
         for first_key, first, end in _blocks(group.length, window):
-            weights, _ = _weights(q[:, :, :, first:end], k[:, :, first_key:end], behind, window, softcap, wide)
-            block = weights.to(q.dtype) @ v[:, :, first_key:end]
-            found[:, :, :, first:end] = block.unflatten(2, (-1, end - first))
-        group.collect(found.permute(0, 3, 1, 2, 4).flatten(2, 3), out)
+            weights, _ = _weights(q[:, first:end], k[:, first_key:end], behind, window, softcap, buffer)
+            block = torch.bmm(weights.to(q.dtype), v[:, first_key:end])
+            found[:, first:end] = block.unflatten(0, (group.documents, heads)).transpose(1, 2)
+        group.write(found, out)
     return out, ()
 
 
@@ -191,28 +210,35 @@ def backward(
 
     ``out`` and ``kept`` are what forward returned; nothing of them is needed here.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
+    heads, copies = query.shape[1], query.shape[1] // key.shape[1]
     wide, (before, behind) = wide_dtype(query.dtype), _split_scale(scale, query.dtype)
     for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
-        q, d_found = _stacked(group, query, key_heads).mul(before), _stacked(group, dout, key_heads)
-        k, v = (group.spread(x).transpose(1, 2).contiguous() for x in (key, value))
-        dq = torch.empty_like(q)
-        # Keys and values gather over query blocks: in float32, or late blocks would be rounded away.
-        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-        for first_key, first, end in _blocks(group.length, window):
-            keys, queries = k[:, :, first_key:end], q[:, :, :, first:end]
-            d_block = d_found[:, :, :, first:end].flatten(2, 3)
-            weights, slope = _weights(queries, keys, behind, window, softcap, wide)
-            dv[:, :, first_key:end] += weights.to(v.dtype).transpose(2, 3) @ d_block
-            d_weights = (d_block @ v[:, :, first_key:end].transpose(2, 3)).to(wide)
+        q, d_found = group.heads(query), group.heads(dout)
+        k, v = group.heads(key, copies), group.heads(value, copies)
+        q = q.mul_(before) if before != 1.0 else q
+        size = len(q) * min(BLOCK, group.length) * group.length
+        for_scores, for_slopes = q.new_empty(size), q.new_empty(size)
+        found = group.grid(dquery)
+        dk: torch.Tensor | None = None
+        dv: torch.Tensor | None = None
+        # The last block first: without a window it sees all keys.
+        for first_key, first, end in reversed(list(_blocks(group.length, window))):
+            keys, queries, d_block = k[:, first_key:end], q[:, first:end], d_found[:, first:end]
+            weights, slope = _weights(queries, keys, behind, window, softcap, for_scores)
+            dv = _added(dv, torch.bmm(weights.to(v.dtype).transpose(1, 2), d_block), first_key, group.length)
+            d_weights = _product(d_block, v[:, first_key:end].transpose(1, 2), for_slopes).to(wide)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, wide)
             if slope is not None:
                 d_scores = d_scores.mul_(slope)
             if behind != 1.0:
                 d_scores = d_scores.mul_(behind)
             d_scores = d_scores.to(q.dtype)
-            dq[:, :, :, first:end] = (d_scores @ keys).unflatten(2, (-1, end - first))
-            dk[:, :, first_key:end] += d_scores.transpose(2, 3) @ queries.flatten(2, 3)
-        group.collect(dq.mul_(before).permute(0, 3, 1, 2, 4).flatten(2, 3), dquery)
-        group.collect(dk.transpose(1, 2), dkey)
-        group.collect(dv.transpose(1, 2), dvalue)
+            d_queries = torch.bmm(d_scores, keys).unflatten(0, (group.documents, heads)).transpose(1, 2)
+            torch.mul(d_queries, before, out=found[:, first:end])
+            dk = _added(dk, torch.bmm(d_scores.transpose(1, 2), queries), first_key, group.length)
+        group.write(found, dquery)
+        for grad, target in ((dk, dkey), (dv, dvalue)):
+            assert grad is not None
+            found = group.grid(target)
+            found.copy_(grad.view(group.documents, -1, copies, *grad.shape[1:]).sum(2).transpose(1, 2))
+            group.write(found, target)
