@@ -153,6 +153,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.memory import plan_training, shape_of
     from tunesmith.memory.estimate import present_when_loaded
     from tunesmith.models.load import facts_of, stored_bytes
+    from tunesmith.training.lanes import lanes_there
     from tunesmith.training.memory import memory_there_is, work_of
     from tunesmith.training.preview import converted_bytes
 
@@ -181,6 +182,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             mode=mode,
             memory=memory_there_is(args.device),
             present=present_when_loaded(shape, resident_bytes()),
+            lanes=lanes_there(empty, args),
         )
         del empty
         model, tokenizer = FastLanguageModel.from_pretrained(

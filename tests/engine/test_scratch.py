@@ -43,6 +43,37 @@ def test_a_buffer_grows_and_is_used_again() -> None:
     assert scratch.nbytes() == 0
 
 
+def test_what_is_lent_comes_back_with_its_loan() -> None:
+    scratch, like = Scratch(), torch.zeros(1)
+    first, second = scratch.lend(), scratch.lend()
+    places = {first("a", like, 4, 8).data_ptr(), second("a", like, 4, 8).data_ptr()}
+    assert len(places) == 2 and scratch.idle_nbytes() == 0
+    del first, second
+    assert scratch.idle_nbytes() == 2 * 128
+    again = scratch.lend()
+    assert again("a", like, 8, 2).data_ptr() in places
+    assert again("a", like, 9, 8).shape == (9, 8)  # the smaller one went first
+    assert scratch.idle_nbytes() == 0
+    del again
+    assert scratch.idle_nbytes() == 128 + 4 * 72
+    scratch.clear()
+    assert scratch.idle_nbytes() == 0
+
+
+def test_a_graph_that_lives_on_keeps_what_it_was_lent() -> None:
+    model, given = adapted(fused()), batch(11, 5)
+    engine_of(model).set_policy(Policy.NONE)
+    expected = step(model, given)
+    model.zero_grad()
+    loss = model(**given).loss
+    step(model, batch(30, 4, seed=9))  # would write over buffers that had come back
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, expected[f"gradient of {name}"])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_step_gives_the_same_bytes_whatever_was_in_the_buffers(policy: Policy) -> None:
     model = adapted(fused("gemma3"))

@@ -3,6 +3,8 @@
 On a CPU a forward and backward over 512 tokens runs at the same rate as over 4,096 and keeps an eighth: so the batch
 size that a user asks for and the tokens that are computed together are two different things. Documents are whole in
 each part. Tokens behind the last one that predicts something trained are left out: nothing depends on them.
+
+A part may be cut once more, into lanes that threads compute side by side (``training/lanes.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ import numpy as np
 
 from tunesmith.data.collate import IGNORED, DocumentCollator
 
-__all__ = ["share_documents", "split_batch"]
+__all__ = ["lanes_of", "share_documents", "split_batch"]
+
+# A lane that has more than its share by this is not worth it: the others wait. One thread for each of two equal lanes
+# takes 0.81 of the time that both take together (benchmarks/LOG.md).
+_UNEVEN = 1.2
 
 
 def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -> list[dict[str, Any]]:
@@ -25,9 +31,25 @@ def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -
     the first part. ``multiple`` is that of :class:`DocumentCollator`.
     """
     documents = _trained_documents(batch)
+    shares = share_documents([len(document["input_ids"]) for document in documents], most_tokens)
+    return _collated(batch, documents, shares, multiple)
+
+
+def lanes_of(batch: dict[str, Any], lanes: int, *, multiple: int = 1) -> list[dict[str, Any]]:
+    """Return ``batch`` as that many batches of nearly equal size, or alone where its documents do not allow that."""
+    documents = _trained_documents(batch)
     lengths = [len(document["input_ids"]) for document in documents]
+    shares = _spread(lengths, lanes)
+    if lanes * max(sum(lengths[index] for index in share) for share in shares) > _UNEVEN * sum(lengths):
+        return [batch]
+    return _collated(batch, documents, shares, multiple)
+
+
+def _collated(
+    batch: dict[str, Any], documents: list[dict[str, Any]], shares: list[list[int]], multiple: int
+) -> list[dict[str, Any]]:
     collate = DocumentCollator(multiple)
-    parts = [collate([documents[index] for index in chosen]) for chosen in share_documents(lengths, most_tokens)]
+    parts = [collate([documents[index] for index in share]) for share in shares]
     for part in parts:
         part["tokens"], part["where"] = 0, batch["where"]
     parts[0]["tokens"] = batch["tokens"]
@@ -52,15 +74,21 @@ def _trained_documents(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def share_documents(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Return indices of documents, the longest placed first, each in the share that has the fewest tokens."""
+    """Return indices of documents in the fewest shares found that have at most ``most_tokens``, or the longest one."""
     limit = max(most_tokens, max(lengths))
     count = -(-sum(lengths) // limit)
     while True:
-        loads, shares = [0] * count, [list[int]() for _ in range(count)]
-        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-            least = loads.index(min(loads))
-            loads[least] += lengths[index]
-            shares[least].append(index)
-        if max(loads) <= limit:
-            return [sorted(share) for share in shares if share]
+        shares = _spread(lengths, count)
+        if max(sum(lengths[index] for index in share) for share in shares) <= limit:
+            return [share for share in shares if share]
         count += 1
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Return indices in ``count`` shares, the longest placed first, each in the share that has the fewest tokens."""
+    loads, shares = [0] * count, [list[int]() for _ in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        least = loads.index(min(loads))
+        loads[least] += lengths[index]
+        shares[least].append(index)
+    return [sorted(share) for share in shares]

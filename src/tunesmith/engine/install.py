@@ -16,6 +16,7 @@ The swap happens at load. A layer's forward is chosen per call; ``Engine.notes``
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,8 +91,9 @@ class Engine:
     scratch: Scratch = field(default_factory=Scratch)
     store: HostStore = field(default_factory=HostStore)
     _originals: dict[int, Any] = field(default_factory=dict)
-    _batch: _Batch | None = None
-    _last_lengths: tuple[Any, Any, tuple[int, ...]] | None = None
+    # Of each thread: parts of a micro-batch may be computed side by side.
+    _batches: dict[int, _Batch] = field(default_factory=dict)
+    _last_lengths: dict[int, tuple[Any, Any, tuple[int, ...]]] = field(default_factory=dict)
 
     def set_policy(self, policy: Policy | Sequence[Policy]) -> None:
         """Choose what the layers keep: one policy for all, or one a layer.
@@ -107,15 +109,16 @@ class Engine:
 
     @contextmanager
     def batch(self, lengths: Sequence[int], rows: torch.Tensor | None = None) -> Iterator[_Batch]:
-        """Tell the layers, for one forward, the documents on the token axis and the rows that are needed at its end.
+        """Tell the layers, for one forward of this thread, the documents and the rows that are needed at its end.
 
         When the last layer cut its output down to ``rows``, ``cut`` of what is yielded is True.
         """
-        self._batch = _Batch(tuple(lengths), rows)
+        thread = threading.get_ident()
+        self._batches[thread] = _Batch(tuple(lengths), rows)
         try:
-            yield self._batch
+            yield self._batches[thread]
         finally:
-            self._batch = None
+            del self._batches[thread]
 
     def revert(self) -> None:
         """Put the original layers back, every Parameter in a tensor of its own again."""
@@ -142,26 +145,29 @@ class Engine:
 
     def lengths(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Return the documents on the flattened token axis of ``hidden`` (B, T, D)."""
-        if self._batch is not None:
-            return self._batch.lengths
+        thread = threading.get_ident()
+        told = self._batches.get(thread)
+        if told is not None:
+            return told.lengths
         mask = kwargs.get("attention_mask")
         source = next(
             (x for x in (mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")) if x is not None), None
         )
         # The same for all layers of a forward. A caller may fill one tensor anew for a batch: that raises its version.
         version = None if source is None or source.is_inference() else source._version
-        key, known = (hidden.shape[:2], version), self._last_lengths
+        key, known = (hidden.shape[:2], version), self._last_lengths.get(thread)
         if version is None or known is None or known[0] is not source or known[1] != key:
             found = document_lengths(hidden.shape[0], hidden.shape[1], mask, kwargs)
-            self._last_lengths = known = (source, key, tuple(x for row in found for x in row))
+            self._last_lengths[thread] = known = (source, key, tuple(x for row in found for x in row))
         return known[2]
 
     def rows_of(self, index: int) -> torch.Tensor | None:
         """Return the rows that layer ``index`` has to compute, or None for all."""
-        if self._batch is None or self._batch.rows is None or index != len(self.policies) - 1:
+        told = self._batches.get(threading.get_ident())
+        if told is None or told.rows is None or index != len(self.policies) - 1:
             return None
-        self._batch.cut = True
-        return self._batch.rows
+        told.cut = True
+        return told.rows
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 
 from tunesmith.engine.families import LayerShape
 from tunesmith.engine.policies import Policy, kept_names
-from tunesmith.engine.scratch import Scratch
+from tunesmith.engine.scratch import Loan, Scratch
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.lora_linear import cpu as lora
 from tunesmith.ops.lora_linear.cpu import Projection
@@ -80,7 +80,9 @@ class FusedLayer(torch.autograd.Function):
         """Compute the layer and keep what the policy says."""
         keeps = any(ctx.needs_input_grad)
         names = kept_names(call.policy, call.shape) if keeps else ()
-        run = _Pass(call, x, {}, keep=names)
+        # The node owns the loan: buffers come back when the graph is gone, however often it is walked before.
+        ctx.loan = call.scratch.lend() if names else None
+        run = _Pass(call, x, {}, names, ctx.loan)
         out = run.output()
         if keeps:
             ctx.call, ctx.ticket = call, None
@@ -112,8 +114,14 @@ class _Pass:
     """One forward or one backward of a layer. ``values`` are the intermediates that exist, by name."""
 
     def __init__(
-        self, call: LayerCall, x: torch.Tensor, values: dict[str, torch.Tensor], keep: Sequence[str] = ()
+        self,
+        call: LayerCall,
+        x: torch.Tensor,
+        values: dict[str, torch.Tensor],
+        keep: Sequence[str] = (),
+        loan: Loan | None = None,
     ) -> None:
+        self._loan = loan
         self.call, self.shape, self.x, self.values, self._keep = call, call.shape, x, values, keep
         self._saved = frozenset(values)
         self.grads: dict[int, torch.Tensor] = {}
@@ -294,8 +302,10 @@ class _Pass:
         return self._temporary(name, len(rows), self.x.shape[1])
 
     def _buffer(self, name: str, *shape: int) -> torch.Tensor:
-        """Return a new tensor for what is kept, else a temporary one."""
-        return self.x.new_empty(shape) if name in self._keep else self._temporary(name, *shape)
+        """Return a buffer that is lent for what is kept, else a temporary one."""
+        if self._loan is not None and name in self._keep:
+            return self._loan(name, self.x, *shape)
+        return self._temporary(name, *shape)
 
     def _heads(self, qkv: torch.Tensor) -> torch.Tensor:
         return qkv.view(len(qkv), self._size // self.shape.head_dim, self.shape.head_dim)

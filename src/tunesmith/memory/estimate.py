@@ -46,8 +46,10 @@ _LATER = 12 * MIB
 _HEAP, _HEAP_SHARE = 56 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
-_CHUNK = 64 * MIB
+_CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
+_LANE_SCRATCH = 1.6
+"""Buffers of lanes, each of the larger half, and those of parts that stay in one piece, over buffers of one part."""
 _BLOCK, _MOST_SCORES, _STEP = 64, 4 * 2**20, 32
 """Query block, scores of one product, rounding of lengths in 16 bits (``ops/attention_varlen/cpu.py``)."""
 
@@ -113,11 +115,13 @@ class Setting:
         policies: one a layer.
         parts: parts of one optimizer step; with more than one, gradients stand while a part is computed.
         state_bytes: bytes of optimizer state a trained parameter; 8 for AdamW.
+        lanes: parts that are computed side by side, which share the tokens.
     """
 
     policies: tuple[Policy, ...]
     parts: int = 1
     state_bytes: int = 8
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +222,17 @@ def estimate(
         "gradients": 4 * shape.trained,
         "optimizer": setting.state_bytes * shape.trained,
     }
-    head = _head_bytes(shape, part.rows)
+    lanes = setting.lanes
+    head = lanes * _head_bytes(shape, -(-part.rows // lanes))
     kept = kept_bytes(shape, part, setting.policies)
     fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) if on_cpu else 0
-    layer = _layer_bytes(shape, part)
+    layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {
         **fixed,
-        "scratch": _scratch_bytes(shape, part, setting.policies),
+        "scratch": int(_scratch_bytes(shape, part, setting.policies) * (_LANE_SCRATCH if lanes > 1 else 1.0)),
         "kept": kept,
-        # The head runs when everything is kept; so does the backward of the last layer.
+        # The head runs when everything is kept; so does the backward of the last layer. What was kept waits in the
+        # engine's buffers for the next part, while each lane gathers gradients of its own.
         **({"head": head, "layer": 0} if head >= layer else {"head": 0, "layer": layer}),
     }
     parts = {name: size for name, size in parts.items() if size}
@@ -342,7 +348,7 @@ def _scratch_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Polic
     return part.tokens * shape.itemsize * sum(widths.values())
 
 
-def _layer_bytes(shape: MemoryShape, part: PartShape) -> int:
+def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:
     """Return what one layer's backward allocates and gives back: attention's grids and scores, gradients of weights."""
     if not shape.layers:
         return part.tokens * eager_bytes(shape)
@@ -363,13 +369,14 @@ def _layer_bytes(shape: MemoryShape, part: PartShape) -> int:
         grids = together * length * query * (4 * size + 2 * wide)
         scores = together * block * (2 * size + 2 * wide + (2 * (size + wide) if size < 4 else 0))
         most = max(most, grids + scores)
-    return own + most
+    return own + most * min(lanes, len(part.lengths))
 
 
 def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
     """Return the final norm under autograd, hidden rows with their gradient, and one chunk of logits."""
     size, wide = shape.itemsize, shape.wide
-    chunk = min(max(rows, 1), max(16, _CHUNK // (shape.vocabulary * wide)))
+    most = _CHUNK_GPU if shape.kind == "cuda" else _CHUNK
+    chunk = min(max(rows, 1), max(16, most // (shape.vocabulary * wide)))
     # Logits, and as much again while logsumexp works; a softcap keeps its slope too.
     logits = chunk * shape.vocabulary * wide * (2 + (shape.softcap and gradient))
     norm = rows * shape.hidden * (2 * wide + 2 * size)

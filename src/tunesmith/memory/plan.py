@@ -147,6 +147,7 @@ class TrainingPlan:
         reason: why this choice, in one sentence.
         alternatives: the choices that were looked at, the fastest first.
         advice: the cheapest change that fits, when nothing that was asked for does.
+        lanes: parts of what is computed together that threads compute side by side.
     """
 
     mode: bool | str
@@ -161,6 +162,7 @@ class TrainingPlan:
     alternatives: tuple[Alternative, ...] = ()
     advice: str | None = None
     least: int = 0
+    lanes: int = 1
 
     @property
     def fits(self) -> bool:
@@ -180,9 +182,11 @@ class TrainingPlan:
     def restored(self, record: dict[str, Any]) -> TrainingPlan:
         """Return this plan with the choice that ``record`` holds: that of the run which is continued."""
         chosen = tuple(Policy(name) for name in record["policies"])
-        if chosen == self.policies and record["part_tokens"] == self.part_tokens:
+        # Records of older runs have no lanes: they had one.
+        record = {"lanes": 1, **record}
+        if chosen == self.policies and all(record[name] == getattr(self, name) for name in ("part_tokens", "lanes")):
             return self
-        same = {name: record[name] for name in ("part_tokens", "parts", "phases", "peak", "reason", "tokens")}
+        same = {name: record[name] for name in ("part_tokens", "parts", "phases", "peak", "reason", "tokens", "lanes")}
         return replace(self, policies=chosen, alternatives=(), advice=None, **same)
 
 
@@ -204,6 +208,7 @@ def plan_training(
     peak_so_far: int = 0,
     state_bytes: int = 8,
     splits: bool = True,
+    lanes: int = 1,
 ) -> TrainingPlan:
     """Choose policies and tokens computed together.
 
@@ -214,8 +219,9 @@ def plan_training(
         present, peak_so_far: what this process holds and has held, with base and adapter loaded; None before that.
         state_bytes: optimizer state of one trained parameter.
         splits: whether micro-batches may be cut at all.
+        lanes: parts that can be computed side by side (``training/lanes.py``).
     """
-    planner = _Planner(shape, work, present, peak_so_far, state_bytes)
+    planner = _Planner(shape, work, present, peak_so_far, state_bytes, lanes if splits else 1)
     limit = None if memory is None else int(memory / _MARGIN)
     tried = [
         planner.try_out(policies, tokens)
@@ -251,6 +257,7 @@ def plan_training(
         tokens=chosen.part.tokens,
         alternatives=tuple(_alternatives(tried, tried[0].time, budget)),
         advice=advice,
+        lanes=planner.lanes_under(chosen.policies),
         least=min(planner.try_out(p, t).estimate.peak for t in _token_choices(shape.kind, work, splits)[:1]
                   for p in _policy_choices(shape, "auto")[-1:]),
     )  # fmt: skip
@@ -272,7 +279,12 @@ class _Planner:
     present: int | None
     peak_so_far: int
     state_bytes: int
+    lanes: int = 1
     _parts: dict[Any, tuple[PartShape, int]] = field(default_factory=dict)
+
+    def lanes_under(self, policies: tuple[Policy, ...]) -> int:
+        """Return the lanes that ``policies`` allow: the file of offloaded inputs has one reader."""
+        return 1 if Policy.OFFLOAD in policies else self.lanes
 
     def try_out(self, policies: tuple[Policy, ...], tokens: int | None) -> _Choice:
         """Estimate one choice."""
@@ -284,7 +296,7 @@ class _Planner:
         found = estimate(
             self.shape,
             part,
-            Setting(policies, count * self.work.accumulation, self.state_bytes),
+            Setting(policies, count * self.work.accumulation, self.state_bytes, self.lanes_under(policies)),
             present=self.present,
             peak_so_far=self.peak_so_far,
             evaluated=None if evaluated is None else evaluated[0],

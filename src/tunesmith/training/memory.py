@@ -99,6 +99,7 @@ def plan_run(trainer: SFTTrainer) -> TrainingPlan:
         peak_so_far=0 if on_gpu else peak_bytes(),
         state_bytes=state_bytes(args.optim),
         splits=trainer.head.joins_documents,
+        lanes=trainer.lanes,
     )
 
 
@@ -121,9 +122,12 @@ def probe_run(trainer: SFTTrainer) -> Probe:
 
     def backward() -> None:
         for part in parts:
-            trainer.head.loss(trainer._prepare_inputs(part), divisor).backward()
+            trainer._part_step(trainer.model, part, divisor)
 
-    return probe_step(trainer.model, backward, batch["tokens"])
+    try:
+        return probe_step(trainer.model, backward, batch["tokens"])
+    finally:
+        trainer._lanes.close()
 
 
 def _items(dataset: Any) -> tuple[list[list[tuple[int, int]]], list[list[int]]]:

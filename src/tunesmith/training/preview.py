@@ -24,6 +24,7 @@ from tunesmith.memory.estimate import present_when_loaded
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
+from tunesmith.training.lanes import lanes_there
 from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
 from tunesmith.training.settings import RunSettings
 
@@ -103,6 +104,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         memory=there_is,
         present=present_when_loaded(shape, resident_bytes()),
         state_bytes=state_bytes(args.optim),
+        lanes=lanes_there(model, args),
     )
     kept = (settings.save_total_limit or 10) + 1
     disk = {

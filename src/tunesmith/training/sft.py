@@ -31,9 +31,10 @@ from tunesmith.core.errors import ModelError, OutputError, SettingsError, Traini
 from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
-from tunesmith.data.parts import split_batch
+from tunesmith.data.parts import lanes_of, split_batch
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.head import LossHead
+from tunesmith.engine.install import engine_of
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
@@ -50,6 +51,7 @@ from tunesmith.training.checkpoint import (
 )
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
+from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
 from tunesmith.training.plan import apply_older_style, check_precision, choose_cadence, length_limit, try_out
@@ -146,6 +148,8 @@ class SFTTrainer(Trainer):
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
         # A kernel per new shape costs a CPU in 16 bits more than some idle tokens.
         self.axis_multiple = 1 if facts_of(model).dtype.dtype.itemsize > 2 else 64
+        self.lanes = lanes_there(model, args)
+        self._lanes = Lanes(self.lanes)
         self._make_plan()
         self._proved_gradients = False
         self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
@@ -235,8 +239,7 @@ class SFTTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
-        parts = self._parts_of(inputs)
-        loss = sum(super(SFTTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+        loss = sum(self._part_step(model, part, num_items_in_batch) for part in self._parts_of(inputs))
         assert isinstance(loss, torch.Tensor)
         if not torch.isfinite(loss) and self.args.world_size == 1:
             self._stop("the loss", inputs["where"])
@@ -248,6 +251,24 @@ class SFTTrainer(Trainer):
             self._places = []
         # The Trainer reports the mean over processes; each holds its share of one sum.
         return loss * self.args.world_size
+
+    def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
+        """Return the loss of a part after its backward; in lanes where the plan and the part allow it."""
+        least = least_tokens(model.get_input_embeddings().embedding_dim)
+        # Whoever has written a loss of his own does not expect to be called by two threads.
+        if (
+            self.plan.lanes < 2
+            or sum(part["lengths"]) < least
+            or type(self).compute_loss is not SFTTrainer.compute_loss
+        ):
+            return super().training_step(model, part, divisor)
+        lanes = lanes_of(part, self.plan.lanes, multiple=self.axis_multiple)
+        if len(lanes) < 2 or divisor is None:
+            return super().training_step(model, part, divisor)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # as the Trainer does, for optimizers that know two modes
+        return self._lanes.step(lambda lane: self.head.loss(lane, divisor), lanes, [p for _, p in self._trainable()])
 
     def _parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Return smaller batches with the same sums, which keep less (data/parts.py)."""
@@ -306,6 +327,7 @@ class SFTTrainer(Trainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._forget_buffers()
         with evaluation_mode(self.model):
             for batch in self.get_eval_dataloader(eval_dataset):
                 for part in self._parts_of(batch):
@@ -380,6 +402,7 @@ class SFTTrainer(Trainer):
         finally:
             # An error ends the run without on_train_end.
             self._interrupts.release()
+            self._lanes.close()
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -390,6 +413,7 @@ class SFTTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._checkpoint_folder())
         self.store_flos()
         generators = self._generator_states()
+        self._forget_buffers()
         # A damaged one of an earlier process is written anew.
         if self.args.should_save and damage(self._checkpoint_folder()) is not None:
             require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
@@ -409,6 +433,12 @@ class SFTTrainer(Trainer):
                 best=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def _forget_buffers(self) -> None:
+        """Give back what the engine holds for the next step, before something else needs memory."""
+        engine = engine_of(self.model)
+        if engine is not None:
+            engine.scratch.clear()
 
     def _callback_states(self) -> dict[str, Any]:
         from transformers.trainer_callback import ExportableState
