@@ -67,9 +67,14 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"model": "qwen3-0.2b", "mode": True, "batch": 2, "length": 300, "r": 16, "vary": True},
     {"model": "llama-1b", "mode": True, "batch": 1, "length": 256, "r": 16},
     {"model": "llama-1b", "mode": False, "batch": 1, "length": 256, "r": 8, "trained": 0.5},
+    {"model": _SMOL, "mode": "sel_mlp", "batch": 3, "length": 300, "r": 24},
+    {"model": _SMOL, "mode": "unsloth", "batch": 6, "length": 250, "r": 48, "vary": True, "trained": 0.1},
+    {"model": "qwen3-0.2b", "mode": "auto", "batch": 4, "length": 200, "r": 16, "vary": True},
+    {"model": "llama-1b", "mode": "selective", "batch": 2, "length": 128, "r": 32},
 )
 """Batch, length, policy, rank over three models. ``vary`` draws lengths around ``length``; ``mode`` is
-``use_gradient_checkpointing``, or a policy that no mode has alone."""
+``use_gradient_checkpointing``, or a policy that no mode has alone. The last four were never looked at while the constants
+of the estimate were chosen."""
 
 
 def name_of(spec: dict[str, Any]) -> str:

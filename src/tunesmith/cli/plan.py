@@ -113,14 +113,16 @@ def _parts_table(plan: TrainingPlan) -> Table:
 
 def _facts(found: Preview, *, is_asked: bool) -> list[tuple[str, str]]:
     plan = found.plan
-    together = "micro-batches as they are" if plan.part_tokens is None else f"at most {plan.part_tokens:,} tokens"
     stored = ", ".join(f"{bytes_in_words(size)} of {dtype}" for dtype, size in found.stored.items())
     rows = [
         ("weights", f"{found.dtype}{f'; stored: {stored}' if stored else ''}"),
         ("memory", f"{bytes_in_words(found.memory)} {'asked for' if is_asked else 'can be had here'}"),
         ("predicted peak", f"{bytes_in_words(plan.peak)}, {100 * plan.peak / found.memory:.0f} % of it"),
         ("backward keeps", f"{plan.describe()}: {plan.reason}"),
-        ("together", f"{together}; the largest part has {plan.tokens:,}, the longest row {found.work.longest:,}"),
+        (
+            "together",
+            f"{plan.together()}; the largest part has {plan.tokens:,}, the longest row {found.work.longest:,}",
+        ),
     ]
     return rows if plan.advice is None else [*rows, ("does not fit", plan.advice)]
 

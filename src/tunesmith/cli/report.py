@@ -114,10 +114,9 @@ def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
 
 def plan_in_short(plan: TrainingPlan) -> str:
     """Return the predicted peak, what layers keep and the tokens computed together, in one sentence."""
-    together = "whole micro-batches" if plan.part_tokens is None else f"at most {plan.part_tokens:,} tokens together"
     warning = "" if plan.advice is None else f". It may not fit: {plan.advice}"
     peak = f"{bytes_in_words(plan.peak)} predicted at the peak"
-    return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); {together}{warning}"
+    return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); together: {plan.together()}{warning}"
 
 
 def _devices(trainer: SFTTrainer) -> str:

@@ -173,6 +173,11 @@ class TrainingPlan:
         """Return the policies in words: ``"12 layers none, 18 layers sel_mlp"``."""
         return describe_policies(self.policies)
 
+    def together(self) -> str:
+        """Return what is computed together in words: ``"at most 512 tokens, in 2 lanes side by side"``."""
+        tokens = "whole micro-batches" if self.part_tokens is None else f"at most {self.part_tokens:,} tokens"
+        return f"{tokens}, in {self.lanes} lanes side by side" if self.lanes > 1 else tokens
+
     def record(self) -> dict[str, Any]:
         """Return JSON values, from which :meth:`restored` makes the same choice again."""
         values = asdict(self)
