@@ -73,7 +73,7 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"model": "llama-1b", "mode": "selective", "batch": 2, "length": 128, "r": 32},
 )
 """Batch, length, policy, rank over three models. ``vary`` draws lengths around ``length``; ``mode`` is
-``use_gradient_checkpointing``, or a policy that no mode has alone. The last four were never looked at while the constants
+``use_gradient_checkpointing``, or a policy that no mode has alone. The last four were not looked at while the constants
 of the estimate were chosen."""
 
 

@@ -14,6 +14,7 @@ from tests.engine.support import POLICIES, adapted, assert_identical, base_of, b
 
 from tunesmith.core.errors import OutputError
 from tunesmith.engine import offload
+from tunesmith.engine import scratch as scratch_module
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
@@ -46,18 +47,31 @@ def test_a_buffer_grows_and_is_used_again() -> None:
 def test_what_is_lent_comes_back_with_its_loan() -> None:
     scratch, like = Scratch(), torch.zeros(1)
     first, second = scratch.lend(), scratch.lend()
-    places = {first("a", like, 4, 8).data_ptr(), second("a", like, 4, 8).data_ptr()}
-    assert len(places) == 2 and scratch.idle_nbytes() == 0
-    del first, second
-    assert scratch.idle_nbytes() == 2 * 128
+    places = [loan(like, 4, 8).data_ptr() for loan in (first, second)]
+    assert places[1] == places[0] + 128 and scratch.blocks() == (1, 1)
+    del first
+    assert scratch.lend()(like, 4, 8).data_ptr() == places[1] + 128  # the second is still lent
+    del second
+    assert scratch.blocks() == (1, 0)
     again = scratch.lend()
-    assert again("a", like, 8, 2).data_ptr() in places
-    assert again("a", like, 9, 8).shape == (9, 8)  # the smaller one went first
-    assert scratch.idle_nbytes() == 0
-    del again
-    assert scratch.idle_nbytes() == 128 + 4 * 72
+    assert again(like, 9, 8).data_ptr() == places[0]
     scratch.clear()
-    assert scratch.idle_nbytes() == 0
+    assert scratch.blocks() == (0, 0)
+
+
+def test_a_loan_that_stays_holds_its_block_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch_module, "_BLOCK", 256)
+    scratch, like = Scratch(), torch.zeros(1)
+    stays = scratch.lend()
+    kept = stays(like, 32).fill_(7)
+    for _ in range(20):
+        passing = scratch.lend()
+        for size in (32, 48, 100):
+            passing(like, size).zero_()
+        del passing
+    assert bool((kept == 7).all())
+    count, lent = scratch.blocks()
+    assert count <= 4 and lent == 1
 
 
 def test_a_graph_that_lives_on_keeps_what_it_was_lent() -> None:

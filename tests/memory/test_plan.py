@@ -163,3 +163,23 @@ def test_a_plan_can_be_written_and_followed_again() -> None:
 def test_policies_in_words() -> None:
     assert describe_policies([Policy.NONE] * 3) == "all layers none"
     assert describe_policies([Policy.FULL, Policy.FULL, Policy.NONE]) == "2 layers full, 1 layers none"
+
+
+def test_lanes_cost_memory_and_are_left_out_where_it_is_short() -> None:
+    shape = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB)
+    whole = plan_training(shape, work(), mode=True, memory=200 * GIB)
+    lanes = plan_training(shape, work(), mode=True, memory=200 * GIB, lanes=2)
+    assert (whole.lanes, lanes.lanes) == (1, 2) and lanes.peak > whole.peak
+    assert lanes.together().endswith("in 2 lanes side by side") and "lanes" not in whole.together()
+    least = plan_training(shape, work(), mode=True, memory=1).peak
+    tight = plan_training(shape, work(), mode=True, memory=int(1.06 * least), lanes=2)
+    assert tight.fits and tight.lanes == 1
+    assert plan_training(shape, work(), mode="offload", memory=200 * GIB, lanes=2).lanes == 1
+
+
+def test_a_run_that_is_continued_keeps_its_lanes() -> None:
+    shape = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB)
+    one, two = (plan_training(shape, work(), mode=True, memory=200 * GIB, lanes=lanes) for lanes in (1, 2))
+    assert two.restored(one.record()).lanes == 1 and one.restored(two.record()).lanes == 2
+    older = {name: value for name, value in one.record().items() if name != "lanes"}
+    assert two.restored(older).lanes == 1

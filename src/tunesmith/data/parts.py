@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.data.collate import IGNORED, DocumentCollator
 
-__all__ = ["lanes_of", "share_documents", "split_batch"]
+__all__ = ["even_shares", "lanes_of", "share_documents", "split_batch"]
 
 # A lane that has more than its share by this is not worth it: the others wait. One thread for each of two equal lanes
 # takes 0.81 of the time that both take together (benchmarks/LOG.md).
@@ -38,11 +38,8 @@ def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -
 def lanes_of(batch: dict[str, Any], lanes: int, *, multiple: int = 1) -> list[dict[str, Any]]:
     """Return ``batch`` as that many batches of nearly equal size, or alone where its documents do not allow that."""
     documents = _trained_documents(batch)
-    lengths = [len(document["input_ids"]) for document in documents]
-    shares = _spread(lengths, lanes)
-    if lanes * max(sum(lengths[index] for index in share) for share in shares) > _UNEVEN * sum(lengths):
-        return [batch]
-    return _collated(batch, documents, shares, multiple)
+    shares = even_shares([len(document["input_ids"]) for document in documents], lanes)
+    return [batch] if shares is None else _collated(batch, documents, shares, multiple)
 
 
 def _collated(
@@ -82,6 +79,13 @@ def share_documents(lengths: Sequence[int], most_tokens: int) -> list[list[int]]
         if max(sum(lengths[index] for index in share) for share in shares) <= limit:
             return [share for share in shares if share]
         count += 1
+
+
+def even_shares(lengths: Sequence[int], count: int) -> list[list[int]] | None:
+    """Return indices of documents in ``count`` shares of nearly equal size, or None where there are none."""
+    shares = _spread(lengths, count)
+    largest = max(sum(lengths[index] for index in share) for share in shares)
+    return None if count * largest > _UNEVEN * sum(lengths) else shares
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -304,7 +304,7 @@ class _Pass:
     def _buffer(self, name: str, *shape: int) -> torch.Tensor:
         """Return a buffer that is lent for what is kept, else a temporary one."""
         if self._loan is not None and name in self._keep:
-            return self._loan(name, self.x, *shape)
+            return self._loan(self.x, *shape)
         return self._temporary(name, *shape)
 
     def _heads(self, qkv: torch.Tensor) -> torch.Tensor:

@@ -43,13 +43,14 @@ _LOADING = 48 * MIB
 """What loading a model and making its trainer leave beside the weights: code, buffers, the last pages of files."""
 _LATER = 12 * MIB
 """Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
-_HEAP, _HEAP_SHARE = 56 * MIB, 0.03
+_HEAP, _HEAP_SHARE = 46 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
-_LANE_SCRATCH = 1.6
-"""Buffers of lanes, each of the larger half, and those of parts that stay in one piece, over buffers of one part."""
+_LANE_SCRATCH, _LANE_SHARE = 1.3, 0.08
+"""Buffers of lanes, each of the larger half, over buffers of one part; and the share of what is kept by which lanes
+need more, whose heaps are their own."""
 _BLOCK, _MOST_SCORES, _STEP = 64, 4 * 2**20, 32
 """Query block, scores of one product, rounding of lengths in 16 bits (``ops/attention_varlen/cpu.py``)."""
 
@@ -226,6 +227,7 @@ def estimate(
     head = lanes * _head_bytes(shape, -(-part.rows // lanes))
     kept = kept_bytes(shape, part, setting.policies)
     fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) if on_cpu else 0
+    kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {
         **fixed,

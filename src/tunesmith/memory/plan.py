@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from tunesmith.core.errors import SettingsError
-from tunesmith.data.parts import share_documents
+from tunesmith.data.parts import even_shares, share_documents
 from tunesmith.engine.policies import Policy
 from tunesmith.memory.estimate import (
     LIBRARIES_BYTES,
@@ -114,6 +114,15 @@ class Work:
         tokens, rows = max(part.tokens for part in found), max(part.rows for part in found)
         lengths = max(found, key=lambda part: (part.tokens, max(part.lengths))).lengths
         return PartShape(lengths, min(rows, tokens)), parts
+
+    def has_even_parts(self, most_tokens: int | None, lanes: int) -> bool:
+        """Return whether some part of ``most_tokens`` would be computed in that many lanes."""
+        for batch in self.batches[:_DIVIDED]:
+            lengths = [length for length, _ in batch]
+            shares = [list(range(len(lengths)))] if most_tokens is None else share_documents(lengths, most_tokens)
+            if any(even_shares([lengths[index] for index in share], lanes) for share in shares):
+                return True
+        return False
 
     def _part(self, documents: Sequence[tuple[int, int]]) -> PartShape:
         lengths = [length for length, _ in documents]
@@ -237,6 +246,12 @@ def plan_training(
     least = min(tried, key=lambda choice: choice.estimate.peak)
     fitting = [choice for choice in tried if limit is None or choice.estimate.peak <= limit]
     budget, advice = limit, None
+    if not fitting and lanes > 1:
+        # In one piece a step needs fewer buffers and one set of gradients.
+        return plan_training(
+            shape, work, mode=mode, memory=memory, present=present, peak_so_far=peak_so_far, state_bytes=state_bytes,
+            splits=splits,
+        )  # fmt: skip
     if not fitting:
         chosen = least
         advice = _cheapest_change(shape, work, mode, limit or 0, planner)
@@ -286,6 +301,7 @@ class _Planner:
     state_bytes: int
     lanes: int = 1
     _parts: dict[Any, tuple[PartShape, int]] = field(default_factory=dict)
+    _lanes: dict[int | None, int] = field(default_factory=dict)
 
     def lanes_under(self, policies: tuple[Policy, ...]) -> int:
         """Return the lanes that ``policies`` allow: the file of offloaded inputs has one reader."""
@@ -298,10 +314,14 @@ class _Planner:
                 self._parts[of, tokens] = self.work.largest(tokens, of=of)
         part, count = self._parts["batches", tokens]
         evaluated = self._parts.get(("evaluated", tokens))
+        lanes = self.lanes_under(policies)
+        if lanes > 1 and tokens not in self._lanes:
+            self._lanes[tokens] = lanes if self.work.has_even_parts(tokens, lanes) else 1
+        lanes = self._lanes[tokens] if lanes > 1 else 1
         found = estimate(
             self.shape,
             part,
-            Setting(policies, count * self.work.accumulation, self.state_bytes, self.lanes_under(policies)),
+            Setting(policies, count * self.work.accumulation, self.state_bytes, lanes),
             present=self.present,
             peak_so_far=self.peak_so_far,
             evaluated=None if evaluated is None else evaluated[0],

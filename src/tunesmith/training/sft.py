@@ -254,7 +254,7 @@ class SFTTrainer(Trainer):
 
     def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
         """Return the loss of a part after its backward; in lanes where the plan and the part allow it."""
-        least = least_tokens(model.get_input_embeddings().embedding_dim)
+        least = least_tokens(self.head.model.get_input_embeddings().embedding_dim)
         # Whoever has written a loss of his own does not expect to be called by two threads.
         if (
             self.plan.lanes < 2
