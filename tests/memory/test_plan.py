@@ -166,15 +166,20 @@ def test_policies_in_words() -> None:
 
 
 def test_lanes_cost_memory_and_are_left_out_where_it_is_short() -> None:
-    shape = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB)
-    whole = plan_training(shape, work(), mode=True, memory=200 * GIB)
-    lanes = plan_training(shape, work(), mode=True, memory=200 * GIB, lanes=2)
-    assert (whole.lanes, lanes.lanes) == (1, 2) and lanes.peak > whole.peak
+    shape, short = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB), work(100)
+    whole = plan_training(shape, short, mode=True, memory=200 * GIB)
+    lanes = plan_training(shape, short, mode=True, memory=200 * GIB, lanes=2)
+    assert (whole.lanes, lanes.lanes) == (1, 2) and lanes.peak > 1.01 * whole.peak
     assert lanes.together().endswith("in 2 lanes side by side") and "lanes" not in whole.together()
-    least = plan_training(shape, work(), mode=True, memory=1).peak
-    tight = plan_training(shape, work(), mode=True, memory=int(1.06 * least), lanes=2)
+    tight = plan_training(shape, short, mode=True, memory=int(1.055 * whole.peak), lanes=2)
     assert tight.fits and tight.lanes == 1
-    assert plan_training(shape, work(), mode="offload", memory=200 * GIB, lanes=2).lanes == 1
+    assert plan_training(shape, short, mode="offload", memory=200 * GIB, lanes=2).lanes == 1
+
+
+def test_lanes_that_no_batch_would_use_cost_nothing() -> None:
+    shape = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB)
+    one, two = (plan_training(shape, work(batch=1), mode=True, memory=200 * GIB, lanes=lanes) for lanes in (1, 2))
+    assert one.peak == two.peak
 
 
 def test_a_run_that_is_continued_keeps_its_lanes() -> None:
