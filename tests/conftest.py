@@ -17,8 +17,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Before any library reads it.
+# Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two threads on products of tiny models wait for each other longer than they compute; processes of tests inherit it.
+# What needs threads asks for them (training/test_lanes.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One place for converted models, so that only the first run of the suite converts them; git does not see it.
 os.environ.setdefault("TUNESMITH_CACHE", str(ROOT / ".cache"))
 
