@@ -30,7 +30,14 @@ def test_prediction_of_a_small_run(spec: dict[str, Any]) -> None:
     compare(spec)
 
 
+@pytest.fixture
+def _all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure what users get: with two threads or more a step runs in lanes."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_all_threads")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("spec", CONFIGURATIONS, ids=name_of)
 def test_prediction(spec: dict[str, Any]) -> None:
@@ -38,6 +45,7 @@ def test_prediction(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_all_threads")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "spec",

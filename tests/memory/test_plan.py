@@ -140,7 +140,7 @@ def test_the_largest_part_is_found() -> None:
 
     draw = random.Random(0)
     batches = [[(draw.randint(5, 600), 5) for _ in range(8)] for _ in range(200)]
-    found, _ = Work(batches).largest(1024)
+    found = Work(batches).largest(1024)
     truth = max(
         sum(batch[index][0] for index in share)
         for batch in batches

@@ -114,13 +114,11 @@ class Setting:
 
     Attributes:
         policies: one a layer.
-        parts: parts of one optimizer step; with more than one, gradients stand while a part is computed.
         state_bytes: bytes of optimizer state a trained parameter; 8 for AdamW.
         lanes: parts that are computed side by side, which share the tokens.
     """
 
     policies: tuple[Policy, ...]
-    parts: int = 1
     state_bytes: int = 8
     lanes: int = 1
 

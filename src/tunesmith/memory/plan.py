@@ -230,7 +230,7 @@ class _Planner:
     peak_so_far: int
     state_bytes: int
     lanes: int = 1
-    _parts: dict[Any, tuple[PartShape, int]] = field(default_factory=dict)
+    _parts: dict[Any, PartShape] = field(default_factory=dict)
     _lanes: dict[int | None, int] = field(default_factory=dict)
 
     def lanes_under(self, policies: tuple[Policy, ...]) -> int:
@@ -242,8 +242,7 @@ class _Planner:
         for of in ("batches", "evaluated"):
             if (of, tokens) not in self._parts and getattr(self.work, of):
                 self._parts[of, tokens] = self.work.largest(tokens, of=of)
-        part, count = self._parts["batches", tokens]
-        evaluated = self._parts.get(("evaluated", tokens))
+        part = self._parts["batches", tokens]
         lanes = self.lanes_under(policies)
         if lanes > 1 and tokens not in self._lanes:
             self._lanes[tokens] = lanes if self.work.has_even_parts(tokens, lanes) else 1
@@ -251,10 +250,10 @@ class _Planner:
         found = estimate(
             self.shape,
             part,
-            Setting(policies, count * self.work.accumulation, self.state_bytes, lanes),
+            Setting(policies, self.state_bytes, lanes),
             present=self.present,
             peak_so_far=self.peak_so_far,
-            evaluated=None if evaluated is None else evaluated[0],
+            evaluated=self._parts.get(("evaluated", tokens)),
         )
         return _Choice(policies, tokens, part, found, _time(self.shape, policies, part, self.work))
 

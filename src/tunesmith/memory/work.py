@@ -22,7 +22,6 @@ class Work:
         evaluated: the same of each evaluation batch.
         whole: tokens of the largest micro-batch when nothing is cut.
         multiple: token axes are rounded up to it.
-        accumulation: micro-batches of an optimizer step.
         padded: documents of a micro-batch and tokens of the longest, for tools that pad.
     """
 
@@ -30,7 +29,6 @@ class Work:
     evaluated: Sequence[Sequence[tuple[int, int]]] = ()
     whole: int = 1
     multiple: int = 1
-    accumulation: int = 1
     padded: tuple[int, int] = (1, 1)
 
     @property
@@ -43,14 +41,14 @@ class Work:
         """Tokens of the longest document."""
         return max((length for batch in self.batches for length, _ in batch), default=1)
 
-    def largest(self, most_tokens: int | None, *, of: str = "batches") -> tuple[PartShape, int]:
-        """Return the largest part of ``most_tokens`` (None: whole micro-batches), and the most parts of a batch."""
+    def largest(self, most_tokens: int | None, *, of: str = "batches") -> PartShape:
+        """Return the largest part of ``most_tokens``; None: the largest micro-batch."""
         batches: Sequence[Sequence[tuple[int, int]]] = getattr(self, of)
         if most_tokens is None:
             chosen = max(batches, key=lambda batch: sum(length for length, _ in batch))
             part = self._part(chosen)
             idle = max(0, self.whole - part.tokens) if of == "batches" else 0
-            return PartShape((*part.lengths, idle) if idle else part.lengths, part.rows), 1
+            return PartShape((*part.lengths, idle) if idle else part.lengths, part.rows)
 
         def expected(batch: Sequence[tuple[int, int]]) -> float:
             total, longest = sum(length for length, _ in batch), max(length for length, _ in batch)
@@ -61,11 +59,9 @@ class Work:
         for batch in sorted(batches, key=expected, reverse=True)[:_DIVIDED]:
             shares = share_documents([length for length, _ in batch], most_tokens)
             found += [self._part([batch[index] for index in share]) for share in shares]
-        biggest = max(batches, key=lambda batch: sum(length for length, _ in batch))
-        parts = len(share_documents([length for length, _ in biggest], most_tokens))
         tokens, rows = max(part.tokens for part in found), max(part.rows for part in found)
         lengths = max(found, key=lambda part: (part.tokens, max(part.lengths))).lengths
-        return PartShape(lengths, min(rows, tokens)), parts
+        return PartShape(lengths, min(rows, tokens))
 
     def has_even_parts(self, most_tokens: int | None, lanes: int) -> bool:
         """Return whether some part of ``most_tokens`` would be computed in that many lanes."""

@@ -67,7 +67,6 @@ def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Wor
         evaluated=evaluated,
         whole=-(-whole // _AXIS) * _AXIS,
         multiple=multiple,
-        accumulation=args.gradient_accumulation_steps,
         padded=padded,
     )
 

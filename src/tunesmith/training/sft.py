@@ -255,15 +255,12 @@ class SFTTrainer(Trainer):
     def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
         """Return the loss of a part after its backward; in lanes where the plan and the part allow it."""
         least = least_tokens(self.head.model.get_input_embeddings().embedding_dim)
+        lanes = [part]
         # Whoever has written a loss of his own does not expect to be called by two threads.
-        if (
-            self.plan.lanes < 2
-            or sum(part["lengths"]) < least
-            or type(self).compute_loss is not SFTTrainer.compute_loss
-        ):
-            return super().training_step(model, part, divisor)
-        lanes = lanes_of(part, self.plan.lanes, multiple=self.axis_multiple)
-        if len(lanes) < 2 or divisor is None:
+        own_loss = type(self).compute_loss is not SFTTrainer.compute_loss
+        if self.plan.lanes > 1 and divisor is not None and not own_loss and sum(part["lengths"]) >= least:
+            lanes = lanes_of(part, self.plan.lanes, multiple=self.axis_multiple)
+        if len(lanes) < 2:
             return super().training_step(model, part, divisor)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
