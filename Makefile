@@ -29,8 +29,9 @@ KERNEL_PACKAGES := triton==3.6.0 'numpy<2.4'
 demo: $(VENV)/installed
 	$(BIN)/tunesmith demo
 
+# Two processes of one thread each (tests/conftest.py).
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 3600

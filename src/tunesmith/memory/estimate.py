@@ -43,7 +43,7 @@ _LOADING = 48 * MIB
 """What loading a model and making its trainer leave beside the weights: code, buffers, the last pages of files."""
 _LATER = 12 * MIB
 """Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
-_HEAP, _HEAP_SHARE = 46 * MIB, 0.03
+_HEAP, _HEAP_SHARE = 36 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
