@@ -13,10 +13,10 @@ PEERS := .venv-peers
 PEER_PACKAGES := trl==1.16.0 peft transformers datasets lightning==2.6.6 'jsonargparse[signatures]==4.41.0'
 PEER_PACKAGES_ALONE := litgpt==0.5.13 liger-kernel==0.8.5
 # Unsloth allows transformers up to 5.17, trl up to 1.15 and datasets below 5, so it has an environment of its own, and
-# comes alone: what it names beside these (bitsandbytes, triton, xformers, torchvision) a CPU does not use.
+# comes alone: what it names beside these (triton, xformers, torchvision) a CPU does not use.
 UNSLOTH := .venv-unsloth
 UNSLOTH_PACKAGES := trl==1.15.0 transformers==5.17.0 datasets==4.8.5 peft==0.21.2 accelerate==1.15.0 numpy==2.4.6 \
-	requests protobuf sentencepiece
+	requests protobuf sentencepiece bitsandbytes==0.50.2
 UNSLOTH_PACKAGES_ALONE := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
 # Triton interprets kernels without a GPU, at the price of 640 MB: in an environment of its own. Version 3.6 is the

@@ -1,6 +1,7 @@
 """tunesmith: ``FastLanguageModel`` and ``SFTTrainer``.
 
 ``ours``: the defaults. ``ours-<policy>``: the same with another choice of what the backward pass recomputes.
+``ours-4bit``, ``ours-8bit``: the defaults on a quantized base.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ POLICIES: dict[str, bool | str] = {
     "sel_min": "selective",
     "full": True,
     "offload": "offload",
+    "4bit": "unsloth",
+    "8bit": "unsloth",
 }
 # Variants that no value of use_gradient_checkpointing stands for: set on the engine itself.
 ENGINE_POLICIES = ("sel_mlp",)
@@ -46,7 +49,12 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
     policy = POLICIES[job.variant]
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(
-            job.data().model, max_seq_length=_WINDOW, dtype=job.dtype, use_gradient_checkpointing=policy
+            job.data().model,
+            max_seq_length=_WINDOW,
+            dtype=job.dtype,
+            load_in_4bit=job.variant == "4bit",
+            load_in_8bit=job.variant == "8bit",
+            use_gradient_checkpointing=policy,
         )
         model = FastLanguageModel.get_peft_model(
             model, r=RANK, target_modules=list(TARGETS), lora_alpha=RANK, use_gradient_checkpointing=policy

@@ -1,9 +1,10 @@
 """Unsloth's FastLanguageModel with the SFTTrainer that it patches.
 
 ``unsloth``: its defaults in 16 or 32 bit (``use_gradient_checkpointing="unsloth"``, ``dtype=None``,
-``load_in_4bit=False``). ``unsloth-nockpt``: nothing recomputed; TRL's own checkpointing, which is on by default, has to
-be switched off as well. On a CPU it pads rows whatever it is told, so ``unsloth-single`` also takes one row at a
-time; ``unsloth-best`` is that with its opt-in compilation of layers for a CPU.
+``load_in_4bit=False``); ``unsloth-4bit`` those with ``load_in_4bit=True``. ``unsloth-nockpt``: nothing recomputed;
+TRL's own checkpointing, which is on by default, has to be switched off as well. On a CPU it pads rows whatever it is
+told, so ``unsloth-single`` also takes one row at a time; ``unsloth-best`` is that with its opt-in compilation of layers
+for a CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.arms.common import (
 from benchmarks.workload import RANK, TARGETS, load_adapter
 
 # Variant -> use_gradient_checkpointing.
-VARIANTS: dict[str, bool | str] = {"": "unsloth", "nockpt": False, "single": False, "best": False}
+VARIANTS: dict[str, bool | str] = {"": "unsloth", "4bit": "unsloth", "nockpt": False, "single": False, "best": False}
 _WINDOW = 1024
 
 
@@ -49,7 +50,7 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
         job.data().model,
         max_seq_length=_WINDOW,
         dtype=None if job.dtype is None else getattr(torch, job.dtype),
-        load_in_4bit=False,
+        load_in_4bit=job.variant == "4bit",
         use_gradient_checkpointing=checkpointing,
     )
     model = FastLanguageModel.get_peft_model(

@@ -13,6 +13,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.models.settings import choose_width
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +78,9 @@ class FastLanguageModel:
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
 
-        Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. An adapter folder gives
-        the base that it names with the adapter on it, ready to train on.
+        Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
+        and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
+        folder gives the base that it names with the adapter on it, ready to train on.
 
         Raises:
             ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
@@ -88,12 +90,14 @@ class FastLanguageModel:
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
         not_yet = (
-            "load_in_4bit", "load_in_8bit", "load_in_fp8", "full_finetuning", "rope_scaling", "resize_model_vocab",
+            "load_in_fp8", "full_finetuning", "rope_scaling", "resize_model_vocab",
             "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
             "qat_scheme", "random_state", "task_type",
         )  # fmt: skip
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
-        _refuse_other_width(load_in_16bit, dtype)
+        width = choose_width(
+            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
+        )
         check_checkpointing(use_gradient_checkpointing)
         if max_sequence_length is not None:
             # By identity: a 2048 that was asked for is another object than the default.
@@ -110,6 +114,7 @@ class FastLanguageModel:
             chat_template=chat_template,
             attn_implementation=attn_implementation,
             device_map=device_map,
+            width=width,
             **hub,
         )
         set_checkpointing(model, use_gradient_checkpointing)
@@ -199,14 +204,3 @@ def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
 
     apply_template(tokenizer, chat_template)
     return tokenizer
-
-
-def _refuse_other_width(load_in_16bit: bool | None, dtype: Any) -> None:
-    """Refuse ``load_in_16bit`` where ``dtype`` says otherwise; None asks for nothing."""
-    from tunesmith.core.device import parse_dtype
-
-    is_32bit = dtype is not None and parse_dtype(dtype).itemsize > 2
-    if load_in_16bit and is_32bit:
-        raise SettingsError(f"load_in_16bit=True and dtype={dtype}: give one of them.")
-    if load_in_16bit is False and not is_32bit:
-        raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")

@@ -39,6 +39,24 @@ def test_a_run_from_flags_says_what_it_does_and_leaves_a_folder(run, tmp_path, m
     assert json.loads((folder / "result.json").read_text())["steps"] == 4
 
 
+@pytest.mark.parametrize(("flag", "said"), [("--load-in-4bit", "4 bits (NF4, double quantization)"),
+                                            ("--load-in-8bit", "8 bits")])  # fmt: skip
+def test_a_run_on_a_quantized_base(run, tmp_path, model_folder, rows_file, flag, said):
+    folder = tmp_path / "run"
+    words = ("--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT, "--lr", "1e-2", flag)
+    planned = run("plan", *words[:4], *SHORT, flag)
+    assert planned.code == 0, planned.err
+    outcome = run("train", *words)
+    assert outcome.code == 0, outcome.err
+    assert f"the decoder's linear layers in {said}" in " ".join(outcome.out.split())
+    assert "slower" not in outcome.err
+    numbers = json.loads((folder / "result.json").read_text())
+    assert numbers["last_loss"] < numbers["first_loss"]
+    answered = run("evaluate", "--model", folder, "--data", rows_file, "--metric", "perplexity", "--limit", 4, flag)
+    assert answered.code == 0, answered.err
+    assert run("generate", "the cat", "--model", folder, "--max-new-tokens", 2, flag).code == 0
+
+
 def test_the_lines_of_a_run_fit_the_terminal(run, tmp_path, model_folder, rows_file):
     folder = tmp_path / "run"
     shown = run("train", "--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT).out

@@ -15,6 +15,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
+from tunesmith.engine.read import is_quantized
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
@@ -157,9 +158,11 @@ def _set_location(model: Any, folder: str | None) -> None:
 
 
 def trainable_share(model: Any) -> tuple[int, int]:
-    """Return (trainable, all) parameter counts; shared tensors count once."""
+    """Return (trainable, all) parameter counts; quantized ones as what they stand for, shared ones once."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    quantized = [module for module in model.modules() if is_quantized(module)]
+    return trainable, total + sum(m.in_features * m.out_features - m.weight.numel() for m in quantized)
 
 
 def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfig:

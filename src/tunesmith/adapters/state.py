@@ -20,6 +20,7 @@ from tunesmith.models.load import (
     load_tokenizer,
     load_window,
 )
+from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def load_source(
     chat_template: str | None = None,
     attn_implementation: str | None = None,
     device_map: Any = None,
+    width: Width | None = None,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -71,6 +73,7 @@ def load_source(
         chat_template=None if has_own_tokenizer else chat_template,
         attn_implementation=attn_implementation,
         device_map=device_map,
+        width=width,
         **hub,
     )
     if folder is None:

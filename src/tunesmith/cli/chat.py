@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.console import console, not_utf8, print_lines
+from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.names import did_you_mean
 
 __all__ = ["command"]
@@ -21,6 +22,7 @@ _COMMANDS = {
 }
 
 
+@settings_flags(["load_in_4bit", "load_in_8bit"])
 def command(
     model: Annotated[str, typer.Argument(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     adapter: Annotated[
@@ -38,12 +40,15 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds sampling.")] = 3407,
+    **flags: Any,
 ) -> None:
     """Talk to a model. Lines that begin with / are commands; /help lists them."""
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.data.templates import require_chat_template
 
-    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template, dtype=dtype)
+    loaded, tokenizer = load_for_answers(
+        model, adapter, chat_template=chat_template, dtype=dtype, **given_settings(flags)
+    )
     require_chat_template(tokenizer)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     chat = _Chat(loaded, tokenizer, system, sampling)

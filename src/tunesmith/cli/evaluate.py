@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerProgress", "command"]
 
 
-@settings_flags(["map", "chat_template", "dtype"])
+@settings_flags(["map", "chat_template", "dtype", "load_in_4bit", "load_in_8bit"])
 def command(
     model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     data: Annotated[
@@ -59,7 +59,7 @@ def command(
     from tunesmith.evaluation.metrics import get_metric
 
     get_metric(metric)
-    loading = {name: given[name] for name in ("chat_template", "dtype") if name in given}
+    loading = {name: value for name, value in given.items() if name != "map"}
     loaded, tokenizer = load_for_answers(model, adapter, **loading)
     with AnswerProgress() as progress:
         report = evaluate(

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.console import not_utf8
+from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import DataError, SettingsError
 
 __all__ = ["command", "stream_answer"]
 
 
+@settings_flags(["load_in_4bit", "load_in_8bit"])
 def command(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.", show_default=False)],
     model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
@@ -32,6 +34,7 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds sampling.")] = 3407,
+    **flags: Any,
 ) -> None:
     """Answer one prompt. Only the answer goes to stdout, token by token."""
     if raw and (system is not None or chat_template is not None):
@@ -41,7 +44,9 @@ def command(
         raise DataError("the prompt is empty. Give some text, or - to read it from stdin.")
     from tunesmith.cli.loading import load_for_answers
 
-    loaded, tokenizer = load_for_answers(model, adapter, chat_template=chat_template, dtype=dtype)
+    loaded, tokenizer = load_for_answers(
+        model, adapter, chat_template=chat_template, dtype=dtype, **given_settings(flags)
+    )
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -8,24 +8,39 @@ from tunesmith.adapters.state import load_source
 from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
 from tunesmith.models.aliases import find_model
+from tunesmith.models.settings import choose_width
 
 __all__ = ["load_for_answers"]
 
 
 def load_for_answers(
-    model: str, adapter: str | None = None, *, chat_template: str | None = None, dtype: str | None = None
+    model: str,
+    adapter: str | None = None,
+    *,
+    chat_template: str | None = None,
+    dtype: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), ready to generate, with the libraries below silenced.
 
     Raises:
         ModelError: nothing usable is at ``model``.
+        SettingsError: ``load_in_4bit`` and ``load_in_8bit``.
         AdapterError: ``adapter`` is no adapter, does not fit, or ``model`` has one already.
     """
+    width = choose_width(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     # Names are looked up first: a mistyped one is said at once, not after the seconds that the libraries take.
     for name in filter(None, (model, adapter)):
         find_model(name)
     silence_libraries()
     loaded, tokenizer = load_source(
-        model, adapter=adapter, max_seq_length=None, dtype=dtype, chat_template=chat_template, trainable=False
+        model,
+        adapter=adapter,
+        max_seq_length=None,
+        dtype=dtype,
+        width=width,
+        chat_template=chat_template,
+        trainable=False,
     )
     return FastLanguageModel.for_inference(loaded), tokenizer

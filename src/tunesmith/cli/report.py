@@ -91,6 +91,13 @@ def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+_WIDTHS = {
+    None: "",
+    "4bit": "; the decoder's linear layers in 4 bits (NF4, double quantization)",
+    "8bit": "; the decoder's linear layers in 8 bits",
+}
+
+
 def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
     args, facts = trainer.args, facts_of(trainer.model)
     trainable, total = trainable_share(trainer.model)
@@ -98,7 +105,7 @@ def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
     rows = [
         ("model", facts.name),
         ("device", _devices(trainer)),
-        ("dtype", f"{facts.dtype.name} ({facts.dtype.reason})"),
+        ("dtype", f"{facts.dtype.name} ({facts.dtype.reason}){_WIDTHS[facts.width]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
         *_adapters(trainer.model),
         ("rows", _row_counts(trainer)),

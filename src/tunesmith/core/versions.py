@@ -16,6 +16,7 @@ STACK = (
     "transformers",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "tokenizers",
     "safetensors",

@@ -347,10 +347,11 @@ class _FusedMixin:
                 found = read_projection(submodule(path), training=training)
                 if isinstance(found, str):
                     return found
-                if found.weight.dtype != hidden.dtype:
-                    return f"hidden states are {hidden.dtype}, a weight is {found.weight.dtype}"
+                weight = None if found.quantized else found.weight
+                if weight is not None and weight.dtype != hidden.dtype:
+                    return f"hidden states are {hidden.dtype}, a weight is {weight.dtype}"
                 projections.append(found)
-                parameters += [x for x in (found.weight, found.bias, found.a, found.b) if x is not None]
+                parameters += [x for x in (weight, found.bias, found.a, found.b) if x is not None]
             drops = any(p.dropout for p in projections)
             # From torch's own generator, so that a resumed run draws the same.
             seeds = torch.randint(2**62, (len(projections),)).tolist() if drops else ()
@@ -419,12 +420,13 @@ def _is_distributed() -> bool:
 @torch.no_grad()
 def _agrees(original: Any, fused: Any) -> bool:
     """Compare both layers on two short documents."""
-    weight = next(original.parameters())
+    shape: LayerShape = fused._shape
+    # The norm's: those of quantized layers are integers.
+    weight = fused.get_submodule(shape.norms[0] or "").weight
     if weight.is_meta:
         return True
-    shape: LayerShape = fused._shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 12, fused.get_submodule(shape.norms[0] or "").weight.shape[0], generator=generator)
+    x = torch.randn(1, 12, weight.shape[0], generator=generator)
     x = x.to(weight.device, weight.dtype)
     size = int(shape.head_dim * (getattr(original.self_attn.config, "partial_rotary_factor", None) or 1.0))
     angle = torch.rand(1, 12, size // 2, generator=generator).repeat(1, 1, 2).to(weight.device)

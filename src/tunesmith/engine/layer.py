@@ -127,6 +127,7 @@ class _Pass:
         self.grads: dict[int, torch.Tensor] = {}
         self._norm, self._rope = primitives("rms_norm", x), primitives("rope", x)
         self._swiglu, self._attention = primitives("swiglu", x), primitives("attention_varlen", x)
+        self._quantized, self._written = primitives("quantized", x), -1
         self._size = (self.shape.heads + 2 * self.shape.key_heads) * self.shape.head_dim
 
     # ---- forward ----
@@ -327,9 +328,25 @@ class _Pass:
         whole[self.call.rows] = x
         return whole
 
+    def _weights(self, group: int) -> torch.Tensor | None:
+        """Return the stacked weights of ``group``; those in few bits are written out into one buffer for all groups."""
+        g = self.call.groups[group]
+        if not any(p.quantized for p in g.projections):
+            return g.stacked
+        sizes = [p.weight.shape[0] for p in g.projections]
+        whole = self._temporary("weights", sum(sizes), g.projections[0].weight.shape[1])
+        if self._written != group:
+            for p, rows in zip(g.projections, whole.split(sizes), strict=True):
+                if p.quantized is None:
+                    rows.copy_(p.weight.detach())
+                else:
+                    self._quantized.dequantize(p.quantized, rows)
+            self._written = group
+        return whole
+
     def _project(self, group: int, x: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         g = self.call.groups[group]
-        return lora.forward(x, g.stacked, g.projections, seeds=g.seeds, out=out)
+        return lora.forward(x, self._weights(group), g.projections, seeds=g.seeds, out=out)
 
     def _low_rank(self, group: int, x: torch.Tensor) -> torch.Tensor:
         g = self.call.groups[group]
@@ -337,7 +354,7 @@ class _Pass:
 
     def _input_gradient(self, group: int, dy: torch.Tensor, ds: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         g = self.call.groups[group]
-        return lora.input_gradient(dy, ds, g.stacked, g.projections, seeds=g.seeds, out=out)
+        return lora.input_gradient(dy, ds, self._weights(group), g.projections, seeds=g.seeds, out=out)
 
     def _low_rank_gradient(self, group: int, dy: torch.Tensor) -> torch.Tensor:
         return lora.low_rank_gradient(dy, self.call.groups[group].projections)

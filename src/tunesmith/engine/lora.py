@@ -2,25 +2,59 @@
 
 ``fused_lora(config)`` asks PEFT, through its documented hook for custom layers, to build :class:`FusedLoraLinear` for
 plain linear layers. It is a ``peft.tuners.lora.Linear``: names, saving, merging and switching adapters are PEFT's.
+On quantized layers its own classes stay, but for merging, which would round the training away.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLoraLinear
 
+from tunesmith.core.errors import AdapterError
 from tunesmith.ops.lora_linear import lora_linear
 
 __all__ = ["FusedLoraLinear", "fused_lora"]
 
 
 def fused_lora(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use :class:`FusedLoraLinear` for this config. Not written to ``adapter_config.json``."""
-    config._register_custom_module({torch.nn.Linear: FusedLoraLinear})
+    """Make PEFT use the classes of this module for this config. Not written to ``adapter_config.json``."""
+    # PEFT takes the first that fits, and the layers of bitsandbytes are linear layers too.
+    config._register_custom_module({**_quantized_layers(), torch.nn.Linear: FusedLoraLinear})
     return config
+
+
+@functools.cache
+def _quantized_layers() -> dict[type, type]:
+    """Return the layers of bitsandbytes with the LoRA layers for them; none where it was not imported."""
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    import bitsandbytes
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+    return {
+        bitsandbytes.nn.Linear4bit: type("Linear4bit", (_Unmergeable, Linear4bit), {"__module__": __name__}),
+        bitsandbytes.nn.Linear8bitLt: type("Linear8bitLt", (_Unmergeable, Linear8bitLt), {"__module__": __name__}),
+    }
+
+
+class _Unmergeable:
+    """In front of PEFT's classes for quantized layers.
+
+    Rounding base plus adapter to the grid of the base again undoes most of the training: on SmolLM2 the loss went from
+    2.231 to 3.219 in 4 bits (base 3.236), in 8 bits from 2.109 to 2.835.
+    """
+
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse."""
+        raise AdapterError(
+            "merging into a quantized base would round the training away. Save the adapter, load it on the base in 16 "
+            "bits (load_in_16bit=True) and merge there."
+        )
 
 
 class FusedLoraLinear(PeftLoraLinear):

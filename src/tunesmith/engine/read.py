@@ -5,37 +5,41 @@ Read anew in every call, so that whatever PEFT does in between (adapters added, 
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tunesmith.ops.lora_linear.cpu import Projection
+from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, Nested, QuantizedWeight
 
-__all__ = ["read_blocks", "read_norm", "read_projection"]
+__all__ = ["is_quantized", "quantized_bytes", "read_blocks", "read_norm", "read_projection", "read_quantized"]
 
 
 def read_projection(module: Any, *, training: bool) -> Projection | str:
     """Return the linear layer with its active adapter, or the reason why it is more than that."""
-    if type(module) is torch.nn.Linear:
-        return _special(module.weight) or Projection(module.weight, module.bias)
+    if type(module) is torch.nn.Linear or is_quantized(module):
+        return _read_base(module)
     from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
 
-    if not isinstance(module, LoraLinear):
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else None
+    # PEFT has classes of its own for quantized layers, with the same adapters.
+    if not isinstance(module, LoraLinear) and not is_quantized(base):
         return f"a layer is a {type(module).__name__}"
-    base = module.get_base_layer()
-    if type(base) is not torch.nn.Linear:
+    if type(base) is not torch.nn.Linear and not is_quantized(base):
         return f"the base of an adapter is a {type(base).__name__}"
-    weight, bias = base.weight, base.bias
-    found = _hooked(base) or _special(weight)
-    if found:
-        return found
+    plain = _hooked(base) or _read_base(base)
+    if isinstance(plain, str):
+        return plain
     if module.merged and module.disable_adapters:
         return "a merged adapter is disabled"  # PEFT's own forward takes it out of the weight first
     if module.merged or module.disable_adapters:
-        return Projection(weight, bias)
+        return plain
     names = [name for name in module.active_adapters if name in module.lora_A]
     if not names:
-        return Projection(weight, bias)
+        return plain
     if len(names) > 1:
         return f"{len(names)} adapters are active at once"
     (name,) = names
@@ -48,9 +52,76 @@ def read_projection(module: Any, *, training: bool) -> Projection | str:
     if found:
         return found
     dropout = float(drop.p) if training and drop.training and isinstance(drop, torch.nn.Dropout) else 0.0
-    return Projection(
-        weight, bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), dropout
+    return replace(
+        plain,
+        a=module.lora_A[name].weight,
+        b=module.lora_B[name].weight,
+        scale=float(module.scaling[name]),
+        dropout=dropout,
     )
+
+
+def is_quantized(module: Any) -> bool:
+    """Return whether ``module`` is a linear layer of bitsandbytes, in 4 or 8 bits."""
+    known = sys.modules.get("bitsandbytes")  # where it was never imported, there is none
+    return known is not None and isinstance(module, (known.nn.Linear4bit, known.nn.Linear8bitLt))
+
+
+def _read_base(module: Any) -> Projection | str:
+    """Return a linear layer without its adapter, or the reason why it is more than that."""
+    weight, bias = module.weight, module.bias
+    if not is_quantized(module):
+        return _special(weight) or Projection(weight, bias)
+    if weight.is_meta:
+        return "a weight is not in memory"
+    found = read_quantized(module)
+    if isinstance(found, str):
+        return found
+    # Only its shape is read: the values come from ``quantized``.
+    place = torch.empty(found.shape, device="meta", dtype=torch.float32 if bias is None else bias.dtype)
+    return Projection(place, bias, quantized=found)
+
+
+def read_quantized(module: Any) -> QuantizedWeight | str:
+    """Return the weight of a layer of bitsandbytes, or the reason why it cannot be read."""
+    return _four_bits(module) if hasattr(module.weight, "quant_state") else _eight_bits(module)
+
+
+def quantized_bytes(module: Any) -> int:
+    """Return the bytes of a layer's quantized weight with its scales, also where it is not in memory yet."""
+    found = "a weight is not in memory" if module.weight.is_meta else read_quantized(module)
+    if isinstance(found, EightBitWeight):
+        return found.codes.nbytes + found.scales.nbytes
+    if isinstance(found, FourBitWeight):
+        return found.codes.nbytes + found.scales.nbytes + (0 if found.nested is None else found.nested.scales.nbytes)
+    entries = module.in_features * module.out_features
+    if not hasattr(module.weight, "quant_state"):
+        return entries + 4 * module.out_features
+    # NF4 with double quantization: a byte of scale for 64 entries, a float32 for 256 of those.
+    return entries // 2 + entries // 64 + 4 * (entries // (64 * 256) + 1)
+
+
+def _four_bits(module: Any) -> FourBitWeight | str:
+    weight = module.weight
+    state = weight.quant_state if weight.quant_state is not None else module.quant_state
+    if state is None:
+        return "a 4-bit layer has not been quantized yet"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "a 4-bit weight has the layout in which bitsandbytes generates on AVX512 processors"
+    second = state.state2
+    nested = None if second is None else Nested(second.code, second.absmax, second.blocksize, state.offset)
+    rows, columns = state.shape
+    codes = weight.data.view(torch.uint8)
+    return FourBitWeight(codes, state.code, state.absmax, state.blocksize, (rows, columns), state.quant_type, nested)
+
+
+def _eight_bits(module: Any) -> EightBitWeight | str:
+    weight = module.weight
+    # bitsandbytes moves the scales from the Parameter to the module in its first forward.
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    if weight.dtype != torch.int8 or scales is None:
+        return "an 8-bit layer has not been quantized yet"
+    return EightBitWeight(weight.data, scales)
 
 
 def read_norm(module: Any) -> torch.Tensor | str:

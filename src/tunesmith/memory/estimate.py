@@ -21,6 +21,7 @@ from typing import Any
 
 from tunesmith.engine.families import LayerShape
 from tunesmith.engine.policies import Policy, kept_names, kept_values
+from tunesmith.engine.read import is_quantized, quantized_bytes
 
 __all__ = [
     "LIBRARIES_BYTES",
@@ -70,6 +71,7 @@ class MemoryShape:
         trained_bytes: of these.
         kind: "cpu" or "cuda".
         load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
+        written_out: entries of the largest group of quantized weights, dense while a product reads them.
     """
 
     hidden: int
@@ -88,6 +90,7 @@ class MemoryShape:
     key_heads: int = 1
     head_dim: int = 1
     softcap: bool = False
+    written_out: int = 0
 
     @property
     def wide(self) -> int:
@@ -161,7 +164,10 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_ids = {id(p) for p in trained}
     size = itemsize or weight.itemsize
-    frozen = sum(p.numel() * _bytes_of(p, itemsize) for p in model.parameters() if id(p) not in trained_ids)
+    quantized = [module for module in model.modules() if is_quantized(module)]
+    apart = trained_ids | {id(module.weight) for module in quantized}
+    frozen = sum(p.numel() * _bytes_of(p, itemsize) for p in model.parameters() if id(p) not in apart)
+    frozen += sum(map(quantized_bytes, quantized))
     count = config.num_hidden_layers
     fused = engine is not None and not engine.plan.unknown and engine.plan.known
     layers = tuple(engine.plan.known[index] for index in sorted(engine.plan.known)) if engine and fused else ()
@@ -185,6 +191,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
+        written_out=max((_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)), default=0),
     )
 
 
@@ -229,7 +236,8 @@ def estimate(
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {
         **fixed,
-        "scratch": int(_scratch_bytes(shape, part, setting.policies) * (_LANE_SCRATCH if lanes > 1 else 1.0)),
+        "scratch": int(_scratch_bytes(shape, part, setting.policies) * (_LANE_SCRATCH if lanes > 1 else 1.0))
+        + lanes * shape.written_out * shape.itemsize,
         "kept": kept,
         # The head runs when everything is kept; so does the backward of the last layer. What was kept waits in the
         # engine's buffers for the next part, while each lane gathers gradients of its own.
@@ -296,8 +304,16 @@ def _ranks(layer: Any, shape: LayerShape) -> tuple[int, int, int, int]:
 
 
 def _ffn(layer: Any, shape: LayerShape) -> int:
-    module = layer.get_submodule(shape.groups[3][0])
-    return (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight.shape[1]
+    return _base(layer.get_submodule(shape.groups[3][0])).in_features
+
+
+def _written_out(layer: Any, shape: LayerShape) -> int:
+    groups = [[_base(layer.get_submodule(path)) for path in paths] for paths in shape.groups]
+    return max(sum(m.in_features * m.out_features for m in group) * any(map(is_quantized, group)) for group in groups)
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def kept_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Policy]) -> int:

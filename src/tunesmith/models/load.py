@@ -17,6 +17,14 @@ from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
 from tunesmith.core.errors import ModelError, TunesmithError
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
+from tunesmith.models.quantize import (
+    keep_activations,
+    make_quantized,
+    protect_gradients,
+    quantization_config,
+    width_of,
+)
+from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +61,7 @@ class ModelFacts:
         notes: lines for the banner (a fast path refused).
         adapter: the arguments of ``get_peft_model``, None before it.
         checkpointing: ``use_gradient_checkpointing`` as it was asked for.
+        width: of the quantized layers of the base, None where it is not quantized.
     """
 
     name: str
@@ -61,6 +70,7 @@ class ModelFacts:
     notes: list[str] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
     checkpointing: bool | str = False
+    width: Width | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -71,7 +81,7 @@ def facts_of(model: Any) -> ModelFacts:
     dtype = model.get_input_embeddings().weight.dtype
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     window = min(native_window(model.config) or DEFAULT_WINDOW, DEFAULT_WINDOW)
-    return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window)
+    return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window, width=width_of(model.config))
 
 
 def load_causal_lm(
@@ -82,16 +92,18 @@ def load_causal_lm(
     chat_template: str | None = None,
     attn_implementation: str | None = None,
     device_map: Any = None,
+    width: Width | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of a "folder", "gguf" or "hub" source in 16 or 32 bit, and its tokenizer.
+    """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
 
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
-    (token, revision, cache_dir ...).
+    (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
+    ``dtype``, or as the files have them where they are quantized already.
 
     Raises:
-        ModelError: files are missing or corrupt, the architecture is no causal language model, or
-            ``max_seq_length`` is above the model's own window.
+        ModelError: files are missing or corrupt, the architecture is no causal language model,
+            ``max_seq_length`` is above the model's own window, or the files are quantized in another ``width``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -102,13 +114,21 @@ def load_causal_lm(
     arguments: dict[str, Any] = {"dtype": choice.dtype, **hub}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    if device_map is not None:
-        arguments["device_map"] = device_map
+    if device_map is not None or width is not None:
+        # Weights are quantized one by one on the device where they go.
+        arguments["device_map"] = device_map or {"": str(device)}
+    if width is not None:
+        _refuse_other_width(source, place, width, hub)
+        arguments["quantization_config"] = quantization_config(width, choice.dtype)
     with _readable_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
     _refuse_missing_weights(source, info)
-    if device_map is None:
+    if "device_map" not in arguments:
         model.to(device)
+    if width is not None:
+        _leave_files(model)
+    protect_gradients(model)
+    keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
     return model, tokenizer
 
@@ -119,6 +139,7 @@ def empty_causal_lm(
     max_seq_length: int | None = DEFAULT_WINDOW,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    width: Width | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Return what :func:`load_causal_lm` would, with shapes and no values: on the meta device, from config.json alone.
@@ -139,6 +160,8 @@ def empty_causal_lm(
         config = AutoConfig.from_pretrained(_local_place(source), **hub)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **arguments)
+            if width is not None:
+                make_quantized(model, width, choice.dtype)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
     return model
 
@@ -179,7 +202,7 @@ def _fit_out(
     from tunesmith.engine.attention import use_document_attention
     from tunesmith.engine.install import install
 
-    facts = ModelFacts(source.name, choice, _window(model.config, window))
+    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config))
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
@@ -231,6 +254,26 @@ def _window(config: Any, asked: int | None) -> int:
             f"(RoPE scaling) is not supported yet: use at most {native}."
         )
     return int(asked)
+
+
+def _leave_files(model: PreTrainedModel) -> None:
+    """Copy what was not quantized out of the weight files: one view keeps the pages of a whole file in memory."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def _refuse_other_width(source: ModelSource, place: str, width: Width, hub: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    with _readable_errors(source):
+        config = AutoConfig.from_pretrained(place, **hub)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and width_of(config) != width:
+        raise ModelError(
+            f"model {source.name} is stored quantized already, and not as load_in_{width} would. Leave load_in_{width} "
+            "out, or take the model in 16 bits."
+        )
 
 
 def _local_place(source: ModelSource) -> str:

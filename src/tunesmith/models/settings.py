@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from tunesmith.core.device import parse_dtype
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Guide, Settings
 
-__all__ = ["ModelSettings"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ModelSettings", "Width", "choose_width"]
+
+Width = Literal["4bit", "8bit"]
+"""How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
+
+
+def choose_width(
+    *,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    load_in_16bit: bool | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Width | None:
+    """Return the width that was asked for, None for 16 or 32 bits.
+
+    Raises:
+        SettingsError: more than one was asked for, or a ``load_in_16bit`` that ``dtype`` speaks against.
+    """
+    asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_16bit": load_in_16bit}
+    names = [name for name, value in asked.items() if value]
+    if len(names) > 1:
+        raise SettingsError(f"{' and '.join(f'{name}=True' for name in names)}: give one of them.")
+    # Only here: it needs torch, which reading settings does not.
+    is_32bit = load_in_16bit is not None and dtype is not None and parse_dtype(dtype).itemsize > 2
+    if load_in_16bit and is_32bit:
+        raise SettingsError(f"load_in_16bit=True and dtype={dtype}: give one of them.")
+    if load_in_16bit is False and not (is_32bit or names):
+        raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")
+    return "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
 
 
 class ModelSettings(Settings):
@@ -30,6 +63,19 @@ class ModelSettings(Settings):
     ] = None
     """bfloat16, float16 or float32; none lets the hardware decide and prints the reason."""
 
+    load_in_4bit: Annotated[
+        bool, Guide("on for large models", "off: the base is whole", "a fifth of the base's memory, nearly as good")
+    ] = False
+    """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype."""
+
+    load_in_8bit: Annotated[
+        bool, Guide("where 4 bits cost too much quality", "off: the base is whole", "about half of the base's memory")
+    ] = False
+    """The decoder's linear layers in 8 bits (bitsandbytes LLM.int8), computed in dtype."""
+
+    load_in_16bit: bool | None = None
+    """The default unless another precision is asked for."""
+
     chat_template: str | None = None
     """Built-in name (chatml, llama-3, gemma, mistral) or a .jinja file, for base models without a template."""
 
@@ -41,3 +87,21 @@ class ModelSettings(Settings):
 
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2 as in transformers; none uses the library's attention per document."""
+
+    @property
+    def width(self) -> Width | None:
+        """How the base is quantized, None where it is not."""
+        return choose_width(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            load_in_16bit=self.load_in_16bit,
+            dtype=self.dtype,
+        )
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        try:
+            _ = self.width
+        except (ModelError, SettingsError) as error:
+            raise ValueError(str(error)) from error
+        return self

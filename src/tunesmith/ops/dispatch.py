@@ -27,6 +27,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "attention_varlen": ("cuda", "cpu"),
     "linear_cross_entropy": ("triton", "cpu"),
     "lora_linear": ("cpu",),
+    "quantized": ("cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "rope": ("triton", "cpu"),
     "swiglu": ("triton", "cpu"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import continue_adapter, inject_adapter
+from tunesmith.adapters.inject import continue_adapter, inject_adapter, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import empty_source, load_source_tokenizer
 from tunesmith.core.device import choose_device
@@ -22,6 +22,7 @@ from tunesmith.data.prepare import DocumentDataset, PackedDataset
 from tunesmith.memory import MemoryShape, Probe, TrainingPlan, Work, plan_training, shape_of
 from tunesmith.memory.estimate import present_when_loaded
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
+from tunesmith.models.settings import Width
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
 from tunesmith.training.lanes import lanes_there
@@ -78,6 +79,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
+        width=settings.width,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},
     )
@@ -94,7 +96,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     evaluated = None if eval_data is None else DocumentDataset(eval_data.documents)
     itemsize = facts_of(model).dtype.dtype.itemsize
     stored = stored_bytes(source)
-    shape = shape_of(model, kind=device.type, load_bytes=converted_bytes(stored, itemsize, device.type))
+    shape = shape_of(model, kind=device.type, load_bytes=converted_bytes(stored, itemsize, device.type, settings.width))
     work = work_of(dataset, evaluated, args, multiple=1 if itemsize > 2 else 64)
     there_is = memory_there_is(device) if memory is None else memory
     plan = plan_training(
@@ -111,7 +113,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         f"checkpoints ({kept} at most, {'the newest and the best' if settings.save_total_limit else 'all are kept'})":
             kept * checkpoint_bytes(model),
         "adapter": shape.trained_bytes,
-        "merged in 16 bit, where asked for": 2 * shape.base_bytes // shape.itemsize,
+        "merged in 16 bit, where asked for": 2 * trainable_share(model)[1],
     }  # fmt: skip
     return Preview(
         shape=shape,
@@ -127,9 +129,10 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     )
 
 
-def converted_bytes(stored: dict[str, int], itemsize: int, kind: str) -> int:
+def converted_bytes(stored: dict[str, int], itemsize: int, kind: str, width: Width | None = None) -> int:
     """Return the bytes of weight files that stand beside the weights while these are made in another width on a CPU."""
-    return sum(size for dtype, size in stored.items() if dtype not in _STORED.get(itemsize, ())) if kind == "cpu" else 0
+    same = () if width is not None else _STORED.get(itemsize, ())
+    return sum(size for dtype, size in stored.items() if dtype not in same) if kind == "cpu" else 0
 
 
 def probe_settings(settings: RunSettings, plan: TrainingPlan) -> Probe:

@@ -209,6 +209,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
+        width=settings.width,
         chat_template=settings.chat_template,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},

@@ -38,6 +38,7 @@ from tunesmith.engine.install import engine_of
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
+from tunesmith.models.quantize import protect_gradients
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
     RUN_FILE,
@@ -104,6 +105,7 @@ class SFTTrainer(Trainer):
         check_precision(args, model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
+        protect_gradients(model)
         self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
         if args.dataset_text_field and mapping:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tunesmith.ops.quantized.weights import QuantizedWeight
+
 __all__ = [
     "Projection",
     "forward",
@@ -32,11 +34,13 @@ class Projection:
     """One linear layer as it is in one call.
 
     Attributes:
-        weight: (F, D) in the dtype that is computed in.
+        weight: (F, D) in the dtype that is computed in; a shape without values (meta) where it is ``quantized``, and
+            the caller hands the values in as ``stacked``.
         bias: (F,) or None.
         a, b: (R, D) and (F, R), any floating dtype; None without an adapter.
         scale: multiplies the adapter.
         dropout: probability with which an entry of the adapter's input is zeroed.
+        quantized: the weight in few bits, frozen.
     """
 
     weight: torch.Tensor
@@ -45,6 +49,7 @@ class Projection:
     b: torch.Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    quantized: QuantizedWeight | None = None
 
     @property
     def rank(self) -> int:

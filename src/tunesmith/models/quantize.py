@@ -1,0 +1,103 @@
+"""Loading a base in fewer bits, and what protects it once it is there.
+
+Only linear layers inside the decoder are quantized; embedding, head and norms keep their dtype. Training reads the
+weights through ``ops/quantized``, see ``engine/layer.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.errors import ModelError
+from tunesmith.core.versions import installed
+from tunesmith.engine.read import is_quantized, read_quantized
+from tunesmith.models.settings import Width
+from tunesmith.ops.quantized import quantized_linear
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["keep_activations", "make_quantized", "protect_gradients", "quantization_config", "width_of"]
+
+
+def quantization_config(width: Width, dtype: torch.dtype) -> Any:
+    """Return the config by which transformers quantizes while it loads, computing in ``dtype``.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if installed("bitsandbytes") is None:
+        raise ModelError(f"load_in_{width} needs the package bitsandbytes. Install it: pip install bitsandbytes")
+    if width == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def make_quantized(model: Any, width: Width, dtype: torch.dtype) -> None:
+    """Put the layers of bitsandbytes where transformers would, into a model without values."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = quantization_config(width, dtype)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+
+
+def width_of(config: Any) -> Width | None:
+    """Return the width in which bitsandbytes stored the weights of a folder, from its config, or None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    known = stored if isinstance(stored, dict) else stored.to_dict()
+    return "4bit" if known.get("load_in_4bit") else "8bit" if known.get("load_in_8bit") else None
+
+
+def protect_gradients(model: Any) -> None:
+    """Keep the 4-bit layers of ``model`` in the one layout that has a backward.
+
+    On processors with AVX512-BF16 bitsandbytes turns a weight into a layout for generation in its first evaluation, and
+    every gradient after it is silently wrong (cosine to the true one 0.04).
+
+    Raises:
+        ModelError: a weight has the layout for generation already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                f"the 4-bit weight {name} has the layout that bitsandbytes makes for generation, whose gradients are "
+                "wrong. Load the model again with FastLanguageModel.from_pretrained before anything is generated."
+            )
+
+
+def keep_activations(model: Any) -> None:
+    """Make the 8-bit layers of ``model`` compute with activations as they are, in training and in generation alike.
+
+    bitsandbytes rounds the activations to 8 bits too (and says so thousands of times); here only weights are stored so.
+    """
+    for module in model.modules():
+        if is_quantized(module) and hasattr(module, "state"):
+            module.__class__ = _eight_bit_class()
+
+
+@functools.cache
+def _eight_bit_class() -> type:
+    import bitsandbytes
+
+    class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
+        """The layer of bitsandbytes, its weights read as the numbers that they stand for."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Return (..., F) in the dtype of ``x`` (..., D)."""
+            weight = read_quantized(self)
+            if isinstance(weight, str):
+                raise ModelError(f"{weight}. Load the model with FastLanguageModel.from_pretrained.")
+            return quantized_linear(x, weight, self.bias)
+
+    return Linear8bitLt

@@ -1,0 +1,263 @@
+"""A base in 4 or 8 bits: loaded as asked for, trained with the right gradients, protected from what its layers do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from tests import tiny
+
+from tunesmith import FastLanguageModel
+from tunesmith.adapters.inject import trainable_share
+from tunesmith.core.errors import AdapterError, ModelError, SettingsError
+from tunesmith.engine.install import engine_of
+from tunesmith.engine.policies import Policy
+from tunesmith.engine.read import is_quantized, read_projection
+from tunesmith.memory import PartShape, Setting, shape_of
+from tunesmith.memory.estimate import estimate
+from tunesmith.models.aliases import find_model
+from tunesmith.models.load import empty_causal_lm, facts_of
+from tunesmith.models.quantize import protect_gradients
+from tunesmith.ops.quantized import reference
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
+WIDTHS = ("4bit", "8bit")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of a tiny model for each family, by name; not to be changed."""
+    made: dict[str, Path] = {}
+    for family in (*FAMILIES, "mixtral"):
+        made[family] = tmp_path_factory.mktemp("quantize") / family
+        tiny.tiny_model(family).save_pretrained(made[family])
+        tiny.tiny_tokenizer().save_pretrained(made[family])
+    return made
+
+
+def load(folder: Path, width: str | None, **arguments: Any) -> Any:
+    asked = {} if width is None else {f"load_in_{width}": True}
+    return FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=256, **{"dtype": "float32", **asked, **arguments}
+    )[0]
+
+
+def adapted(model: Any, **arguments: Any) -> Any:
+    """Put an adapter on ``model`` whose B is not zero."""
+    model = FastLanguageModel.get_peft_model(model, **{"r": 4, "target_modules": "all-linear", **arguments})
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def dense_twin(model: Any, folder: Path, *, loading: Any = None, **arguments: Any) -> Any:
+    """Return transformers' and PEFT's own model in float32, with the numbers that the quantized weights stand for."""
+    attention = {"attn_implementation": "eager" if folder.name == "gemma2" else "sdpa"}
+    twin = adapted(load(folder, None, **(attention if loading is None else loading)), **arguments)
+    modules = dict(twin.named_modules())
+    own = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(own[name])  # DoRA starts from norms of the base
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            found = read_projection(module, training=True)
+            assert not isinstance(found, str)
+            modules[name].weight.data.copy_(reference.dequantize(found.quantized))
+    return twin
+
+
+def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+IDS = torch.arange(24).view(1, 24) * 7 % tiny.VOCABULARY
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_numbers_that_the_weights_stand_for(
+    family: str, width: str, folders: dict[str, Path]
+) -> None:
+    model = adapted(load(folders[family], width))
+    assert engine_of(model).plan.unknown == {}
+    wanted = gradients(dense_twin(model, folders[family]), IDS)
+    assert_same(gradients(model, IDS), wanted)
+    # Evaluating and generating in between must change nothing (on AVX512-BF16 bitsandbytes alone gets them wrong).
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+    model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False)
+    model.train()
+    assert_same(gradients(model, IDS), wanted)
+    assert engine_of(model).notes == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_generation_is_that_of_the_numbers_too(width: str, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["llama"], width)).eval()
+    twin = dense_twin(model, folders["llama"]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-4, atol=1e-4)
+    ours, theirs = (m.generate(IDS[:, :6], max_new_tokens=8, do_sample=False) for m in (model, twin))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_every_policy_gives_the_same_gradients(policy: Policy, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["gemma2"], "4bit"), lora_dropout=0.0)
+    engine = engine_of(model)
+    engine.set_policy(Policy.NONE)
+    wanted = gradients(model, IDS)
+    engine.set_policy(policy)
+    assert_same(gradients(model, IDS), wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_targets_that_leave_layers_without_an_adapter(width: str, folders: dict[str, Path]) -> None:
+    some = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "lora_dropout": 0.0}
+    model = adapted(load(folders["llama"], width), **some)
+    assert_same(gradients(model, IDS), gradients(dense_twin(model, folders["llama"], **some), IDS))
+
+
+def test_layers_that_the_engine_does_not_know_train_in_four_bits(folders: dict[str, Path]) -> None:
+    targets = ["q_proj", "v_proj"]
+    model = adapted(load(folders["mixtral"], "4bit"), target_modules=targets)
+    assert not engine_of(model).plan.known
+    assert_same(gradients(model, IDS), gradients(dense_twin(model, folders["mixtral"], target_modules=targets), IDS))
+
+
+def test_dora_runs_as_peft_wrote_it(folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["llama"], "4bit"), use_dora=True)
+    assert_same(gradients(model, IDS), gradients(dense_twin(model, folders["llama"], use_dora=True), IDS))
+    assert any("variant of LoRA" in note for note in engine_of(model).notes)
+
+
+# ---- what is loaded ----
+
+
+def test_linear_layers_of_the_decoder_are_quantized_and_nothing_else(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], "4bit")
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if "_proj" in name or name == "lm_head"}
+    assert {kind for name, kind in kinds.items() if "_proj" in name} == {"Linear4bit"}
+    assert kinds["lm_head"] == "Linear"
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
+    facts = facts_of(model)
+    assert (facts.width, facts.dtype.name) == ("4bit", "float32")
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bfloat16_is_computed_in(width: str, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["llama"], width, dtype="bfloat16"))
+    # The same layers in bfloat16, their weights rounded to it once.
+    twin = dense_twin(model, folders["llama"], loading={"dtype": "bfloat16"})
+    assert_same(gradients(model, IDS), gradients(twin, IDS))
+    assert engine_of(model).notes == engine_of(twin).notes == []
+
+
+def test_two_widths_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(SettingsError, match="load_in_4bit=True and load_in_8bit=True: give one of them"):
+        load(folders["llama"], "4bit", load_in_8bit=True)
+    with pytest.raises(SettingsError, match="load_in_8bit=True and load_in_16bit=True: give one of them"):
+        load(folders["llama"], "8bit", load_in_16bit=True)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_folder_that_is_quantized_already(width: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = load(folders["llama"], width)
+    model.save_pretrained(tmp_path / "packed")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed", None)
+    assert facts_of(again).width == width
+    assert engine_of(again).plan.unknown == {}
+    with torch.no_grad():
+        assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    assert facts_of(load(tmp_path / "packed", width)).width == width
+    other = "8bit" if width == "4bit" else "4bit"
+    with pytest.raises(ModelError, match=f"stored quantized already, and not as load_in_{other} would"):
+        load(tmp_path / "packed", other)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_adapter_comes_back_on_its_quantized_base(width: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = adapted(load(folders["llama"], width)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = load(tmp_path / "adapter", width).eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+# ---- what would go wrong ----
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_merging_into_quantized_weights_is_refused(width: str, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["llama"], width))
+    before = gradients(model, IDS)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match="merging into a quantized base would round the training away"):
+            merge()
+    assert_same(gradients(model, IDS), before)
+
+
+def test_the_layout_for_generation_is_switched_off_where_the_processor_has_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    model = load(folders["llama"], "4bit")
+    flags = [m.support_avx512bf16_for_cpu for m in model.modules() if is_quantized(m)]
+    assert len(flags) == 14 and not any(flags)
+
+
+def test_weights_that_have_the_layout_for_generation_are_refused(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], "4bit")
+    module = model.model.layers[0].mlp.up_proj
+    module.weight.quant_state.packing_format_for_cpu = True
+    assert "layout in which bitsandbytes generates" in str(read_projection(module, training=True))
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj has the layout that bitsandbytes makes"):
+        protect_gradients(model)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_shapes_without_values_take_the_same_bytes(width: str, folders: dict[str, Path]) -> None:
+    source = find_model(str(folders["llama"]))
+    empty = adapted(empty_causal_lm(source, max_seq_length=256, dtype="float32", width=width))
+    model = adapted(load(folders["llama"], width))
+    planned, there = shape_of(empty, kind="cpu"), shape_of(model)
+    assert planned == there
+    assert there.base_bytes < shape_of(adapted(load(folders["llama"], None))).base_bytes
+    assert there.written_out == 2 * 56 * 32
+    assert trainable_share(model) == trainable_share(adapted(load(folders["llama"], None)))
+    assert trainable_share(empty) == trainable_share(model)
+
+
+@pytest.mark.parametrize("policy", [Policy.NONE, Policy.FULL])
+def test_the_buffer_that_weights_are_written_to_is_counted(policy: Policy, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["llama"], "4bit"))
+    engine = engine_of(model)
+    engine.set_policy(policy)
+    engine.scratch.clear()
+    with engine.batch((40,), torch.arange(40)):
+        model(input_ids=torch.arange(40)[None], use_cache=False).logits.sum().backward()
+    shape = shape_of(model)
+    found = estimate(shape, PartShape((40,), 40), Setting((policy,) * shape.count))
+    assert engine.scratch.nbytes() <= found.parts["scratch"] * 1.02
+    assert found.parts["scratch"] <= engine.scratch.nbytes() * 1.25
