@@ -74,15 +74,17 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 180, "r": 16, "vary": True, "width": "4bit"},
     {"model": "qwen3-0.2b", "mode": "selective", "batch": 2, "length": 512, "r": 16, "width": "4bit"},
     {"model": "llama-1b", "mode": True, "batch": 1, "length": 512, "r": 16, "width": "4bit"},
+    {"model": _SMOL, "mode": "unsloth", "batch": 4, "length": 200, "r": 0, "vary": True, "full": True},
+    {"model": "qwen3-0.2b", "mode": True, "batch": 2, "length": 256, "r": 0, "full": True},
 )
 """Batch, length, policy, rank over three models. ``vary`` draws lengths around ``length``; ``mode`` is
 ``use_gradient_checkpointing``, or a policy that no mode has alone. The constants of the estimate were chosen without a
-look at the last four before those in 4 bits, and at these."""
+look at the last nine: four plain ones, three in 4 bits, two in which all weights train."""
 
 
 def name_of(spec: dict[str, Any]) -> str:
     """Return a configuration in one line."""
-    extra = [f"{key} {spec[key]}" for key in ("trained", "dtype", "width", "vary", "arm") if key in spec]
+    extra = [f"{key} {spec[key]}" for key in ("trained", "dtype", "width", "full", "vary", "arm") if key in spec]
     words = f"{spec['model']} {spec.get('mode')} batch {spec['batch']} x {spec['length']} r {spec['r']}"
     return ", ".join([words, *extra])
 
@@ -150,7 +152,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
-    from tunesmith.adapters.inject import inject_adapter
+    from tunesmith.adapters.inject import inject_adapter, train_all_weights
     from tunesmith.adapters.settings import AdapterSettings
     from tunesmith.adapters.state import empty_source
     from tunesmith.core.memory import peak_bytes, resident_bytes
@@ -181,7 +183,11 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
         )  # fmt: skip
         # What `tunesmith plan` knows: the shapes of the model, the rows, and this process with its libraries.
-        empty = inject_adapter(empty, AdapterSettings(r=spec["r"], use_gradient_checkpointing=asked))
+        full = spec.get("full", False)
+        if full:
+            train_all_weights(empty, asked)
+        else:
+            empty = inject_adapter(empty, AdapterSettings(r=spec["r"], use_gradient_checkpointing=asked))
         size = facts_of(empty).dtype.dtype.itemsize
         shape = shape_of(empty, kind="cpu", load_bytes=converted_bytes(stored_bytes(source), size, "cpu", width))
         multiple = 1 if shape.itemsize > 2 else 64
@@ -198,9 +204,11 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             spec["folder"],
             dtype=dtype,
             **({f"load_in_{width}": True} if width else {}),
+            full_finetuning=full,
             use_gradient_checkpointing=asked,
         )
-        model = FastLanguageModel.get_peft_model(model, r=spec["r"], use_gradient_checkpointing=asked)
+        if not full:
+            model = FastLanguageModel.get_peft_model(model, r=spec["r"], use_gradient_checkpointing=asked)
         facts_of(model).checkpointing = mode
         trainer = SFTTrainer(
             model=model,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing
+from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["FastLanguageModel", "FastModel", "get_chat_template"]
+
+_log = logging.getLogger(__name__)
 
 
 def _refuse_not_yet(function: Any, given: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -80,7 +83,8 @@ class FastLanguageModel:
 
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
-        folder gives the base that it names with the adapter on it, ready to train on.
+        folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
+        weights train: give the model to the trainer as it is.
 
         Raises:
             ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
@@ -90,7 +94,7 @@ class FastLanguageModel:
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
         not_yet = (
-            "load_in_fp8", "full_finetuning", "rope_scaling", "resize_model_vocab",
+            "load_in_fp8", "rope_scaling", "resize_model_vocab",
             "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
             "qat_scheme", "random_state", "task_type",
         )  # fmt: skip
@@ -99,6 +103,11 @@ class FastLanguageModel:
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
         )
         check_checkpointing(use_gradient_checkpointing)
+        if full_finetuning and width is not None:
+            raise NotSupportedYetError(
+                f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
+                "bits, or an adapter on the quantized base."
+            )
         if max_sequence_length is not None:
             # By identity: a 2048 that was asked for is another object than the default.
             if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
@@ -117,7 +126,10 @@ class FastLanguageModel:
             width=width,
             **hub,
         )
-        set_checkpointing(model, use_gradient_checkpointing)
+        if full_finetuning:
+            train_all_weights(model, use_gradient_checkpointing)
+        else:
+            set_checkpointing(model, use_gradient_checkpointing)
         return model, tokenizer
 
     @staticmethod
@@ -150,6 +162,9 @@ class FastLanguageModel:
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
 
+        A model that was loaded with ``full_finetuning`` comes back as it is: only its checkpointing is set, and that
+        is said.
+
         Raises:
             AdapterError: a target matches no layer, or the model already has an adapter with other settings.
             SettingsError: a value is of the wrong type or out of range; all problems at once.
@@ -171,6 +186,10 @@ class FastLanguageModel:
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "
                 "was loaded with. Give it to from_pretrained."
             )
+        if facts_of(model).full_finetuning:
+            _log.warning("full_finetuning=True: all weights train, so get_peft_model adds no adapter.")
+            set_checkpointing(model, use_gradient_checkpointing)
+            return model  # type: ignore[return-value]
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
         if isinstance(target_modules, tuple):
             chosen["target_modules"] = list(target_modules)

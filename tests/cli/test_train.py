@@ -57,6 +57,22 @@ def test_a_run_on_a_quantized_base(run, tmp_path, model_folder, rows_file, flag,
     assert run("generate", "the cat", "--model", folder, "--max-new-tokens", 2, flag).code == 0
 
 
+def test_a_run_of_all_weights_leaves_a_model(run, tmp_path, model_folder, rows_file):
+    folder = tmp_path / "run"
+    words = ("--model", model_folder, "--data", rows_file, "--full-finetuning", "--dtype", "float32")
+    assert run("plan", *words).code == 0
+    outcome = run("train", *words, "--output-dir", folder, "--max-steps", 3, "--lr", "1e-2", "--no-packing")
+    assert outcome.code == 0, outcome.err
+    assert "(100.00 %)" in outcome.out and "adapter" not in outcome.out
+    assert (folder / "model" / "config.json").is_file() and not (folder / "adapter").exists()
+    resumed = run("train", folder / "settings.yaml", "--resume")
+    assert resumed.code == 0, resumed.err
+    answered = run("evaluate", "--model", folder, "--data", rows_file, "--metric", "perplexity", "--limit", 4)
+    assert answered.code == 0, answered.err
+    refused = run("train", *words, "--r", 4)
+    assert refused.code == 2 and "leave out r" in refused.err
+
+
 def test_the_lines_of_a_run_fit_the_terminal(run, tmp_path, model_folder, rows_file):
     folder = tmp_path / "run"
     shown = run("train", "--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT).out

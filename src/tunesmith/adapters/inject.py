@@ -28,6 +28,7 @@ __all__ = [
     "continue_adapter",
     "inject_adapter",
     "set_checkpointing",
+    "train_all_weights",
     "trainable_share",
 ]
 
@@ -148,6 +149,24 @@ def set_checkpointing(model: Any, mode: bool | str) -> None:
     if engine is not None:
         engine.set_policy(_POLICIES[mode])
     facts_of(model).checkpointing = mode
+
+
+def train_all_weights(model: Any, mode: bool | str, location: str | None = None) -> None:
+    """Let every weight of a loaded base take gradients; ``mode`` and ``location`` as in :class:`AdapterSettings`.
+
+    Raises:
+        AdapterError: the model carries an adapter.
+        SettingsError: see :func:`set_checkpointing`.
+    """
+    if hasattr(model, "peft_config"):
+        raise AdapterError(
+            "full_finetuning=True trains the weights of a base, and this is an adapter. Name its base, or leave "
+            "full_finetuning out to train the adapter on."
+        )
+    model.requires_grad_(True)
+    facts_of(model).full_finetuning = True
+    _set_location(model, location)
+    set_checkpointing(model, mode)
 
 
 def _set_location(model: Any, folder: str | None) -> None:

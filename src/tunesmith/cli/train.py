@@ -33,9 +33,10 @@ def command(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Train an adapter on rows. Every setting is a flag, a switch also as --no-NAME; see `tunesmith explain NAME`.
+    """Train on rows: an adapter, or all weights. Every setting is a flag, a switch also as --no-NAME.
 
-    The run's folder holds settings, ledger, metrics, checkpoints and the adapter.
+    `tunesmith explain NAME` says what a setting means. The run's folder holds settings, ledger, metrics, checkpoints
+    and the result.
     """
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
     print_lines(aliases)

@@ -1,16 +1,17 @@
-"""The model card of a trained adapter: what was trained, on what, how, and with which versions."""
+"""The model card of a trained adapter or model: what was trained, on what, how, and with which versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["adapter_card"]
+__all__ = ["model_card"]
 
 
-def adapter_card(
+def model_card(
     *,
     base: str,
+    is_adapter: bool = True,
     settings: Mapping[str, Any],
     ledger: Mapping[str, Any],
     result: Mapping[str, Any],
@@ -20,6 +21,7 @@ def adapter_card(
 
     Args:
         base: the name of the base model.
+        is_adapter: whether the folder holds an adapter, and not all weights.
         settings: the resolved settings of the run.
         ledger: counts of the data, plain values.
         result: final numbers (steps, losses, seconds), plain values.
@@ -27,15 +29,15 @@ def adapter_card(
     """
     import yaml
 
-    head = yaml.safe_dump(
-        {"base_model": base, "library_name": "peft", "tags": ["lora", "sft", "tunesmith"]}, sort_keys=False
-    )
+    library, tags = ("peft", ["lora", "sft"]) if is_adapter else ("transformers", ["sft"])
+    head = yaml.safe_dump({"base_model": base, "library_name": library, "tags": [*tags, "tunesmith"]}, sort_keys=False)
+    other = "peft.AutoPeftModelForCausalLM" if is_adapter else "transformers.AutoModelForCausalLM"
     parts = [
         f"---\n{head}---",
-        f"# LoRA adapter for {base}",
+        f"# LoRA adapter for {base}" if is_adapter else f"# {base}, all weights trained",
         (
             "Trained with tunesmith. Load it with `FastLanguageModel.from_pretrained(folder)`, or with "
-            "`peft.AutoPeftModelForCausalLM.from_pretrained(folder)`."
+            f"`{other}.from_pretrained(folder)`."
         ),
         "## Result\n\n" + _table(result),
         "## Data\n\n" + _table({key: value for key, value in ledger.items() if isinstance(value, (int, float, str))}),

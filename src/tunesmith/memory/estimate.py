@@ -225,7 +225,7 @@ def estimate(
         "libraries": libraries + (_LATER + _HEAP if on_cpu else 0),
         "base": shape.base_bytes,
         "adapter": shape.trained_bytes,
-        "gradients": 4 * shape.trained,
+        "gradients": shape.trained_bytes,
         "optimizer": setting.state_bytes * shape.trained,
     }
     lanes = setting.lanes
@@ -245,8 +245,8 @@ def estimate(
     }
     parts = {name: size for name, size in parts.items() if size}
     standing_later = sum(fixed.values())
-    # A float32 copy of the adapter while it is written, and one of a moment of the optimizer.
-    phases = {"save": standing_later + 2 * shape.trained_bytes}
+    # Weights and moments are written from where they are.
+    phases = {"save": standing_later}
     phases["load"] = max(peak_so_far, libraries + shape.base_bytes + shape.load_bytes)
     if evaluated is not None:
         forward = _scratch_bytes(shape, evaluated, (Policy.FULL,) * shape.count)

@@ -91,6 +91,8 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         return ModelSource("folder", str(path), name)
     if (path / "settings.yaml").is_file() and (path / "adapter" / "adapter_config.json").is_file():
         return ModelSource("adapter", str(path / "adapter"), name)
+    if (path / "settings.yaml").is_file() and (path / "model" / "config.json").is_file():
+        return ModelSource("folder", str(path / "model"), name)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelSource("gguf", str(ggufs[0]), name)

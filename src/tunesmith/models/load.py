@@ -62,6 +62,7 @@ class ModelFacts:
         adapter: the arguments of ``get_peft_model``, None before it.
         checkpointing: ``use_gradient_checkpointing`` as it was asked for.
         width: of the quantized layers of the base, None where it is not quantized.
+        full_finetuning: whether all weights train.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ModelFacts:
     adapter: dict[str, Any] | None = None
     checkpointing: bool | str = False
     width: Width | None = None
+    full_finetuning: bool = False
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from tunesmith.core.device import choose_device
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.training.aliases import OPTIMIZERS, SCHEDULERS
+from tunesmith.training.settings import LORA_RATE
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import RunSettings
@@ -36,9 +37,9 @@ _WITHOUT_EFFECT = (
 class SFTConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with the defaults of ``docs/parameters.md``.
 
-    Own fields: ``max_length`` (alias ``max_seq_length``), ``packing``, ``train_on``, ``on_too_long``, ``eval_split``,
-    ``dataset_text_field``, ``warmup_ratio`` (written to ``warmup_steps`` as a fraction, as transformers 5 wants it),
-    ``early_stopping_patience``.
+    The learning rate is 2e-4, and 2e-5 where all weights train. Own fields: ``max_length`` (alias ``max_seq_length``),
+    ``packing``, ``train_on``, ``on_too_long``, ``eval_split``, ``dataset_text_field``, ``warmup_ratio`` (written to
+    ``warmup_steps`` as a fraction, as transformers 5 wants it), ``early_stopping_patience``.
 
     Raises:
         SettingsError: two names of one setting disagree, or a value is refused.
@@ -46,7 +47,7 @@ class SFTConfig(TrainingArguments):
     """
 
     output_dir: str | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float = LORA_RATE
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 2
     per_device_eval_batch_size: int = 0

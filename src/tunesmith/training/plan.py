@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
 
-__all__ = ["apply_older_style", "check_precision", "choose_cadence", "length_limit", "try_out"]
+__all__ = ["apply_older_style", "check_precision", "check_purpose", "choose_cadence", "length_limit", "try_out"]
 
 
 def apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
@@ -27,6 +27,22 @@ def apply_older_style(args: SFTConfig, field: str | None, length: int | None, pa
         if current not in (None, False) and current != value:
             raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
         setattr(args, name, value)
+
+
+def check_purpose(model: Any) -> None:
+    """Refuse a model with nothing to train, or whose weights would all train though nobody asked for that.
+
+    Raises:
+        ModelError: no weight takes gradients, or a base of ours has no adapter and no ``full_finetuning``.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
+    facts = getattr(model, "tunesmith_facts", None)
+    if facts is not None and not facts.full_finetuning and not hasattr(model, "peft_config"):
+        raise ModelError(
+            "the model has no adapter: call FastLanguageModel.get_peft_model(model) first. To train all of its weights "
+            "load it with full_finetuning=True."
+        )
 
 
 def check_precision(args: SFTConfig, model: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import continue_adapter, inject_adapter, trainable_share
+from tunesmith.adapters.inject import continue_adapter, inject_adapter, train_all_weights, trainable_share
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import empty_source, load_source_tokenizer
 from tunesmith.core.device import choose_device
@@ -84,7 +84,9 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         **{name: value for name, value in hub.items() if value is not None},
     )
     wanted: AdapterSettings = settings.part(AdapterSettings)
-    if facts_of(model).adapter is None:
+    if settings.full_finetuning:
+        train_all_weights(model, settings.use_gradient_checkpointing)
+    elif facts_of(model).adapter is None:
         model = inject_adapter(model, wanted)
     else:
         continue_adapter(model, wanted, settings.model_fields_set)
@@ -112,9 +114,10 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     disk = {
         f"checkpoints ({kept} at most, {'the newest and the best' if settings.save_total_limit else 'all are kept'})":
             kept * checkpoint_bytes(model),
-        "adapter": shape.trained_bytes,
-        "merged in 16 bit, where asked for": 2 * trainable_share(model)[1],
+        "model" if settings.full_finetuning else "adapter": shape.trained_bytes,
     }  # fmt: skip
+    if not settings.full_finetuning:
+        disk["merged in 16 bit, where asked for"] = 2 * trainable_share(model)[1]
     return Preview(
         shape=shape,
         work=work,

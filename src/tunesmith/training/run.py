@@ -11,7 +11,7 @@ The folder of a run::
     metrics.jsonl        a JSON line per log
     training_loss.png    training and eval loss over steps
     checkpoint-N/        the newest two and the best, whole with checksums
-    adapter/             the result: a plain PEFT folder with tokenizer and model card
+    adapter/             the result: a plain PEFT folder with tokenizer and model card; model/ where all weights train
     result.json          final numbers
 """
 
@@ -26,7 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import check_checkpointing, continue_adapter, inject_adapter, trainable_share
+from tunesmith.adapters.inject import (
+    check_checkpointing,
+    continue_adapter,
+    inject_adapter,
+    train_all_weights,
+    trainable_share,
+)
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import DataError, OutputError
@@ -36,7 +42,7 @@ from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
-from tunesmith.export.card import adapter_card
+from tunesmith.export.card import model_card
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.training.callbacks import loss_plot
 from tunesmith.training.checkpoint import require_disk_space
@@ -55,20 +61,20 @@ class RunResult:
 
     Attributes:
         folder: the run's folder.
-        adapter: the trained adapter, None when the run was interrupted.
+        trained: the folder of the adapter or model, None when the run was interrupted.
         numbers: steps, losses, seconds, tokens/s, peak bytes; what ``result.json`` holds.
         trainer: for what follows in the same process (generation, evaluation).
     """
 
     folder: Path
-    adapter: Path | None
+    trained: Path | None
     numbers: dict[str, Any]
     trainer: SFTTrainer
 
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended the run before its last step."""
-        return self.adapter is None
+        return self.trained is None
 
 
 def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
@@ -129,15 +135,15 @@ def run_training(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     numbers = _numbers(trainer, time.perf_counter() - began)
-    adapter = None if trainer.interrupted else folder / "adapter"
+    trained = None if trainer.interrupted else folder / ("model" if settings.full_finetuning else "adapter")
     if trainer.args.should_save:
-        if adapter is not None:
-            _save(adapter, settings, trainer, numbers)
+        if trained is not None:
+            _save(trained, settings, trainer, numbers)
             write_text(folder / "result.json", json.dumps(numbers, indent=1) + "\n")
         with as_output_error(folder):
             loss_plot(trainer.state.log_history, folder / "training_loss.png")
     trainer.accelerator.wait_for_everyone()
-    return RunResult(folder, adapter, numbers, trainer)
+    return RunResult(folder, trained, numbers, trainer)
 
 
 def make_trainer(
@@ -214,6 +220,9 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},
     )
+    if settings.full_finetuning:
+        train_all_weights(model, settings.use_gradient_checkpointing, settings.temporary_location)
+        return model, tokenizer, settings
     wanted: AdapterSettings = settings.part(AdapterSettings)
     if facts_of(model).adapter is None:
         return inject_adapter(model, wanted), tokenizer, settings
@@ -224,7 +233,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
 def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:
     import yaml
 
-    resolved = {**settings.model_dump(), "output_dir": str(folder)}
+    resolved = {**settings.resolved(), "output_dir": str(folder)}
     write_text(folder / "settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     ledgers = {"train": trainer.ledger.as_dict()}
     if trainer.eval_data is not None:
@@ -253,13 +262,14 @@ def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     }
 
 
-def _save(adapter: Path, settings: RunSettings, trainer: SFTTrainer, numbers: dict[str, Any]) -> None:
-    with whole_folder(adapter) as folder:
+def _save(trained: Path, settings: RunSettings, trainer: SFTTrainer, numbers: dict[str, Any]) -> None:
+    with whole_folder(trained) as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        card = adapter_card(
+        card = model_card(
             base=settings.model,
-            settings=settings.model_dump(),
+            is_adapter=not settings.full_finetuning,
+            settings=settings.resolved(),
             ledger=trainer.ledger.as_dict(),
             result=numbers,
             versions=stack_versions(),

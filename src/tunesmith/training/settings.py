@@ -19,11 +19,20 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
 from tunesmith.training.aliases import translate
 
-__all__ = ["RunSettings", "TrainingSettings", "load_run_settings"]
+__all__ = ["FULL_RATE", "LORA_RATE", "RunSettings", "TrainingSettings", "load_run_settings"]
+
+
+class _DefaultRate(float):
+    """A rate that nobody asked for: it gives way to that of full fine-tuning."""
+
+
+LORA_RATE: float = _DefaultRate(2e-4)
+FULL_RATE = 2e-5
+"""Learning rate of full fine-tuning when nothing is said, a tenth of that of adapters."""
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "full_finetuning", "rope_scaling", "qat_scheme", "loftq_config",
+    "load_in_fp8", "rope_scaling", "qat_scheme", "loftq_config",
     "target_parameters", "ensure_weight_tying", "embedding_learning_rate", "resize_model_vocab", "offload_embedding",
     "fast_inference", "task_type", "task",
 )  # fmt: skip
@@ -52,7 +61,7 @@ class TrainingSettings(Settings):
         Field(gt=0, lt=1),
         Guide("5e-5 to 2e-4 for large models, up to 2e-3 for small ones", "needs more epochs", "the loss diverges"),
     ] = 2e-4
-    """Step size of the optimizer. LoRA wants about 10 times the rate of full fine-tuning."""
+    """Step size of the optimizer; 2e-5 with full_finetuning, which wants about a tenth of the rate of LoRA."""
 
     lr_scheduler_type: Annotated[str, Guide("linear or cosine", "constant: no decay", "cosine: late, steep decay")] = (
         "linear"
@@ -147,6 +156,27 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
             raise ValueError("finetune_last_n_layers and layers_to_transform both choose layers. Give one of them.")
         return self
 
+    @model_validator(mode="after")
+    def _all_weights_or_an_adapter(self) -> Self:
+        if not self.full_finetuning:
+            return self
+        if self.width is not None:
+            raise ValueError(f"full_finetuning with load_in_{self.width} is not supported yet. Give one of them.")
+        idle = sorted(self.model_fields_set & set(self.of_adapters))
+        if idle:
+            raise ValueError(f"full_finetuning trains all weights and no adapter: leave out {', '.join(idle)}.")
+        return self
+
+    @property
+    def of_adapters(self) -> tuple[str, ...]:
+        """The settings that mean nothing without an adapter."""
+        shared = ("use_gradient_checkpointing", "temporary_location", "random_state")
+        return tuple(name for name in AdapterSettings.model_fields if name not in shared)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every setting that counts, as plain values."""
+        return self.model_dump(exclude=set(self.of_adapters) if self.full_finetuning else None)
+
     def part(self, kind: type[Settings]) -> Any:
         """Return the fields of one of the parent classes as an instance of it."""
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
@@ -173,6 +203,8 @@ def load_run_settings(file: Path | None, flags: Mapping[str, Any]) -> tuple[RunS
             problems[name] = NotSupportedYetError(f"{name}={value!r} is not supported yet. Leave it out.")
     settings, others = check(RunSettings, values)
     if settings is not None and not problems:
+        if settings.full_finetuning and "learning_rate" not in settings.model_fields_set:
+            settings = settings.replace(learning_rate=FULL_RATE)
         return settings, [*used, *more]
     # A setting whose value could not be translated is not missing.
     others = [text for text in others if not any(text.startswith(f"{name} is missing") for name in problems)]

@@ -55,8 +55,17 @@ from tunesmith.training.fingerprint import model_fingerprint, settings_fingerpri
 from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
-from tunesmith.training.plan import apply_older_style, check_precision, choose_cadence, length_limit, try_out
+from tunesmith.training.plan import (
+    apply_older_style,
+    check_precision,
+    check_purpose,
+    choose_cadence,
+    length_limit,
+    try_out,
+)
 from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
+from tunesmith.training.rounding import optimizer_for
+from tunesmith.training.settings import FULL_RATE, LORA_RATE
 
 __all__ = ["SFTTrainer"]
 
@@ -103,9 +112,10 @@ class SFTTrainer(Trainer):
         self._tokenizer = _one_tokenizer(processing_class, tokenizer)
         apply_older_style(args, dataset_text_field, max_seq_length, packing)
         check_precision(args, model)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
         protect_gradients(model)
+        check_purpose(model)
+        if not hasattr(model, "peft_config") and args.learning_rate is LORA_RATE:
+            args.learning_rate = FULL_RATE
         self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
         if args.dataset_text_field and mapping:
@@ -138,6 +148,7 @@ class SFTTrainer(Trainer):
             processing_class=self._tokenizer,
             callbacks=[*default_callbacks(args), self._interrupts, *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=None if optimizers[0] is not None else optimizer_for(model, args),
         )
         # Our loss is already divided by the tokens of the whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
