@@ -181,7 +181,8 @@ def precision(model: Any, autocast: str | None = None) -> dict[str, Any]:
     cast = names.get(autocast or "no", autocast)
     weights = "+".join(sorted(kinds[False]))
     return {
-        "dtype": cast or weights,
+        # Quantized weights are integers, or packed ones; the norms beside them say what is computed in.
+        "dtype": cast or "+".join(sorted(kinds[False] - {"uint8", "int8"})),
         "precision": {"weights": weights, "adapter": "+".join(sorted(kinds[True])), "autocast": cast},
     }
 

@@ -174,12 +174,8 @@ class FastLanguageModel:
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
         if loftq_config == {}:
             given["loftq_config"] = None  # Unsloth's own default.
-        not_yet = ("loftq_config", "qat_scheme", "target_parameters", "ensure_weight_tying")
+        not_yet = ("loftq_config", "qat_scheme", "target_parameters")
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
-        if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
-            raise NotSupportedYetError(
-                f"init_lora_weights={init_lora_weights!r} is not supported yet. Use True, False or 'gaussian'."
-            )
         check_checkpointing(use_gradient_checkpointing)
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(

@@ -98,7 +98,13 @@ def test_further_weights_that_train(arguments: dict[str, Any], part: str) -> Non
     assert any(part in name for name in trainable(adapt(tiny.tiny_model("qwen2"), **arguments)))
 
 
-@pytest.mark.parametrize(("init", "b_is_zero"), [(True, True), ("gaussian", True), (False, False)])
+@pytest.mark.parametrize("start", ["pisa", "pissa_niter_", "pissa_niter_x", 3, "Gauss"])
+def test_starts_that_nobody_knows(start: Any) -> None:
+    with pytest.raises(SettingsError, match=f"init_lora_weights={start!r} is not known"):
+        adapt(init_lora_weights=start)
+
+
+@pytest.mark.parametrize(("init", "b_is_zero"), [(True, True), ("gaussian", True), (False, False), ("true", True)])
 def test_starts(init: Any, b_is_zero: bool) -> None:
     for name, weight in trainable(adapt(init_lora_weights=init)).items():
         assert (not weight.any()) == (b_is_zero and "lora_B" in name), name

@@ -15,7 +15,7 @@ from tunesmith import FastLanguageModel
 from tunesmith.core.errors import AdapterError, ModelError, NotSupportedYetError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.models.load import facts_of
-from tunesmith.training.rounding import StochasticAdamW, round_stochastically
+from tunesmith.training.optimizer import StochasticAdamW, round_stochastically
 from tunesmith.training.settings import FULL_RATE, load_run_settings
 
 from .support import trainer

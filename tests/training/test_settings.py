@@ -193,6 +193,7 @@ def test_every_training_setting_reaches_the_trainer(tmp_path: Path) -> None:
 
     other: dict[str, Any] = {
         "num_train_epochs": 2.0, "max_steps": 7, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "embedding_learning_rate": 1e-5,
         "warmup_ratio": 0.2, "warmup_steps": 4, "weight_decay": 0.2, "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 5, "max_length": 77, "optim": "sgd",
         "max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "seed": 1, "logging_steps": 4, "eval_steps": 6,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.starts import keep_start, refuse_quantized
 from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
@@ -56,10 +57,14 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
         _refuse_second(model, settings)
         set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
+    if settings.takes_from_base:
+        refuse_quantized(model)
     with _as_adapter_error(model):
         config = _lora_config(model, settings)
         with _seeded(settings.random_state):
             adapted = get_peft_model(model, config)
+    if settings.takes_from_base:
+        keep_start(adapted)
     facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
@@ -90,13 +95,15 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
 
 def arguments_of(config: LoraConfig) -> dict[str, Any]:
     """Return the arguments of ``get_peft_model`` that give an adapter with this ``config``, but not how it started."""
-    same = ("r", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save", "layers_pattern")
+    same = ("r", "lora_dropout", "bias", "use_rslora", "use_dora", "layers_pattern", "ensure_weight_tying")
     layers = config.layers_to_transform
     return {
         **{name: getattr(config, name) for name in same},
         # PEFT keeps 16 and 16.0 as they were given.
         "lora_alpha": float(config.lora_alpha),
         "target_modules": _sorted(config.target_modules),
+        # Tied ones PEFT adds by their whole name.
+        "modules_to_save": sorted({name.rsplit(".", 1)[-1] for name in config.modules_to_save or ()}) or None,
         "exclude_modules": _sorted(config.exclude_modules),
         "layers_to_transform": [layers] if isinstance(layers, int) else layers,
         "rank_pattern": dict(config.rank_pattern) or None,
@@ -206,9 +213,11 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
         exclude_modules=resolve_exclusions(model, settings.exclude_modules),
+        ensure_weight_tying=settings.ensure_weight_tying,
         task_type="CAUSAL_LM",
     )
     targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    _check_tying(model, settings, targets)
     # Without a target there is nothing that a pattern could match, and PEFT says why.
     if targets:
         check_patterns("rank_pattern", config.rank_pattern, targets)
@@ -268,13 +277,30 @@ def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
             raise AdapterError(
                 f"modules_to_save {name!r} is no module of {type(model).__name__}.{did_you_mean(name, names)}"
             )
-    tied = model.config.get_text_config().tie_word_embeddings and {"embed_tokens", "lm_head"} & set(wanted or ())
-    if tied:
-        raise AdapterError(
-            f"modules_to_save {sorted(tied)}: embedding and output head of this model are one tensor, and training one "
-            "copy would part them. ensure_weight_tying is not supported yet; leave them out."
-        )
     return wanted
+
+
+def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> None:
+    """Refuse settings that would part embedding and output head in silence, or keep together what is apart.
+
+    ``targets`` are the modules that get an adapter.
+    """
+    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    ends = {"embed_tokens", "lm_head"}
+    whole, adapted = ends & set(settings.modules_to_save or ()), ends & {name.rsplit(".", 1)[-1] for name in targets}
+    if is_tied and adapted:
+        raise AdapterError(
+            f"target_modules {sorted(adapted)}: embedding and output head of this model are one tensor, and an adapter "
+            "on it cannot be merged. Train it whole: modules_to_save=['embed_tokens'] with ensure_weight_tying=True."
+        )
+    if is_tied and len(whole) == 1 and not settings.ensure_weight_tying:
+        raise AdapterError(
+            f"modules_to_save {sorted(whole)}: embedding and output head of this model are one tensor, and training "
+            "one copy would part them. Give ensure_weight_tying=True to keep them one, or name both to let them part."
+        )
+    if settings.ensure_weight_tying and not (is_tied and whole):
+        why = "no embedding is in modules_to_save" if is_tied else "this model has two tensors for them"
+        raise AdapterError(f"ensure_weight_tying=True keeps embedding and output head one tensor, but {why}.")
 
 
 def _layers(model: Any, settings: AdapterSettings) -> list[int] | int | None:

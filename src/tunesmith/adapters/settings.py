@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import Guide, Settings
 
 __all__ = ["AdapterSettings"]
+
+_PLAIN_STARTS = ("gaussian", "orthogonal")
+_TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?")
+_OTHER_STARTS = {
+    "eva": "starts from rows of data",
+    "corda": "starts from rows of data",
+    "lora_ga": "starts from rows of data",
+    "loftq": "quantizes the base",
+}
 
 
 class AdapterSettings(Settings):
@@ -76,11 +87,17 @@ class AdapterSettings(Settings):
     use_dora: Annotated[bool, Guide("off", "plain LoRA", "slower, sometimes better at low rank")] = False
     """Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)."""
 
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """Start of A and B: True (A Kaiming, B zero), "gaussian" (A normal, B zero), False (both random, for tests)."""
+    init_lora_weights: bool | str = True
+    """Start of A and B: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (two subspaces, B A is
+    zero), "pissa" or "pissa_niter_N" (the largest singular directions of each weight; N is the number of iterations of
+    the quick form), "olora" (from a QR decomposition), False (both random, for tests). pissa and olora take what they
+    start with out of the base; the saved adapter belongs on the base as it was and has twice the rank."""
 
     modules_to_save: list[str] | None = None
-    """Modules trained in full and saved with the adapter, for example a classifier head."""
+    """Modules trained in full and saved with the adapter: embed_tokens and lm_head, a classifier head."""
+
+    ensure_weight_tying: bool = False
+    """Where embedding and output head are one tensor: keep them one when modules_to_save trains them."""
 
     layers_to_transform: list[int] | int | None = None
     """Indices of the only layers that get an adapter."""
@@ -99,6 +116,26 @@ class AdapterSettings(Settings):
 
     exclude_modules: list[str] | str | None = None
     """Layers that target_modules matches and that still get no adapter."""
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _a_known_start(cls, value: Any) -> Any:
+        # A flag is text.
+        start = {"true": True, "false": False}.get(str(value).lower(), value)
+        if isinstance(start, bool) or start in _PLAIN_STARTS or _TAKING_STARTS.fullmatch(str(start)):
+            return start
+        if start in _OTHER_STARTS:
+            raise ValueError(f"init_lora_weights={start!r} {_OTHER_STARTS[start]}, which is not supported yet.")
+        known = (*_PLAIN_STARTS, "olora", "pissa", "pissa_niter_16", *_OTHER_STARTS)
+        raise ValueError(
+            f"init_lora_weights={start!r} is not known. Use true, false, gaussian, orthogonal, pissa, pissa_niter_N "
+            f"(with a number) or olora.{did_you_mean(str(start), known)}"
+        )
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the start changes the weights of the base."""
+        return isinstance(self.init_lora_weights, str) and _TAKING_STARTS.fullmatch(self.init_lora_weights) is not None
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keywords of ``get_peft_model``."""

@@ -63,7 +63,7 @@ class LossHead:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(12, device=self._device) * 7919 + 11) % vocabulary
         documents = [tokens[:7], tokens[7:]]
-        if type(self.model.get_output_embeddings()) is not torch.nn.Linear:
+        if type(_unwrapped(self.model.get_output_embeddings())) is not torch.nn.Linear:
             self.skips_logits = False
             self.reasons.append("loss through full logits: the output head is no plain linear layer")
         own = [self.model(input_ids=document[None], use_cache=False).logits[0] for document in documents]
@@ -170,6 +170,12 @@ class LossHead:
         logits = torch.nn.functional.linear(hidden, projection.weight, getattr(projection, "bias", None)).float()
         logits = logits * self._logit_scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+
+def _unwrapped(projection: Any) -> Any:
+    """Return an output head without PEFT's wrapper around one that trains whole, whose ``weight`` is the active one."""
+    is_wrapper = type(projection).__name__ == "ModulesToSaveWrapper"
+    return projection.original_module if is_wrapper else projection
 
 
 def _one_by_one(batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:

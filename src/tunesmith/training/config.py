@@ -39,7 +39,8 @@ class SFTConfig(TrainingArguments):
 
     The learning rate is 2e-4, and 2e-5 where all weights train. Own fields: ``max_length`` (alias ``max_seq_length``),
     ``packing``, ``train_on``, ``on_too_long``, ``eval_split``, ``dataset_text_field``, ``warmup_ratio`` (written to
-    ``warmup_steps`` as a fraction, as transformers 5 wants it), ``early_stopping_patience``.
+    ``warmup_steps`` as a fraction, as transformers 5 wants it), ``early_stopping_patience``,
+    ``embedding_learning_rate``.
 
     Raises:
         SettingsError: two names of one setting disagree, or a value is refused.
@@ -76,6 +77,7 @@ class SFTConfig(TrainingArguments):
     dataset_text_field: str | None = None
     warmup_ratio: float | None = None
     early_stopping_patience: int | None = None
+    embedding_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
@@ -140,7 +142,7 @@ def config_of(settings: RunSettings, output_dir: Path) -> SFTConfig:
         "num_train_epochs", "learning_rate", "weight_decay", "per_device_train_batch_size", "max_length",
         "gradient_accumulation_steps", "packing", "train_on", "on_too_long", "max_grad_norm", "neftune_noise_alpha",
         "seed", "logging_steps", "eval_steps", "save_total_limit", "early_stopping_patience", "report_to",
-        "warmup_steps", "warmup_ratio",
+        "warmup_steps", "warmup_ratio", "embedding_learning_rate",
     )  # fmt: skip
     try:
         return SFTConfig(

@@ -15,7 +15,15 @@ from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsErro
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
 
-__all__ = ["apply_older_style", "check_precision", "check_purpose", "choose_cadence", "length_limit", "try_out"]
+__all__ = [
+    "apply_older_style",
+    "check_precision",
+    "check_purpose",
+    "choose_cadence",
+    "length_limit",
+    "one_tokenizer",
+    "try_out",
+]
 
 
 def apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
@@ -27,6 +35,21 @@ def apply_older_style(args: SFTConfig, field: str | None, length: int | None, pa
         if current not in (None, False) and current != value:
             raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
         setattr(args, name, value)
+
+
+def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
+    """Return the tokenizer, under whichever of its two names it was given.
+
+    Raises:
+        SettingsError: two different ones.
+        ModelError: none.
+    """
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise SettingsError("processing_class and tokenizer are the same argument. Give one of them.")
+    chosen = processing_class if processing_class is not None else tokenizer
+    if chosen is None:
+        raise ModelError("the tokenizer is missing: give processing_class=tokenizer.")
+    return chosen
 
 
 def check_purpose(model: Any) -> None:

@@ -33,7 +33,7 @@ FULL_RATE = 2e-5
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
     "load_in_fp8", "rope_scaling", "qat_scheme", "loftq_config",
-    "target_parameters", "ensure_weight_tying", "embedding_learning_rate", "resize_model_vocab", "offload_embedding",
+    "target_parameters", "resize_model_vocab", "offload_embedding",
     "fast_inference", "task_type", "task",
 )  # fmt: skip
 
@@ -62,6 +62,12 @@ class TrainingSettings(Settings):
         Guide("5e-5 to 2e-4 for large models, up to 2e-3 for small ones", "needs more epochs", "the loss diverges"),
     ] = 2e-4
     """Step size of the optimizer; 2e-5 with full_finetuning, which wants about a tenth of the rate of LoRA."""
+
+    embedding_learning_rate: Annotated[
+        float | None, Field(gt=0, lt=1), Guide("a tenth of learning_rate", "new tokens stay strange", "words drift")
+    ] = None
+    """Step size of embedding and output head where they train (modules_to_save, full_finetuning); none means a tenth of
+    learning_rate beside an adapter, and learning_rate where all weights train."""
 
     lr_scheduler_type: Annotated[str, Guide("linear or cosine", "constant: no decay", "cosine: late, steep decay")] = (
         "linear"

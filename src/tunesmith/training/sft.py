@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tunesmith.core.errors import ModelError, OutputError, SettingsError, TrainingError
+from tunesmith.adapters.starts import raw_weights
+from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.data.masks import ExampleEncoder
@@ -55,16 +56,17 @@ from tunesmith.training.fingerprint import model_fingerprint, settings_fingerpri
 from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
+from tunesmith.training.optimizer import give_embeddings_their_rate, optimizer_for
 from tunesmith.training.plan import (
     apply_older_style,
     check_precision,
     check_purpose,
     choose_cadence,
     length_limit,
+    one_tokenizer,
     try_out,
 )
 from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
-from tunesmith.training.rounding import optimizer_for
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 
 __all__ = ["SFTTrainer"]
@@ -109,7 +111,7 @@ class SFTTrainer(Trainer):
         args = SFTConfig() if args is None else args
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
-        self._tokenizer = _one_tokenizer(processing_class, tokenizer)
+        self._tokenizer = one_tokenizer(processing_class, tokenizer)
         apply_older_style(args, dataset_text_field, max_seq_length, packing)
         check_precision(args, model)
         protect_gradients(model)
@@ -226,6 +228,14 @@ class SFTTrainer(Trainer):
         """Train by ``plan`` from now on."""
         self.plan, self.part_tokens = plan, plan.part_tokens
         apply_plan(self.model, plan)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with a group of its own for embedding and output head where they train."""
+        has_one = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not has_one:
+            give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
+        return optimizer
 
     # ---- one step ----
 
@@ -428,7 +438,8 @@ class SFTTrainer(Trainer):
         if self.args.should_save and damage(self._checkpoint_folder()) is not None:
             require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
             with whole_folder(self._checkpoint_folder()) as folder:
-                self.save_model(str(folder), _internal_call=True)
+                with raw_weights(self.model):
+                    self.save_model(str(folder), _internal_call=True)
                 self._save_optimizer_and_scheduler(str(folder))
                 for rank, states in enumerate(generators):
                     name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{rank}.pth"
@@ -475,15 +486,6 @@ class SFTTrainer(Trainer):
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
-    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
-        raise SettingsError("processing_class and tokenizer are the same argument. Give one of them.")
-    chosen = processing_class if processing_class is not None else tokenizer
-    if chosen is None:
-        raise ModelError("the tokenizer is missing: give processing_class=tokenizer.")
-    return chosen
 
 
 def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""AdamW for weights that are stored in bfloat16.
+"""The optimizer: AdamW for weights that are stored in bfloat16, and the rate of embeddings.
 
 A step of 2e-5 on a weight of 0.02 is a thousandth of it, and bfloat16 keeps eight bits: rounded to nearest, most steps
 would be lost without a sign. Here the new weight is made in float32 and rounded up or down at random, up with the
@@ -15,7 +15,7 @@ import torch
 
 from tunesmith.core.errors import SettingsError
 
-__all__ = ["StochasticAdamW", "optimizer_for", "round_stochastically"]
+__all__ = ["StochasticAdamW", "give_embeddings_their_rate", "optimizer_for", "round_stochastically"]
 
 _PIECE = 2**22
 """Entries updated at a time: what lies between is 16 MiB each, however large the embedding is."""
@@ -41,6 +41,29 @@ def optimizer_for(model: Any, args: Any) -> tuple[type, dict[str, Any]] | None:
         "eps": args.adam_epsilon,
         "seed": args.seed,
     }
+
+
+def give_embeddings_their_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float | None) -> None:
+    """Put the trained weights of embedding and output head of ``model`` into groups of their own.
+
+    Their rate is ``rate``; None means a tenth of the others' beside an adapter, and the same where all weights train.
+    """
+    if rate is None and not hasattr(model, "peft_config"):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = [base.get_input_embeddings(), base.get_output_embeddings()]
+    chosen = {id(p) for module in modules if module is not None for p in module.parameters() if _is_whole(p, module)}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in chosen]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] / 10 if rate is None else rate})
+
+
+def _is_whole(parameter: torch.Tensor, module: Any) -> bool:
+    """Return whether a trained weight is that of the module itself, and not of an adapter on it."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return parameter.requires_grad and "lora_" not in names[id(parameter)]
 
 
 def round_stochastically(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
