@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PEERS", "run_arm", "table"]
+__all__ = ["PEERS", "WORKLOAD", "build_workload", "run_arm", "table"]
 
 ROOT = Path(__file__).parent.parent
 WORKLOAD = ROOT / ".cache" / "benchmarks" / "smollm2-135m"
@@ -126,7 +126,8 @@ def _python(library: str) -> str:
     return str(own) if own is not None and own.is_file() else sys.executable
 
 
-def _build_workload(folder: Path) -> None:
+def build_workload(folder: Path) -> None:
+    """Make the rows of the benchmark in ``folder`` where they are not there yet."""
     if not (folder / "workload.json").is_file():
         print(f"building {folder}")
         command = [sys.executable, "-m", "benchmarks.workload", str(folder)]
@@ -152,7 +153,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the arms, print the table and the JSON lines; exit code 1 when an arm failed."""
     arguments = _arguments()
-    _build_workload(arguments.workload)
+    build_workload(arguments.workload)
     arms = [arm.strip() for arm in arguments.arms.split(",") if arm.strip()]
     job = {name: getattr(arguments, name) for name in ("workload", "steps", "warmup", "loss", "device", "dtype")}
     order = arms if arguments.no_repeat or len(arms) < 2 else [*arms, arms[0]]

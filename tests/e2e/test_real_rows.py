@@ -16,3 +16,18 @@ def test_training_on_sarcastic_headlines_helps_on_held_out_ones(smollm2):
     scores = figures["evaluation"]
     assert scores["model"]["count"] == 300
     assert scores["model"]["value"] >= max(scores["base"]["value"], figures["majority"]) + 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_four_bits_learn_as_sixteen_do(smollm2):
+    from benchmarks.train import WORKLOAD, build_workload, run_arm
+
+    build_workload(WORKLOAD)
+    job = {"workload": WORKLOAD, "steps": 30, "warmup": 0, "loss": "answers", "device": "cpu", "dtype": "float32"}
+    whole, four = (run_arm(arm, **job) for arm in ("ours", "ours-4bit"))
+    # The same rows in the same order. The last ten steps, since single ones differ by their rows.
+    means = [sum(record["losses"][-10:]) / 10 for record in (whole, four)]
+    assert whole["losses"][-1] != four["losses"][-1]
+    assert means[1] <= 1.03 * means[0]
+    assert four["peak_bytes"] < whole["peak_bytes"]
