@@ -124,6 +124,7 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             device_map=device_map,
             width=width,
+            whole=bool(load_in_16bit),
             **hub,
         )
         if full_finetuning:

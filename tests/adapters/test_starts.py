@@ -12,7 +12,7 @@ from peft import PeftModel
 from tests import tiny
 
 from tunesmith import FastLanguageModel
-from tunesmith.adapters.starts import raw_weights
+from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.install import engine_of
 from tunesmith.training.settings import load_run_settings

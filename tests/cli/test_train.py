@@ -54,7 +54,10 @@ def test_a_run_on_a_quantized_base(run, tmp_path, model_folder, rows_file, flag,
     assert numbers["last_loss"] < numbers["first_loss"]
     answered = run("evaluate", "--model", folder, "--data", rows_file, "--metric", "perplexity", "--limit", 4, flag)
     assert answered.code == 0, answered.err
-    assert run("generate", "the cat", "--model", folder, "--max-new-tokens", 2, flag).code == 0
+    answered = run("generate", "the cat", "--model", folder, "--max-new-tokens", 2)
+    assert answered.code == 0 and "the base is loaded in" in answered.err
+    whole = run("generate", "the cat", "--model", folder, "--max-new-tokens", 2, "--load-in-16bit")
+    assert whole.code == 0 and "the base is loaded in" not in whole.err
 
 
 def test_a_run_of_all_weights_leaves_a_model(run, tmp_path, model_folder, rows_file):

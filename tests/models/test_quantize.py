@@ -197,9 +197,28 @@ def test_a_folder_that_is_quantized_already(width: str, folders: dict[str, Path]
 def test_an_adapter_comes_back_on_its_quantized_base(width: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(load(folders["llama"], width)).eval()
     model.save_pretrained(tmp_path / "adapter")
-    again = load(tmp_path / "adapter", width).eval()
-    with torch.no_grad():
-        assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    for asked in (width, None):
+        # Nothing asked for: as it was trained.
+        again = load(tmp_path / "adapter", asked).eval()
+        with torch.no_grad():
+            assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    whole = load(tmp_path / "adapter", None, dtype=None, load_in_16bit=True)
+    assert facts_of(whole).width is None
+    # Saved from the whole base, it belongs there.
+    whole.save_pretrained(tmp_path / "adapter")
+    assert facts_of(load(tmp_path / "adapter", None)).width is None
+
+
+def test_the_base_of_an_adapter_is_said_and_a_damaged_record_refused(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapted(load(folders["llama"], "4bit")).save_pretrained(tmp_path)
+    load(tmp_path, None)
+    assert "the base is loaded in 4 bits, as the adapter" in caplog.text
+    for content in ("{", '{"width": "3bit"}', "[]"):
+        (tmp_path / "base.json").write_text(content, encoding="utf-8")
+        with pytest.raises(AdapterError, match=r"base\.json"):
+            load(tmp_path, None)
 
 
 # ---- what would go wrong ----
@@ -241,6 +260,7 @@ def test_shapes_without_values_take_the_same_bytes(width: str, folders: dict[str
     source = find_model(str(folders["llama"]))
     empty = adapted(empty_causal_lm(source, max_seq_length=256, dtype="float32", width=width))
     model = adapted(load(folders["llama"], width))
+    assert facts_of(empty).width == facts_of(model).width == width
     planned, there = shape_of(empty, kind="cpu"), shape_of(model)
     assert planned == there
     assert there.base_bytes < shape_of(adapted(load(folders["llama"], None))).base_bytes

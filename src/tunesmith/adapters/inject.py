@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.starts import keep_start, refuse_quantized
 from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
@@ -63,8 +63,7 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
         config = _lora_config(model, settings)
         with _seeded(settings.random_state):
             adapted = get_peft_model(model, config)
-    if settings.takes_from_base:
-        keep_start(adapted)
+    as_adapter_model(adapted, takes_from_base=settings.takes_from_base)
     facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)

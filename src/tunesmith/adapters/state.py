@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
+from tunesmith.adapters.model import as_adapter_model, width_of_base
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import (
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["attach_adapter", "base_of", "empty_source", "load_source", "load_source_tokenizer"]
+
+_log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Start of an adapter -> what it did to the base that a reload cannot repeat.
@@ -49,6 +53,7 @@ def load_source(
     attn_implementation: str | None = None,
     device_map: Any = None,
     width: Width | None = None,
+    whole: bool = False,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -56,6 +61,8 @@ def load_source(
 
     Args:
         adapter: name of an adapter to put on the base ``name``.
+        width: how the base is quantized; None: as the adapter was trained, else not at all.
+        whole: not quantized, whatever the adapter was trained on.
         trainable: whether the adapter's weights take gradients.
         hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
 
@@ -64,6 +71,7 @@ def load_source(
         AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
     """
     base, folder = _parts(name, adapter)
+    trained_on = None if folder is None or whole or width is not None else width_of_base(Path(folder.path))
     has_own_tokenizer = folder is not None and _has_tokenizer(folder)
     model, tokenizer = load_causal_lm(
         base,
@@ -73,23 +81,33 @@ def load_source(
         chat_template=None if has_own_tokenizer else chat_template,
         attn_implementation=attn_implementation,
         device_map=device_map,
-        width=width,
+        width=width or trained_on,
         **hub,
     )
     if folder is None:
         return model, tokenizer
+    if trained_on is not None:
+        _log.warning(
+            "the base is loaded in %s bits, as the adapter %s was trained on it; load_in_16bit loads it whole",
+            trained_on.removesuffix("bit"),
+            folder.name,
+        )
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
-def empty_source(name: str, **arguments: Any) -> tuple[PreTrainedModel | PeftModel, ModelSource]:
+def empty_source(
+    name: str, *, width: Width | None = None, whole: bool = False, **arguments: Any
+) -> tuple[PreTrainedModel | PeftModel, ModelSource]:
     """Return what :func:`load_source` would give ``name``, with shapes and no values, and where its base lies.
 
     ``arguments`` are those of :func:`tunesmith.models.load.empty_causal_lm`.
     """
     base, folder = _parts(name, None)
-    model = empty_causal_lm(base, **arguments)
+    if folder is not None and width is None and not whole:
+        width = width_of_base(Path(folder.path))
+    model = empty_causal_lm(base, width=width, **arguments)
     if folder is None:
         return model, base
     from peft import PeftConfig, get_peft_model
@@ -183,7 +201,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     facts = facts_of(model)
     facts.adapter = arguments_of(config)
     adapted.tunesmith_facts = facts
-    return adapted
+    return as_adapter_model(adapted)
 
 
 def _config(adapter: Path) -> dict[str, Any]:

@@ -21,15 +21,18 @@ def load_for_answers(
     dtype: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    load_in_16bit: bool = False,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), ready to generate, with the libraries below silenced.
 
     Raises:
         ModelError: nothing usable is at ``model``.
-        SettingsError: ``load_in_4bit`` and ``load_in_8bit``.
+        SettingsError: more than one ``load_in_*``.
         AdapterError: ``adapter`` is no adapter, does not fit, or ``model`` has one already.
     """
-    width = choose_width(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
+    width = choose_width(
+        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit or None, dtype=dtype
+    )
     # Names are looked up first: a mistyped one is said at once, not after the seconds that the libraries take.
     for name in filter(None, (model, adapter)):
         find_model(name)
@@ -40,6 +43,7 @@ def load_for_answers(
         max_seq_length=None,
         dtype=dtype,
         width=width,
+        whole=load_in_16bit,
         chat_template=chat_template,
         trainable=False,
     )

@@ -45,6 +45,7 @@ def make_quantized(model: Any, width: Width, dtype: torch.dtype) -> None:
     config = quantization_config(width, dtype)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    model.config.quantization_config = config
 
 
 def width_of(config: Any) -> Width | None:

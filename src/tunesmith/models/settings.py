@@ -73,8 +73,8 @@ class ModelSettings(Settings):
     ] = False
     """The decoder's linear layers in 8 bits (bitsandbytes LLM.int8), computed in dtype."""
 
-    load_in_16bit: bool | None = None
-    """The default unless another precision is asked for."""
+    load_in_16bit: bool = False
+    """The base whole, also under an adapter that was trained on a quantized one; the default for everything else."""
 
     full_finetuning: Annotated[
         bool,
@@ -100,7 +100,7 @@ class ModelSettings(Settings):
         return choose_width(
             load_in_4bit=self.load_in_4bit,
             load_in_8bit=self.load_in_8bit,
-            load_in_16bit=self.load_in_16bit,
+            load_in_16bit=self.load_in_16bit or None,
             dtype=self.dtype,
         )
 

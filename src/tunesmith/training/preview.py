@@ -80,6 +80,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
         width=settings.width,
+        whole=settings.load_in_16bit,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},
     )
@@ -96,9 +97,10 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     if args.packing:
         dataset = PackedDataset(train_data.documents, settings.max_length or window)
     evaluated = None if eval_data is None else DocumentDataset(eval_data.documents)
-    itemsize = facts_of(model).dtype.dtype.itemsize
-    stored = stored_bytes(source)
-    shape = shape_of(model, kind=device.type, load_bytes=converted_bytes(stored, itemsize, device.type, settings.width))
+    facts = facts_of(model)
+    itemsize, stored = facts.dtype.dtype.itemsize, stored_bytes(source)
+    beside = converted_bytes(stored, itemsize, device.type, facts.width)
+    shape = shape_of(model, kind=device.type, load_bytes=beside)
     work = work_of(dataset, evaluated, args, multiple=1 if itemsize > 2 else 64)
     there_is = memory_there_is(device) if memory is None else memory
     plan = plan_training(

@@ -216,6 +216,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         dtype=settings.dtype,
         width=settings.width,
+        whole=settings.load_in_16bit,
         chat_template=settings.chat_template,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},

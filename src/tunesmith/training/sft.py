@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tunesmith.adapters.starts import raw_weights
+from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes

@@ -1,11 +1,12 @@
-"""How an adapter starts, and what it takes to save one whose start took something out of the base.
+"""A PEFT model that saves what its adapter needs to answer as it was trained.
 
-PiSSA and OLoRA put the largest directions of a weight into A and B and take them out of the base: W_res = W - s B0 A0.
-What such an adapter adds to the base as it was is s (B A - B0 A0), a plain adapter of twice the rank:
+Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits), so that
+:func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters whose start took something
+out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a weight into A and B and take
+them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is s (B A - B0 A0), a plain
+adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
-
-:class:`StartedPeftModel` keeps A0 and B0 and saves that, so that the folder works on the untouched base everywhere.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from peft import PeftModelForCausalLM
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized
+from tunesmith.models.load import facts_of
+from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StartedPeftModel", "keep_start", "raw_weights", "refuse_quantized"]
+__all__ = ["AdapterModel", "as_adapter_model", "raw_weights", "refuse_quantized", "width_of_base"]
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _CONFIG, _BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 
 
 def refuse_quantized(model: Any) -> None:
@@ -42,38 +45,72 @@ def refuse_quantized(model: Any) -> None:
         )
 
 
-def keep_start(model: Any) -> None:
-    """Make the adapted ``model``, whose start has just changed its base, save what belongs on the base as it was."""
-    model.__class__ = StartedPeftModel
-    model.started = {name: value.detach().to("cpu", copy=True) for name, value in _adapter_weights(model).items()}
-    model.saves_raw = False
+def as_adapter_model(model: Any, *, takes_from_base: bool = False) -> AdapterModel:
+    """Return ``model``, a PEFT model, as an :class:`AdapterModel`.
+
+    ``takes_from_base``: its adapter is new, and its start has just changed the base.
+    """
+    model.__class__ = AdapterModel
+    model.saves_raw, model.started = False, {}
+    if takes_from_base:
+        model.started = {name: value.detach().to("cpu", copy=True) for name, value in _adapter_weights(model).items()}
+    return model
 
 
 @contextmanager
 def raw_weights(model: Any) -> Iterator[None]:
     """Let ``model`` save A and B as they are for the block: for a checkpoint of a run, which starts the same way."""
-    is_started = isinstance(model, StartedPeftModel)
-    if is_started:
+    is_ours = isinstance(model, AdapterModel)
+    if is_ours:
         model.saves_raw = True
     try:
         yield
     finally:
-        if is_started:
+        if is_ours:
             model.saves_raw = False
 
 
-class StartedPeftModel(PeftModelForCausalLM):
-    """A PEFT model whose first adapter started by taking something out of the base."""
+def width_of_base(adapter: Path) -> Width | None:
+    """Return how the base of a saved adapter was quantized when it was trained, None where it was not.
+
+    Raises:
+        AdapterError: base.json is there and is not what this library writes.
+    """
+    file = adapter / _BASE
+    if not file.is_file():
+        return None
+    try:
+        width = json.loads(file.read_text(encoding="utf-8"))["width"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file} is not what tunesmith writes ({error!r}). Copy the adapter again.") from None
+    if width not in ("4bit", "8bit"):
+        raise AdapterError(f"{file}: width {width!r} is neither 4bit nor 8bit. Copy the adapter again.")
+    return width
+
+
+class AdapterModel(PeftModelForCausalLM):
+    """A PEFT model that saves what belongs to its adapter.
+
+    Attributes:
+        started: A0 and B0 by name, where the start of the first adapter changed the base.
+        saves_raw: see :func:`raw_weights`.
+    """
 
     started: dict[str, torch.Tensor]
     saves_raw: bool
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as PEFT does, the first adapter as a plain one of twice the rank that belongs on the untouched base."""
+        """Save as PEFT does; see the module for what is added."""
         super().save_pretrained(save_directory, *args, **kwargs)
         selected = kwargs.get("selected_adapters") or ["default"]
-        if not self.saves_raw and "default" in selected and kwargs.get("is_main_process", True):
-            _convert(Path(save_directory), self.started)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder, width = Path(save_directory), facts_of(self).width
+        if self.started and not self.saves_raw and "default" in selected:
+            _convert(folder, self.started)
+        (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
+        if width is not None:
+            (folder / _BASE).write_text(json.dumps({"width": width}) + "\n", encoding="utf-8")
 
 
 def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:
