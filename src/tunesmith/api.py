@@ -14,6 +14,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import choose_width
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class FastLanguageModel:
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
-        weights train: give the model to the trainer as it is.
+        weights train: give the model to the trainer as it is. ``rope_scaling`` ("linear", "dynamic", "yarn", "llama3"
+        or rope parameters of transformers) stretches the window to ``max_seq_length``.
 
         Raises:
             ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
@@ -94,7 +96,7 @@ class FastLanguageModel:
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
         not_yet = (
-            "load_in_fp8", "rope_scaling", "resize_model_vocab",
+            "load_in_fp8", "resize_model_vocab",
             "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
             "qat_scheme", "random_state", "task_type",
         )  # fmt: skip
@@ -125,6 +127,7 @@ class FastLanguageModel:
             device_map=device_map,
             width=width,
             whole=bool(load_in_16bit),
+            stretched=None if rope_scaling is None else Stretch(rope_scaling, max_seq_length),
             **hub,
         )
         if full_finetuning:

@@ -1,10 +1,10 @@
 """A PEFT model that saves what its adapter needs to answer as it was trained.
 
-Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits), so that
-:func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters whose start took something
-out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a weight into A and B and take
-them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is s (B A - B0 A0), a plain
-adapter of twice the rank:
+Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits, a longer
+window), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters that took
+something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a weight into A and B
+and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is
+s (B A - B0 A0), a plain adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from peft import PeftModelForCausalLM
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized
 from tunesmith.models.load import facts_of
+from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterModel", "as_adapter_model", "raw_weights", "refuse_quantized", "width_of_base"]
+__all__ = ["AdapterModel", "as_adapter_model", "raw_weights", "refuse_quantized", "trained_on"]
 
 _WEIGHTS, _CONFIG, _BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 
@@ -70,22 +72,24 @@ def raw_weights(model: Any) -> Iterator[None]:
             model.saves_raw = False
 
 
-def width_of_base(adapter: Path) -> Width | None:
-    """Return how the base of a saved adapter was quantized when it was trained, None where it was not.
+def trained_on(adapter: Path) -> tuple[Width | None, Stretch | None]:
+    """Return how the base of a saved adapter was quantized and stretched when it was trained; None where it was not.
 
     Raises:
         AdapterError: base.json is there and is not what this library writes.
     """
     file = adapter / _BASE
     if not file.is_file():
-        return None
+        return None, None
     try:
-        width = json.loads(file.read_text(encoding="utf-8"))["width"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        width, rope = record.get("width"), record.get("stretch")
+        return _WIDTHS[width], None if rope is None else Stretch(rope["scaling"], rope["window"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{file} is not what tunesmith writes ({error!r}). Copy the adapter again.") from None
-    if width not in ("4bit", "8bit"):
-        raise AdapterError(f"{file}: width {width!r} is neither 4bit nor 8bit. Copy the adapter again.")
-    return width
+
+
+_WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
 
 
 class AdapterModel(PeftModelForCausalLM):
@@ -105,12 +109,13 @@ class AdapterModel(PeftModelForCausalLM):
         selected = kwargs.get("selected_adapters") or ["default"]
         if not kwargs.get("is_main_process", True):
             return
-        folder, width = Path(save_directory), facts_of(self).width
+        folder, facts = Path(save_directory), facts_of(self)
         if self.started and not self.saves_raw and "default" in selected:
             _convert(folder, self.started)
         (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
-        if width is not None:
-            (folder / _BASE).write_text(json.dumps({"width": width}) + "\n", encoding="utf-8")
+        if facts.width is not None or facts.stretch is not None:
+            record = {"width": facts.width, "stretch": None if facts.stretch is None else asdict(facts.stretch)}
+            (folder / _BASE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:

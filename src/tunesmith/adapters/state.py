@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
-from tunesmith.adapters.model import as_adapter_model, width_of_base
+from tunesmith.adapters.model import as_adapter_model, trained_on
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import (
@@ -22,6 +22,7 @@ from tunesmith.models.load import (
     load_tokenizer,
     load_window,
 )
+from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def load_source(
     device_map: Any = None,
     width: Width | None = None,
     whole: bool = False,
+    stretched: Stretch | None = None,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -63,6 +65,7 @@ def load_source(
         adapter: name of an adapter to put on the base ``name``.
         width: how the base is quantized; None: as the adapter was trained, else not at all.
         whole: not quantized, whatever the adapter was trained on.
+        stretched: how the window is made longer; None: as the adapter was trained, else not at all.
         trainable: whether the adapter's weights take gradients.
         hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
 
@@ -71,7 +74,7 @@ def load_source(
         AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
     """
     base, folder = _parts(name, adapter)
-    trained_on = None if folder is None or whole or width is not None else width_of_base(Path(folder.path))
+    width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
     has_own_tokenizer = folder is not None and _has_tokenizer(folder)
     model, tokenizer = load_causal_lm(
         base,
@@ -81,33 +84,33 @@ def load_source(
         chat_template=None if has_own_tokenizer else chat_template,
         attn_implementation=attn_implementation,
         device_map=device_map,
-        width=width or trained_on,
+        width=width,
+        stretched=stretched,
         **hub,
     )
     if folder is None:
         return model, tokenizer
-    if trained_on is not None:
-        _log.warning(
-            "the base is loaded in %s bits, as the adapter %s was trained on it; load_in_16bit loads it whole",
-            trained_on.removesuffix("bit"),
-            folder.name,
-        )
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
 def empty_source(
-    name: str, *, width: Width | None = None, whole: bool = False, **arguments: Any
+    name: str,
+    *,
+    max_seq_length: int | None = DEFAULT_WINDOW,
+    width: Width | None = None,
+    whole: bool = False,
+    stretched: Stretch | None = None,
+    **arguments: Any,
 ) -> tuple[PreTrainedModel | PeftModel, ModelSource]:
     """Return what :func:`load_source` would give ``name``, with shapes and no values, and where its base lies.
 
     ``arguments`` are those of :func:`tunesmith.models.load.empty_causal_lm`.
     """
     base, folder = _parts(name, None)
-    if folder is not None and width is None and not whole:
-        width = width_of_base(Path(folder.path))
-    model = empty_causal_lm(base, width=width, **arguments)
+    width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
+    model = empty_causal_lm(base, max_seq_length=max_seq_length, width=width, stretched=stretched, **arguments)
     if folder is None:
         return model, base
     from peft import PeftConfig, get_peft_model
@@ -121,13 +124,39 @@ def empty_source(
 
 
 def load_source_tokenizer(
-    name: str, *, max_seq_length: int | None = DEFAULT_WINDOW, chat_template: str | None = None, **hub: Any
+    name: str,
+    *,
+    max_seq_length: int | None = DEFAULT_WINDOW,
+    stretched: Stretch | None = None,
+    chat_template: str | None = None,
+    **hub: Any,
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """Return the tokenizer and the window that :func:`load_source` would give ``name``, without loading weights."""
     base, folder = _parts(name, None)
     owner = folder if folder is not None and _has_tokenizer(folder) else base
     tokenizer = load_tokenizer(owner, chat_template=chat_template, **hub)
-    return tokenizer, load_window(base, max_seq_length, **hub)
+    _, stretched, max_seq_length = _as_trained(folder, None, True, stretched, max_seq_length)
+    return tokenizer, load_window(base, max_seq_length, stretched=stretched, **hub)
+
+
+def _as_trained(
+    folder: ModelSource | None, width: Width | None, whole: bool, stretched: Stretch | None, window: int | None
+) -> tuple[Width | None, Stretch | None, int | None]:
+    """Return how the base of an adapter is quantized and stretched and its window, where nothing else is asked for."""
+    if folder is None:
+        return width, stretched, window
+    own_width, own_stretch = trained_on(Path(folder.path))
+    if own_width is not None and width is None and not whole:
+        width = own_width
+        _log.warning(
+            "the base is loaded in %s bits, as the adapter %s was trained on it; load_in_16bit loads it whole",
+            width.removesuffix("bit"),
+            folder.name,
+        )
+    if own_stretch is not None and stretched is None:
+        stretched = own_stretch
+        window = own_stretch.window if window is DEFAULT_WINDOW else window
+    return width, stretched, window
 
 
 def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:

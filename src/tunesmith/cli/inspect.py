@@ -104,6 +104,7 @@ def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
     tokenizer, window = load_source_tokenizer(
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         chat_template=settings.chat_template,
     )
     encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)

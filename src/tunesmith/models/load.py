@@ -24,6 +24,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     width_of,
 )
+from tunesmith.models.rope import Stretch, stretch
 from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class ModelFacts:
         checkpointing: ``use_gradient_checkpointing`` as it was asked for.
         width: of the quantized layers of the base, None where it is not quantized.
         full_finetuning: whether all weights train.
+        stretch: how the window was made longer than the model's own, or None.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ModelFacts:
     checkpointing: bool | str = False
     width: Width | None = None
     full_finetuning: bool = False
+    stretch: Stretch | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -95,13 +98,14 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     device_map: Any = None,
     width: Width | None = None,
+    stretched: Stretch | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
 
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
-    ``dtype``, or as the files have them where they are quantized already.
+    ``dtype``, or as the files have them where they are quantized already. ``stretched`` makes the window longer.
 
     Raises:
         ModelError: files are missing or corrupt, the architecture is no causal language model,
@@ -120,8 +124,10 @@ def load_causal_lm(
         # Weights are quantized one by one on the device where they go.
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
-        _refuse_other_width(source, place, width, hub)
+        _refuse_other_width(source, width, hub)
         arguments["quantization_config"] = quantization_config(width, choice.dtype)
+    if stretched is not None:
+        arguments["config"] = _config(source, hub, stretched)
     with _readable_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
     _refuse_missing_weights(source, info)
@@ -132,6 +138,7 @@ def load_causal_lm(
     protect_gradients(model)
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
+    facts_of(model).stretch = stretched
     return model, tokenizer
 
 
@@ -142,6 +149,7 @@ def empty_causal_lm(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     width: Width | None = None,
+    stretched: Stretch | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Return what :func:`load_causal_lm` would, with shapes and no values: on the meta device, from config.json alone.
@@ -150,7 +158,7 @@ def empty_causal_lm(
         ModelError: as :func:`load_causal_lm`, as far as the config shows it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     choice = choose_dtype(dtype, choose_device())
     arguments: dict[str, Any] = {"dtype": choice.dtype}
@@ -158,12 +166,11 @@ def empty_causal_lm(
         arguments["attn_implementation"] = attn_implementation
     if hub.get("trust_remote_code"):
         arguments["trust_remote_code"] = True
-    with _readable_errors(source):
-        config = AutoConfig.from_pretrained(_local_place(source), **hub)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **arguments)
-            if width is not None:
-                make_quantized(model, width, choice.dtype)
+    config = _config(source, hub, stretched)
+    with _readable_errors(source), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **arguments)
+        if width is not None:
+            make_quantized(model, width, choice.dtype)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
     return model
 
@@ -226,17 +233,25 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **h
     return tokenizer
 
 
-def load_window(source: ModelSource, asked: int | None = DEFAULT_WINDOW, **hub: Any) -> int:
+def load_window(
+    source: ModelSource, asked: int | None = DEFAULT_WINDOW, *, stretched: Stretch | None = None, **hub: Any
+) -> int:
     """Return the window that :func:`load_causal_lm` would use the model with, from its config alone.
 
     Raises:
         ModelError: config.json is missing or corrupt, or ``asked`` is above the model's own window.
     """
+    return _window(_config(source, hub, stretched), asked)
+
+
+def _config(source: ModelSource, hub: dict[str, Any], stretched: Stretch | None = None) -> Any:
     from transformers import AutoConfig
 
     with _readable_errors(source):
         config = AutoConfig.from_pretrained(_local_place(source), **hub)
-    return _window(config, asked)
+        if stretched is not None:
+            stretch(config, stretched)
+    return config
 
 
 def native_window(config: Any) -> int | None:
@@ -252,8 +267,8 @@ def _window(config: Any, asked: int | None) -> int:
         if isinstance(asked, _DefaultWindow):
             return native
         raise ModelError(
-            f"max_seq_length={asked} is above this model's own window of {native} positions. Stretching the window "
-            f"(RoPE scaling) is not supported yet: use at most {native}."
+            f"max_seq_length={asked} is above this model's own window of {native} positions. Use at most {native}, or "
+            "say how to stretch it: rope_scaling is one of linear, dynamic, yarn and llama3."
         )
     return int(asked)
 
@@ -265,11 +280,8 @@ def _leave_files(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _refuse_other_width(source: ModelSource, place: str, width: Width, hub: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
-    with _readable_errors(source):
-        config = AutoConfig.from_pretrained(place, **hub)
+def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) -> None:
+    config = _config(source, hub)
     stored = getattr(config, "quantization_config", None)
     if stored is not None and width_of(config) != width:
         raise ModelError(

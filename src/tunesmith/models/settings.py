@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tunesmith.core.device import parse_dtype
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Guide, Settings
+from tunesmith.models.rope import Stretch
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,10 @@ class ModelSettings(Settings):
     ] = None
     """bfloat16, float16 or float32; none lets the hardware decide and prints the reason."""
 
+    rope_scaling: str | dict[str, Any] | None = None
+    """How to stretch the model's window to a longer max_seq_length: linear, dynamic, yarn, llama3, or a mapping of rope
+    parameters of transformers."""
+
     load_in_4bit: Annotated[
         bool, Guide("on for large models", "off: the base is whole", "a fifth of the base's memory, nearly as good")
     ] = False
@@ -103,6 +108,10 @@ class ModelSettings(Settings):
             load_in_16bit=self.load_in_16bit or None,
             dtype=self.dtype,
         )
+
+    def stretched(self, window: int | None) -> Stretch | None:
+        """How the window is made ``window`` tokens long, None where it is not stretched."""
+        return None if self.rope_scaling is None else Stretch(self.rope_scaling, window)
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:

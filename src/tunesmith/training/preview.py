@@ -71,6 +71,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     tokenizer, window = load_source_tokenizer(
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         chat_template=settings.chat_template,
     )
     train_data, eval_data = prepare_data(settings, tokenizer, window)
@@ -78,6 +79,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     model, source = empty_source(
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         dtype=settings.dtype,
         width=settings.width,
         whole=settings.load_in_16bit,

@@ -214,6 +214,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
     model, tokenizer = load_source(
         settings.model,
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         dtype=settings.dtype,
         width=settings.width,
         whole=settings.load_in_16bit,

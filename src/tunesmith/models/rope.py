@@ -1,0 +1,108 @@
+"""Windows longer than a model was trained for: its rotary embedding stretched as ``rope_scaling`` says.
+
+The scheme is written into the config before the model is made, so that training, generation and a saved model read the
+same. ``dynamic`` is the NTK-aware change of the base for the whole window (theta' = theta * factor^(d / (d - 2))):
+transformers' own follows the longest position of a batch, by which a document would be computed in another way beside
+a longer one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.core.errors import SettingsError
+from tunesmith.core.names import did_you_mean
+
+__all__ = ["SCHEMES", "Stretch", "stretch"]
+
+SCHEMES = ("linear", "dynamic", "yarn", "llama3")
+
+_FULL = "full_attention"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How a window is stretched.
+
+    Attributes:
+        scaling: one of :data:`SCHEMES`, or rope parameters of transformers.
+        window: positions that it is made for; None with rope parameters: as many as they give.
+    """
+
+    scaling: str | dict[str, Any]
+    window: int | None
+
+
+def stretch(config: Any, how: Stretch) -> None:
+    """Write a stretched rotary embedding into a config of transformers.
+
+    Raises:
+        SettingsError: an unknown scheme, a window that needs none, rope parameters that transformers refuses, or a
+            model without rotary embedding or with a scheme of its own.
+    """
+    scaling, window = how.scaling, how.window
+    text = config.get_text_config()
+    native, whole = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    if not native or not whole:
+        raise SettingsError(f"rope_scaling: {type(config).__name__} has no rotary embedding that could be stretched.")
+    # Layers with a sliding window never see far: only the others are stretched.
+    own = whole.get(_FULL, whole)
+    if isinstance(scaling, str):
+        made = _scheme(scaling, own, native, window, _rotary_size(text, own))
+        text.max_position_embeddings = int(window or native)
+    else:
+        made = _given(scaling, own)
+        reach = int(native * float(made.get("factor", 1.0)))
+        if window is not None and window > reach:
+            raise SettingsError(
+                f"max_seq_length={window} is above the {reach} positions that rope_scaling {scaling} gives a model of "
+                f"{native}. Give a larger factor."
+            )
+        made.setdefault("original_max_position_embeddings", native)
+        text.max_position_embeddings = max(native, window or reach)
+    text.rope_parameters = {**whole, _FULL: made} if _FULL in whole else made
+    try:
+        text.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise SettingsError(f"rope_scaling={scaling}: transformers refuses it ({error.args[0]}).") from error
+
+
+def _scheme(name: str, own: dict[str, Any], native: int, window: int | None, size: int) -> dict[str, Any]:
+    if name not in SCHEMES:
+        raise SettingsError(f"rope_scaling={name!r}: use {', '.join(SCHEMES)}.{did_you_mean(name, SCHEMES)}")
+    if own.get("rope_type", "default") != "default":
+        raise SettingsError(
+            f"rope_scaling={name!r}: this model has a scheme of its own ({own['rope_type']}). To replace it give all "
+            "of its parameters as a dict."
+        )
+    if window is None or window <= native:
+        raise SettingsError(
+            f"rope_scaling={name!r} stretches nothing: the model's own window of {native} holds "
+            f"max_seq_length={window}. Leave it out, or give a longer max_seq_length."
+        )
+    factor, theta = window / native, own["rope_theta"]
+    if name == "dynamic":
+        return {**own, "rope_theta": theta * factor ** (size / (size - 2))}
+    made = {**own, "rope_type": name, "factor": factor}
+    if name != "linear":
+        made["original_max_position_embeddings"] = native
+    if name == "llama3":
+        made |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return made
+
+
+def _given(scaling: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    known = ("default", *SCHEMES, "longrope", "proportional")
+    if kind not in known:
+        raise SettingsError(
+            f"rope_scaling={scaling}: rope_type is one of {', '.join(known)}.{did_you_mean(str(kind), known)}"
+        )
+    kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    return {**kept, **{name: value for name, value in scaling.items() if name != "type"}, "rope_type": kind}
+
+
+def _rotary_size(text: Any, own: dict[str, Any]) -> int:
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(size * own.get("partial_rotary_factor", 1.0))
