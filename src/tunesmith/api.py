@@ -115,6 +115,7 @@ class FastLanguageModel:
             if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
                 raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
             max_seq_length = max_sequence_length
+        asked = None if max_seq_length is DEFAULT_WINDOW else max_seq_length
         hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code,
                "local_files_only": local_files_only}  # fmt: skip
         hub = {name: value for name, value in hub.items() if value}
@@ -127,7 +128,7 @@ class FastLanguageModel:
             device_map=device_map,
             width=width,
             whole=bool(load_in_16bit),
-            stretched=None if rope_scaling is None else Stretch(rope_scaling, max_seq_length),
+            stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
             **hub,
         )
         if full_finetuning:

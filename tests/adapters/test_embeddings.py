@@ -11,7 +11,7 @@ from peft import PeftModel
 from tests import tiny
 
 from tunesmith import FastLanguageModel
-from tunesmith.core.errors import AdapterError
+from tunesmith.core.errors import AdapterError, SettingsError
 
 from ..training.support import trainer
 
@@ -141,6 +141,12 @@ def test_the_rate_of_embeddings(asked: float | None, rate: float, folders: dict[
     assert {rates[id(weight)] for weight in weights(model)} == {rate}
     others = [p for key, p in model.named_parameters() if "lora_" in key]
     assert {rates[id(p)] for p in others} == {1e-2}
+
+
+def test_a_rate_without_effect_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=adapt(folders["untied"]), embedding_learning_rate=1e-5)
+    with pytest.raises(SettingsError, match="embedding_learning_rate has no effect"):
+        run.create_optimizer()
 
 
 def test_the_rate_of_embeddings_where_all_weights_train(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -107,6 +107,75 @@ def test_a_resumed_run_has_the_bytes_of_one_without_a_break(start: str, base: Pa
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+@pytest.mark.parametrize("start", TAKING)
+def test_switched_off_it_answers_as_the_base_was(start: str, base: Path) -> None:
+    from tunesmith.evaluation import adapter_disabled
+
+    model = adapt(base, init_lora_weights=start, modules_to_save=["lm_head"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    live, trainable = logits(model), [p.requires_grad for p in model.parameters()]
+    with adapter_disabled(model):
+        torch.testing.assert_close(logits(model), logits(load(base)), rtol=0, atol=1e-3)
+    assert torch.equal(logits(model), live)
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_a_loaded_one_that_cannot_be_switched_off_says_so(base: Path, tmp_path: Path) -> None:
+    model = adapt(base, init_lora_weights="pissa")
+    with raw_weights(model):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="it cannot be switched off"), load(tmp_path).disable_adapter():
+        pass
+    with pytest.raises(AdapterError, match="a quantized base would be rounded again"):
+        load(tmp_path, load_in_4bit=True)
+
+
+def test_no_other_adapter_stands_on_what_is_left(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    adapt(base).save_pretrained(tmp_path)
+    model = adapt(base, init_lora_weights="olora")
+    for add in (lambda: model.add_adapter("x", LoraConfig(r=2)), lambda: model.load_adapter(tmp_path, "x")):
+        with pytest.raises(AdapterError, match="adapter 'x' would stand on what the first one left of the base"):
+            add()
+
+
+def test_ways_to_save_that_would_not_convert(base: Path, tmp_path: Path) -> None:
+    model = adapt(base, init_lora_weights="pissa")
+    for asked in ({"safe_serialization": False}, {"path_initial_model_for_weight_conversion": str(tmp_path)}):
+        with pytest.raises(AdapterError, match="is saved for the base as it was, as safetensors"):
+            model.save_pretrained(tmp_path / "adapter", **asked)
+
+
+def test_every_adapter_says_how_its_base_was_loaded(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = FastLanguageModel.get_peft_model(load(base, load_in_4bit=True), r=2)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, True, ["second"])
+    assert (tmp_path / "second" / "base.json").is_file() and not (tmp_path / "base.json").exists()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "base.json").is_file()
+
+
+@pytest.mark.parametrize("start", TAKING)
+def test_shapes_alone_can_be_planned(start: str, base: Path) -> None:
+    from tunesmith.adapters.inject import inject_adapter
+    from tunesmith.adapters.settings import AdapterSettings
+    from tunesmith.adapters.state import empty_source
+
+    empty, _ = empty_source(str(base), dtype="float32")
+    model = inject_adapter(empty, AdapterSettings(r=4, init_lora_weights=start))
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_embeddings_do_not_start_in_this_way(base: Path) -> None:
+    with pytest.raises(AdapterError, match="embeddings and heads do not start in this way"):
+        adapt(base, init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"])
+
+
 def test_raw_weights_are_what_trains(base: Path, tmp_path: Path) -> None:
     model = adapt(base, init_lora_weights="pissa")
     with raw_weights(model):

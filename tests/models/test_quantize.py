@@ -188,6 +188,10 @@ def test_a_folder_that_is_quantized_already(width: str, folders: dict[str, Path]
     with torch.no_grad():
         assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
     assert facts_of(load(tmp_path / "packed", width)).width == width
+    with pytest.raises(ModelError, match=r"load_in_16bit=True, but the files of model .* are quantized"):
+        load(tmp_path / "packed", None, dtype=None, load_in_16bit=True)
+    with pytest.raises(AdapterError, match="full_finetuning=True needs a base in 16 or 32 bits"):
+        load(tmp_path / "packed", None, full_finetuning=True)
     other = "8bit" if width == "4bit" else "4bit"
     with pytest.raises(ModelError, match=f"stored quantized already, and not as load_in_{other} would"):
         load(tmp_path / "packed", other)

@@ -102,6 +102,12 @@ def test_parameters_of_transformers(folders: dict[str, Path]) -> None:
     model = load(folders["llama"], given, None)
     assert facts_of(model).window == 3 * tiny.WINDOW
     assert model.config.rope_parameters["beta_fast"] == 16
+    pretrained = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    assert facts_of(load(folders["llama"], pretrained, None)).window == 1024
+    same = {"rope_type": "dynamic", "factor": 2.0}
+    torch.testing.assert_close(
+        frequencies(load(folders["llama"], same)), frequencies(load(folders["llama"], "dynamic"))
+    )
     older = {"type": "linear", "factor": 2.0}
     torch.testing.assert_close(
         frequencies(load(folders["llama"], older)), frequencies(load(folders["llama"], "linear"))
@@ -152,6 +158,11 @@ def test_documents_beyond_the_own_window_are_trained_on(folders: dict[str, Path]
         ({"rope_type": "yarnn", "factor": 2.0}, WINDOW, "rope_type is one of .*Did you mean 'yarn'"),
         ({"factor": 2.0}, WINDOW, "rope_type is one of"),
         ({"rope_type": "yarn"}, WINDOW, "above the 512 positions that rope_scaling"),
+        (2.0, WINDOW, "rope_scaling=2.0: give one of"),
+        ({"rope_type": "linear", "factor": "two"}, WINDOW, "factor is a number of at least 1"),
+        ({"rope_type": "linear", "factor": 0.5}, WINDOW, "factor is a number of at least 1"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fsat": 3}, WINDOW, "unknown key 'beta_fsat'. Did you mean"),
+        ({"rope_type": "longrope", "factor": 2.0}, WINDOW, "rope_type is one of"),
         ({"rope_type": "linear"}, None, "transformers refuses it .*factor"),
         ({"rope_type": "llama3", "factor": 2.0}, WINDOW, "transformers refuses it"),
         ({"rope_type": "linear", "factor": 1.5}, WINDOW, "above the 768 positions"),
@@ -174,6 +185,18 @@ def test_a_model_with_a_scheme_of_its_own(folders: dict[str, Path], tmp_path: Pa
     tiny.tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=r"this model has a scheme of its own \(yarn\)"):
         load(tmp_path, "linear", 2 * WINDOW)
+
+
+def test_a_run_is_not_continued_with_another_scheme(folders: dict[str, Path], tmp_path: Path) -> None:
+    from tunesmith.core.errors import CheckpointError
+
+    def run(scheme: str) -> Any:
+        model = FastLanguageModel.get_peft_model(load(folders["llama"], scheme), r=2)
+        return trainer(tmp_path, model=model, max_steps=2, save_steps=1)
+
+    run("yarn").train()
+    with pytest.raises(CheckpointError, match="rope_scaling: yarn then, linear now"):
+        run("linear").train(resume_from_checkpoint=True)
 
 
 def test_settings_of_a_run(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -178,6 +178,23 @@ def test_a_resumed_run_has_the_bytes_of_one_without_a_break(
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+# ---- optimizers of 8 bits ----
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_states_in_8_bits(optim: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    model = FastLanguageModel.get_peft_model(load(folders["llama"], full_finetuning=False), r=128)
+    run = trainer(tmp_path, model=model, optim=optim, num_train_epochs=3, learning_rate=1e-2)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    kinds = {p.numel() >= 4096: state["state1"].dtype for p, state in run.optimizer.state.items()}
+    # bitsandbytes keeps tensors below 4,096 entries (here those of k and v) in 32 bits.
+    assert kinds == {True: torch.uint8, False: torch.float32}
+    said = [note for note in facts_of(model).notes if "pages of optimizer state need a GPU" in note]
+    assert bool(said) == optim.startswith("paged")
+
+
 # ---- a run ----
 
 

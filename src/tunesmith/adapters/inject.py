@@ -61,9 +61,12 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
         refuse_quantized(model)
     with _as_adapter_error(model):
         config = _lora_config(model, settings)
+        has_values = not model.get_input_embeddings().weight.is_meta
+        if not has_values:
+            config.init_lora_weights = True  # shapes alone are wanted
         with _seeded(settings.random_state):
             adapted = get_peft_model(model, config)
-    as_adapter_model(adapted, takes_from_base=settings.takes_from_base)
+    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values)
     facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
@@ -161,9 +164,13 @@ def train_all_weights(model: Any, mode: bool | str, location: str | None = None)
     """Let every weight of a loaded base take gradients; ``mode`` and ``location`` as in :class:`AdapterSettings`.
 
     Raises:
-        AdapterError: the model carries an adapter.
+        AdapterError: the model carries an adapter, or its files are quantized.
         SettingsError: see :func:`set_checkpointing`.
     """
+    if facts_of(model).width is not None:
+        raise AdapterError(
+            f"full_finetuning=True needs a base in 16 or 32 bits; the files of {facts_of(model).name} are quantized."
+        )
     if hasattr(model, "peft_config"):
         raise AdapterError(
             "full_finetuning=True trains the weights of a base, and this is an adapter. Name its base, or leave "
@@ -296,6 +303,11 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
         raise AdapterError(
             f"modules_to_save {sorted(whole)}: embedding and output head of this model are one tensor, and training "
             "one copy would part them. Give ensure_weight_tying=True to keep them one, or name both to let them part."
+        )
+    if settings.takes_from_base and adapted:
+        raise AdapterError(
+            f"init_lora_weights={settings.init_lora_weights!r} with target_modules {sorted(adapted)}: embeddings and "
+            "heads do not start in this way. Leave them out of target_modules."
         )
     if settings.ensure_weight_tying and not (is_tied and whole):
         why = "no embedding is in modules_to_save" if is_tied else "this model has two tensors for them"

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModelForCausalLM
+from peft.utils.other import ModulesToSaveWrapper
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized
-from tunesmith.models.load import facts_of
+from tunesmith.models.load import ModelFacts, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
 
@@ -103,19 +104,101 @@ class AdapterModel(PeftModelForCausalLM):
     started: dict[str, torch.Tensor]
     saves_raw: bool
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as PEFT does; see the module for what is added."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        selected = kwargs.get("selected_adapters") or ["default"]
-        if not kwargs.get("is_main_process", True):
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as PEFT does; see the module for what is added.
+
+        Raises:
+            AdapterError: an adapter that took something out of the base cannot be saved in the way that is asked for.
+        """
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        converts = bool(self.started) and not self.saves_raw and "default" in names
+        if converts and (not safe_serialization or path_initial_model_for_weight_conversion is not None):
+            raise AdapterError(
+                "this adapter is saved for the base as it was, as safetensors: leave safe_serialization and "
+                "path_initial_model_for_weight_conversion out."
+            )
+        super().save_pretrained(
+            save_directory,
+            safe_serialization=safe_serialization,
+            selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+            **kwargs,
+        )
+        if not is_main_process:
             return
-        folder, facts = Path(save_directory), facts_of(self)
-        if self.started and not self.saves_raw and "default" in selected:
-            _convert(folder, self.started)
-        (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
-        if facts.width is not None or facts.stretch is not None:
-            record = {"width": facts.width, "stretch": None if facts.stretch is None else asdict(facts.stretch)}
-            (folder / _BASE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if converts:
+            _convert(Path(save_directory), self.started)
+        for name in names:
+            _write_base(Path(save_directory) / ("" if name == "default" else name), facts_of(self))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Answer as the base for the block; where the adapter took something out of it, as the base was.
+
+        Raises:
+            AdapterError: what was taken out is not known, because the adapter was loaded.
+        """
+        if not self.started:
+            start = getattr(self.peft_config.get("default"), "init_lora_weights", True)
+            if isinstance(start, str) and start.startswith(("pissa", "olora")):
+                raise AdapterError(
+                    f"this adapter was saved with init_lora_weights={start!r}, and its base lacks what it started "
+                    "with: it cannot be switched off. Load the base by itself to compare."
+                )
+            with super().disable_adapter():
+                yield
+            return
+        # W = W_res + s B0 A0: with what it started with, the adapter gives the base as it was.
+        weights = _adapter_weights(self)
+        now = {name: weights[name].detach().clone() for name in self.started}
+        whole = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        try:
+            for name, first in self.started.items():
+                weights[name].data.copy_(first)
+            for module in whole:
+                module.enable_adapters(False)
+            yield
+        finally:
+            for name, value in now.items():
+                weights[name].data.copy_(value)
+            for module in whole:
+                module.enable_adapters(True)
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; refused where the base lacks what the first adapter took out of it."""
+        self._refuse_beside(adapter_name)
+        return super().add_adapter(adapter_name, *args, **kwargs)
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; refused where the base lacks what the first adapter took out of it."""
+        self._refuse_beside(adapter_name)
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    def _refuse_beside(self, name: str) -> None:
+        if self.__dict__.get("started") and name != "default":
+            raise AdapterError(
+                f"adapter {name!r} would stand on what the first one left of the base. Save the first one and load "
+                "both on the base as it was."
+            )
+
+
+def _write_base(folder: Path, facts: ModelFacts) -> None:
+    """Say in the folder of an adapter how its base was loaded, where that is not as its files have it."""
+    (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
+    if facts.width is not None or facts.stretch is not None:
+        record = {"width": facts.width, "stretch": None if facts.stretch is None else asdict(facts.stretch)}
+        (folder / _BASE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
-from tunesmith.adapters.model import as_adapter_model, trained_on
+from tunesmith.adapters.model import as_adapter_model, refuse_quantized, trained_on
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import (
@@ -85,6 +85,7 @@ def load_source(
         attn_implementation=attn_implementation,
         device_map=device_map,
         width=width,
+        whole=whole,
         stretched=stretched,
         **hub,
     )
@@ -218,6 +219,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     try:
         # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        if str(config.init_lora_weights).startswith(("pissa", "olora")):
+            refuse_quantized(model)
         adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
     except SafetensorError as error:
         raise AdapterError(

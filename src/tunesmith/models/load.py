@@ -98,6 +98,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     device_map: Any = None,
     width: Width | None = None,
+    whole: bool = False,
     stretched: Stretch | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -105,7 +106,8 @@ def load_causal_lm(
 
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
-    ``dtype``, or as the files have them where they are quantized already. ``stretched`` makes the window longer.
+    ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
+    the window longer.
 
     Raises:
         ModelError: files are missing or corrupt, the architecture is no causal language model,
@@ -126,6 +128,11 @@ def load_causal_lm(
     if width is not None:
         _refuse_other_width(source, width, hub)
         arguments["quantization_config"] = quantization_config(width, choice.dtype)
+    if whole and width_of(_config(source, hub)) is not None:
+        raise ModelError(
+            f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
+            "leave load_in_16bit out."
+        )
     if stretched is not None:
         arguments["config"] = _config(source, hub, stretched)
     with _readable_errors(source):

@@ -19,6 +19,11 @@ __all__ = ["SCHEMES", "Stretch", "stretch"]
 SCHEMES = ("linear", "dynamic", "yarn", "llama3")
 
 _FULL = "full_attention"
+_KEYS = (
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+    "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+    "truncate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,25 @@ def stretch(config: Any, how: Stretch) -> None:
         raise SettingsError(f"rope_scaling: {type(config).__name__} has no rotary embedding that could be stretched.")
     # Layers with a sliding window never see far: only the others are stretched.
     own = whole.get(_FULL, whole)
+    if not isinstance(scaling, (str, dict)):
+        raise SettingsError(
+            f"rope_scaling={scaling!r}: give one of {', '.join(SCHEMES)}, or a dict of rope parameters."
+        )
     if isinstance(scaling, str):
         made = _scheme(scaling, own, native, window, _rotary_size(text, own))
         text.max_position_embeddings = int(window or native)
     else:
-        made = _given(scaling, own)
-        reach = int(native * float(made.get("factor", 1.0)))
+        made = _given(scaling, own, native, _rotary_size(text, own))
+        trained = made.get("original_max_position_embeddings", native)
+        reach = max(native, int(trained * scaling.get("factor", 1.0)))
         if window is not None and window > reach:
             raise SettingsError(
                 f"max_seq_length={window} is above the {reach} positions that rope_scaling {scaling} gives a model of "
                 f"{native}. Give a larger factor."
             )
-        made.setdefault("original_max_position_embeddings", native)
-        text.max_position_embeddings = max(native, window or reach)
+        if made["rope_type"] in ("yarn", "llama3"):
+            made.setdefault("original_max_position_embeddings", native)
+        text.max_position_embeddings = window or reach
     text.rope_parameters = {**whole, _FULL: made} if _FULL in whole else made
     try:
         text.validate_rope()
@@ -81,9 +92,9 @@ def _scheme(name: str, own: dict[str, Any], native: int, window: int | None, siz
             f"rope_scaling={name!r} stretches nothing: the model's own window of {native} holds "
             f"max_seq_length={window}. Leave it out, or give a longer max_seq_length."
         )
-    factor, theta = window / native, own["rope_theta"]
+    factor = window / native
     if name == "dynamic":
-        return {**own, "rope_theta": theta * factor ** (size / (size - 2))}
+        return _turned(own, factor, size)
     made = {**own, "rope_type": name, "factor": factor}
     if name != "linear":
         made["original_max_position_embeddings"] = native
@@ -92,14 +103,28 @@ def _scheme(name: str, own: dict[str, Any], native: int, window: int | None, siz
     return made
 
 
-def _given(scaling: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _turned(own: dict[str, Any], factor: float, size: int) -> dict[str, Any]:
+    return {**own, "rope_theta": own["rope_theta"] * factor ** (size / (size - 2))}
+
+
+def _given(scaling: dict[str, Any], own: dict[str, Any], native: int, size: int) -> dict[str, Any]:
     kind = scaling.get("rope_type", scaling.get("type"))
-    known = ("default", *SCHEMES, "longrope", "proportional")
+    known = ("default", *SCHEMES)
     if kind not in known:
         raise SettingsError(
             f"rope_scaling={scaling}: rope_type is one of {', '.join(known)}.{did_you_mean(str(kind), known)}"
         )
+    for name, value in scaling.items():
+        if name not in _KEYS:
+            raise SettingsError(f"rope_scaling={scaling}: unknown key {name!r}.{did_you_mean(name, _KEYS)}")
+        if name in ("factor", "original_max_position_embeddings") and not (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1
+        ):
+            raise SettingsError(f"rope_scaling={scaling}: {name} is a number of at least 1.")
     kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    if kind == "dynamic" and "factor" in scaling:
+        kept |= {name: scaling[name] for name in kept if name in scaling}
+        return {**_turned(kept, scaling["factor"], size), "rope_type": "default"}
     return {**kept, **{name: value for name, value in scaling.items() if name != "type"}, "rope_type": kind}
 
 

@@ -35,7 +35,11 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
             digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
     facts = facts_of(model)
     adapter = {} if facts.adapter is None else {f"adapter.{key}": _plain(value) for key, value in facts.adapter.items()}
-    return {"weights": digest.hexdigest(), "dtype": facts.dtype.name, "checkpointing": facts.checkpointing, **adapter}
+    own = {"weights": digest.hexdigest(), "dtype": facts.dtype.name, "checkpointing": facts.checkpointing}
+    # No weight tells how positions are turned.
+    stretch = {} if facts.stretch is None else {"rope_scaling": _plain(facts.stretch.scaling),
+                                                "rope_window": facts.stretch.window}  # fmt: skip
+    return {**own, **stretch, **adapter}
 
 
 def settings_fingerprint(config: SFTConfig, processes: int) -> dict[str, Any]:

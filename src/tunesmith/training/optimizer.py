@@ -47,12 +47,20 @@ def give_embeddings_their_rate(optimizer: torch.optim.Optimizer, model: Any, rat
     """Put the trained weights of embedding and output head of ``model`` into groups of their own.
 
     Their rate is ``rate``; None means a tenth of the others' beside an adapter, and the same where all weights train.
+
+    Raises:
+        SettingsError: a rate is given and neither of them trains.
     """
     if rate is None and not hasattr(model, "peft_config"):
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = [base.get_input_embeddings(), base.get_output_embeddings()]
     chosen = {id(p) for module in modules if module is not None for p in module.parameters() if _is_whole(p, module)}
+    if rate is not None and not chosen:
+        raise SettingsError(
+            "embedding_learning_rate has no effect: neither embedding nor output head trains. Name them in "
+            "modules_to_save, or leave the rate out."
+        )
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in chosen]
         if own:

@@ -131,6 +131,10 @@ def try_out(args: SFTConfig, model: Any, steps: int) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError) as error:
         raise SettingsError(f"optim={_word(args.optim)} cannot be used here: {_first_line(error)}") from error
+    if _word(args.optim).startswith("paged_") and args.device.type == "cpu":
+        note = f"optim={_word(args.optim)}: pages of optimizer state need a GPU; here the states stay in memory"
+        facts = facts_of(model)
+        facts.notes += [] if note in facts.notes else [note]
     weight = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         get_scheduler(

@@ -233,6 +233,8 @@ class SFTTrainer(Trainer):
         """Make the optimizer, with a group of its own for embedding and output head where they train."""
         has_one = self.optimizer is not None
         optimizer = super().create_optimizer(model)
+        if has_one and self.args.embedding_learning_rate is not None:
+            raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
         if not has_one:
             give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
         return optimizer
