@@ -106,8 +106,8 @@ class TrainingSettings(Settings):
     """Longest training row in tokens; none means max_seq_length."""
 
     optim: Annotated[str, Guide("adamw_torch_fused")] = "adamw_torch_fused"
-    """adamw_torch_fused, adamw_torch, adamw_8bit, paged_adamw_8bit (pages need a GPU), adafactor, sgd, lion_32bit (alias
-    lion) or another name of transformers."""
+    """adamw_torch_fused, adamw_torch, adamw_8bit, paged_adamw_8bit (pages need a GPU), adafactor, sgd, lion_32bit
+    (alias lion) or another name of transformers."""
 
     max_grad_norm: Annotated[
         float, Field(ge=0), Guide("0.3 to 1.0", "slow learning", "a bad batch moves far; 0: no clipping")
