@@ -14,7 +14,6 @@ from tunesmith.core.versions import STACK, installed
 __all__ = ["OPTIONAL", "command", "import_state"]
 
 OPTIONAL = {
-    "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
     "trl": "trl",
     "triton": "triton",

@@ -69,7 +69,7 @@ class ModelSettings(Settings):
     parameters of transformers."""
 
     load_in_4bit: Annotated[
-        bool, Guide("on for large models", "off: the base is whole", "a fifth of the base's memory, nearly as good")
+        bool, Guide("on for large models", "off: the base is whole", "a fifth of the base's memory; small models lose")
     ] = False
     """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype."""
 
