@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_the_rate_is_a_tenth_of_that_of_adapters_unless_asked_for(folders: dict[
     from tunesmith import SFTConfig, SFTTrainer
 
     def rate(**asked: Any) -> float:
-        args = SFTConfig(output_dir=str(tmp_path), eval_split=0, use_cpu=True, **asked)
+        args = copy.deepcopy(SFTConfig(output_dir=str(tmp_path), eval_split=0, use_cpu=True, **asked))
         rows, model = tiny.chat_rows(8), load(folders["llama"])
         return SFTTrainer(model, args, train_dataset=rows, processing_class=tiny.tiny_tokenizer()).args.learning_rate
 

@@ -116,7 +116,7 @@ class SFTTrainer(Trainer):
         check_precision(args, model)
         protect_gradients(model)
         check_purpose(model)
-        if not hasattr(model, "peft_config") and args.learning_rate is LORA_RATE:
+        if not hasattr(model, "peft_config") and type(args.learning_rate) is type(LORA_RATE):
             args.learning_rate = FULL_RATE
         self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
