@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import SettingsError
 
-__all__ = ["available_bytes", "forget_pages", "parse_bytes", "peak_bytes", "resident_bytes"]
+__all__ = ["available_bytes", "forget_pages", "parse_bytes", "peak_bytes", "resident_bytes", "trim_heap"]
 
 
 def peak_bytes() -> int:
@@ -77,6 +77,13 @@ def forget_pages(ranges: Iterable[tuple[int, int]]) -> None:
         count = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if count > 0:
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(count), mmap.MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Give freed memory that the C library keeps back to the system; does nothing where it has no way to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _mapped_weights() -> list[tuple[int, int]]:

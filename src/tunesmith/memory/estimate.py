@@ -42,6 +42,8 @@ LIBRARIES_BYTES = 500 * MIB
 """Interpreter, torch, transformers, PEFT, Trainer and datasets on a CPU; measured with Python 3.11 and torch 2.13."""
 _LOADING = 48 * MIB
 """What loading a model and making its trainer leave beside the weights: code, buffers, the last pages of files."""
+_QUANTIZING = 48 * MIB
+"""What quantizing weights one by one leaves in the heap beyond that."""
 _LATER = 12 * MIB
 """Code and buffers that the first step touches after the model is there (autograd, matrix kernels, the optimizer)."""
 _HEAP, _HEAP_SHARE = 36 * MIB, 0.03
@@ -197,7 +199,8 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
 
 def present_when_loaded(shape: MemoryShape, here: int) -> int:
     """Return what a process that holds ``here`` bytes, libraries and data, will hold with the model there."""
-    return here * (shape.kind == "cpu") + shape.base_bytes + shape.trained_bytes + _LOADING * (shape.kind == "cpu")
+    left = _LOADING + (_QUANTIZING if shape.written_out else 0)
+    return shape.base_bytes + shape.trained_bytes + ((here + left) if shape.kind == "cpu" else 0)
 
 
 def estimate(

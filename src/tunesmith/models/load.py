@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
 from tunesmith.core.errors import ModelError, TunesmithError
+from tunesmith.core.memory import trim_heap
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 from tunesmith.models.quantize import (
@@ -285,6 +286,7 @@ def _leave_files(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
+    trim_heap()  # of the whole weights that were quantized one by one
 
 
 def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) -> None:
