@@ -84,6 +84,12 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     return model.train()
 
 
+def save_model(folder: Any, family: str = "llama") -> None:
+    """Write a tiny model and the tokenizer to ``folder``."""
+    tiny_model(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 _LETTERS = "the cat sat on a mat and saw the dog run to the red house while rain fell over every green hill " * 20
 
 

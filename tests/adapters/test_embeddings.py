@@ -25,8 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, Path] = {}
     for name, family in (("untied", "llama"), ("tied", "qwen3")):
         made[name] = tmp_path_factory.mktemp("embeddings") / name
-        tiny.tiny_model(family).save_pretrained(made[name])
-        tiny.tiny_tokenizer().save_pretrained(made[name])
+        tiny.save_model(made[name], family)
     return made
 
 

@@ -26,8 +26,7 @@ TAKING = STARTS[:3]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starts") / "model"
-    tiny.tiny_model("llama").save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
+    tiny.save_model(folder)
     return folder
 
 

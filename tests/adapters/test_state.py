@@ -20,8 +20,7 @@ from tunesmith.models.load import facts_of
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    tiny.tiny_model("llama").save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
+    tiny.save_model(folder)
     return folder
 
 

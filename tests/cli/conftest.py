@@ -28,8 +28,7 @@ Run = Callable[..., Outcome]
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny.tiny_model("llama").save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
+    tiny.save_model(folder)
     return folder
 
 

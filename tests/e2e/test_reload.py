@@ -21,8 +21,7 @@ from tunesmith.core.errors import AdapterError, ModelError, TunesmithError
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny base model with its tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    tiny.tiny_model("llama").save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
+    tiny.save_model(folder)
     return folder
 
 

@@ -26,8 +26,7 @@ from tunesmith.models.load import empty_causal_lm, facts_of, stored_bytes
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model with its tokenizer; not to be changed."""
     folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny.tiny_model("llama").save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
+    tiny.save_model(folder)
     return folder
 
 

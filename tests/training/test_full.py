@@ -28,8 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made: dict[str, Path] = {}
     for family in ("llama", "qwen3", "mixtral"):
         made[family] = tmp_path_factory.mktemp("full") / family
-        tiny.tiny_model(family).save_pretrained(made[family])
-        tiny.tiny_tokenizer().save_pretrained(made[family])
+        tiny.save_model(made[family], family)
     return made
 
 

@@ -69,7 +69,8 @@ class ModelSettings(Settings):
     parameters of transformers."""
 
     load_in_4bit: Annotated[
-        bool, Guide("on for large models", "off: the base is whole", "a fifth of the base's memory; small models lose")
+        bool,
+        Guide("on for large models", "off: the base is whole", "a third of a 16-bit base; small models lose"),
     ] = False
     """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype."""
 
@@ -83,7 +84,11 @@ class ModelSettings(Settings):
 
     full_finetuning: Annotated[
         bool,
-        Guide("off: adapters learn as well for less", "an adapter trains", "3 times the memory; a rate 10 times lower"),
+        Guide(
+            "off: adapters learn as well for less",
+            "an adapter trains",
+            "4 times the base; a rate 10 times lower",
+        ),
     ] = False
     """All weights train, no adapter; the run's result is a whole model."""
 

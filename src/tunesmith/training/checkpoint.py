@@ -99,7 +99,8 @@ def plan_of(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_bytes(model: Any) -> int:
     """Return about how large a checkpoint is: trained weights, two optimizer moments, tokenizer and small files."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(3 * parameter.numel() * parameter.element_size() for parameter in trainable) + 8 * 2**20
+    # Moments are float32 also beside 16-bit weights.
+    return sum(parameter.numel() * (parameter.element_size() + 8) for parameter in trainable) + 8 * 2**20
 
 
 def require_disk_space(model: Any, folder: Path) -> None:
