@@ -15,7 +15,7 @@ from tunesmith.core.settings import validate
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import choose_width
+from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +95,15 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
-        not_yet = (
-            "load_in_fp8", "resize_model_vocab",
-            "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
-            "qat_scheme", "random_state", "task_type",
-        )  # fmt: skip
+        not_yet = ("resize_model_vocab", "offload_embedding", "qat_scheme", "random_state", "task_type")
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
+        check_fast_inference(
+            fast_inference,
+            gpu_memory_utilization=(gpu_memory_utilization, 0.5),
+            max_lora_rank=(max_lora_rank, 64),
+            float8_kv_cache=(float8_kv_cache, False),
+        )
+        check_fp8(load_in_fp8)
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
         )
@@ -182,6 +185,8 @@ class FastLanguageModel:
         not_yet = ("loftq_config", "qat_scheme", "target_parameters")
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
+        if not hasattr(model, "get_input_embeddings"):
+            raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "

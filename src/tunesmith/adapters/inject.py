@@ -187,6 +187,11 @@ def _set_location(model: Any, folder: str | None) -> None:
     engine = engine_of(model)
     if engine is not None:
         engine.store.move_to(folder)
+    elif folder is not None:
+        raise SettingsError(
+            f"temporary_location={folder!r} is where fused layers put their inputs, and the engine is not installed on "
+            "this model. Leave it out, or load the model with from_pretrained."
+        )
 
 
 def trainable_share(model: Any) -> tuple[int, int]:

@@ -51,6 +51,9 @@ class _DefaultWindow(int):
 
 DEFAULT_WINDOW: int = _DefaultWindow(2048)
 
+# Where nothing is said, transformers asks on the terminal whether to run a model's own code.
+_NO_CODE = {"trust_remote_code": False}
+
 
 @dataclass(slots=True)
 class ModelFacts:
@@ -120,7 +123,7 @@ def load_causal_lm(
     choice = choose_dtype(dtype, device)
     place = _local_place(source)
     tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
-    arguments: dict[str, Any] = {"dtype": choice.dtype, **hub}
+    arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if device_map is not None or width is not None:
@@ -235,7 +238,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **h
     from tunesmith.data.templates import apply_template
 
     with _readable_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(_local_place(source), **hub)
+        tokenizer = AutoTokenizer.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer
@@ -256,7 +259,7 @@ def _config(source: ModelSource, hub: dict[str, Any], stretched: Stretch | None 
     from transformers import AutoConfig
 
     with _readable_errors(source):
-        config = AutoConfig.from_pretrained(_local_place(source), **hub)
+        config = AutoConfig.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
         if stretched is not None:
             stretch(config, stretched)
     return config
@@ -324,6 +327,11 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(_cannot_load(source, error)) from error
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {source.name} comes with Python code of its own, which is not run unasked. Read it, and give "
+                "trust_remote_code=True if you trust it."
+            ) from error
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 

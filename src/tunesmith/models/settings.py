@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tunesmith.core.device import parse_dtype
-from tunesmith.core.errors import ModelError, SettingsError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.core.settings import Guide, Settings
 from tunesmith.models.rope import Stretch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelSettings", "Width", "choose_width"]
+__all__ = ["ModelSettings", "Width", "check_fast_inference", "check_fp8", "choose_width"]
 
 Width = Literal["4bit", "8bit"]
 """How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
@@ -43,6 +44,54 @@ def choose_width(
     if load_in_16bit is False and not (is_32bit or names):
         raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")
     return "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
+
+
+def check_fp8(mode: bool | str) -> None:
+    """Refuse ``load_in_fp8`` where the hardware does not compute in float8.
+
+    Raises:
+        SettingsError: no such mode.
+        ModelError: the hardware lacks it; the message says what is needed.
+        NotSupportedYetError: the hardware has it, and our layers do not use it yet.
+    """
+    if mode not in (False, True, "row", "block"):
+        raise SettingsError(f"load_in_fp8={mode!r}: allowed are False, True, 'row' and 'block'.")
+    if not mode:
+        return
+    import torch
+
+    from tunesmith.core.device import choose_device
+
+    device = choose_device()
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ModelError(
+            f"load_in_fp8={mode!r} needs a GPU that computes in float8 (compute capability 8.9 or newer), and this "
+            f"machine has none ({device.type}). load_in_8bit=True stores the base in as little memory."
+        )
+    raise NotSupportedYetError(f"load_in_fp8={mode!r} is not supported yet. load_in_8bit=True takes the same memory.")
+
+
+def check_fast_inference(asked: bool, **of_vllm: tuple[Any, Any]) -> None:
+    """Refuse ``fast_inference`` without vLLM; ``of_vllm`` are its arguments as (given, default).
+
+    Raises:
+        SettingsError: an argument of vLLM without ``fast_inference``.
+        ModelError: vLLM is not installed.
+        NotSupportedYetError: it is, and it is not used yet.
+    """
+    if not asked:
+        for name, (given, default) in of_vllm.items():
+            if given != default:
+                raise SettingsError(
+                    f"{name}={given!r} is an argument of vLLM, which fast_inference=True asks for. Leave it out."
+                )
+        return
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "fast_inference=True generates through vllm, and that package is not installed. Give fast_inference=False "
+            "to generate through transformers."
+        )
+    raise NotSupportedYetError("fast_inference=True is not supported yet. Give fast_inference=False.")
 
 
 class ModelSettings(Settings):
