@@ -85,11 +85,12 @@ class FastLanguageModel:
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
-        weights train: give the model to the trainer as it is. ``rope_scaling`` ("linear", "dynamic", "yarn", "llama3"
-        or rope parameters of transformers) stretches the window to ``max_seq_length``.
+        weights train: give the model to the trainer as it is. A ``max_seq_length`` above the model's own window
+        stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of
+        transformers), up to four times also where nothing is said.
 
         Raises:
-            ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
+            ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument whose code is not written yet has another value than its default.
             TypeError: an unknown argument; the message names the nearest.
         """

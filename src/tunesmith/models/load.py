@@ -7,6 +7,7 @@ Reads local files first and asks the network only for hub ids. The dtype comes w
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     width_of,
 )
-from tunesmith.models.rope import Stretch, stretch
+from tunesmith.models.rope import Stretch, automatic, stretch
 from tunesmith.models.settings import Width
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ __all__ = [
     "native_window",
     "stored_bytes",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 class _DefaultWindow(int):
@@ -115,7 +119,8 @@ def load_causal_lm(
 
     Raises:
         ModelError: files are missing or corrupt, the architecture is no causal language model,
-            ``max_seq_length`` is above the model's own window, or the files are quantized in another ``width``.
+            ``max_seq_length`` is above what its window can be stretched to, or the files are quantized in another
+            ``width``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -132,13 +137,14 @@ def load_causal_lm(
     if width is not None:
         _refuse_other_width(source, width, hub)
         arguments["quantization_config"] = quantization_config(width, choice.dtype)
-    if whole and width_of(_config(source, hub)) is not None:
+    config, how = _stretched_config(source, hub, stretched, max_seq_length)
+    if whole and width_of(config) is not None:
         raise ModelError(
             f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
             "leave load_in_16bit out."
         )
-    if stretched is not None:
-        arguments["config"] = _config(source, hub, stretched)
+    if how is not None:
+        arguments["config"] = config
     with _readable_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
     _refuse_missing_weights(source, info)
@@ -149,7 +155,9 @@ def load_causal_lm(
     protect_gradients(model)
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
-    facts_of(model).stretch = stretched
+    facts_of(model).stretch = how
+    if how is not None and stretched is None:
+        _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
     return model, tokenizer
 
 
@@ -177,7 +185,7 @@ def empty_causal_lm(
         arguments["attn_implementation"] = attn_implementation
     if hub.get("trust_remote_code"):
         arguments["trust_remote_code"] = True
-    config = _config(source, hub, stretched)
+    config, _ = _stretched_config(source, hub, stretched, max_seq_length)
     with _readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
@@ -250,19 +258,27 @@ def load_window(
     """Return the window that :func:`load_causal_lm` would use the model with, from its config alone.
 
     Raises:
-        ModelError: config.json is missing or corrupt, or ``asked`` is above the model's own window.
+        ModelError: config.json is missing or corrupt, or ``asked`` is above what the window can be stretched to.
     """
-    return _window(_config(source, hub, stretched), asked)
+    return _window(_stretched_config(source, hub, stretched, asked)[0], asked)
 
 
-def _config(source: ModelSource, hub: dict[str, Any], stretched: Stretch | None = None) -> Any:
+def _config(source: ModelSource, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     with _readable_errors(source):
-        config = AutoConfig.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
-        if stretched is not None:
-            stretch(config, stretched)
-    return config
+        return AutoConfig.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
+
+
+def _stretched_config(
+    source: ModelSource, hub: dict[str, Any], stretched: Stretch | None, asked: int | None
+) -> tuple[Any, Stretch | None]:
+    """Return the config with its window stretched as is said, or as far as is asked for, and how it was."""
+    config = _config(source, hub)
+    how = stretched or automatic(config, None if isinstance(asked, _DefaultWindow) else asked)
+    if how is not None:
+        stretch(config, how)
+    return config, how
 
 
 def native_window(config: Any) -> int | None:
@@ -274,14 +290,7 @@ def _window(config: Any, asked: int | None) -> int:
     native = native_window(config)
     if asked is None:
         return native or DEFAULT_WINDOW
-    if native is not None and asked > native:
-        if isinstance(asked, _DefaultWindow):
-            return native
-        raise ModelError(
-            f"max_seq_length={asked} is above this model's own window of {native} positions. Use at most {native}, or "
-            "say how to stretch it: rope_scaling is one of linear, dynamic, yarn and llama3."
-        )
-    return int(asked)
+    return int(asked) if native is None else min(native, int(asked))  # above it only where nobody asked for it
 
 
 def _leave_files(model: PreTrainedModel) -> None:

@@ -103,7 +103,11 @@ class ModelSettings(Settings):
     max_seq_length: Annotated[
         int | None,
         Field(ge=1),
-        Guide("512 to 2048", "rows longer than it are dropped", "costs memory; above the model's own it is refused"),
+        Guide(
+            "512 to 2048",
+            "rows longer than it are dropped",
+            "costs memory; the model's own window is stretched, up to 4 times",
+        ),
     ] = None
     """Longest training row and generation window in tokens; none means 2048, or the model's own where that is less."""
 
@@ -115,7 +119,7 @@ class ModelSettings(Settings):
 
     rope_scaling: str | dict[str, Any] | None = None
     """How to stretch the model's window to a longer max_seq_length: linear, dynamic, yarn, llama3, or a mapping of rope
-    parameters of transformers."""
+    parameters of transformers. None: the model's own scheme made wider, or yarn, up to 4 times the own window."""
 
     load_in_4bit: Annotated[
         bool,
