@@ -41,6 +41,7 @@ __all__ = [
     "load_causal_lm",
     "load_tokenizer",
     "load_window",
+    "local_place",
     "native_window",
     "stored_bytes",
 ]
@@ -126,7 +127,7 @@ def load_causal_lm(
 
     device = choose_device()
     choice = choose_dtype(dtype, device)
-    place = _local_place(source)
+    place = local_place(source)
     tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
     arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
     if attn_implementation is not None:
@@ -200,7 +201,7 @@ def stored_bytes(source: ModelSource) -> dict[str, int]:
     Names are those of safetensors ("F32", "BF16", "I8" ...). Empty where no file is here: a hub model that was never
     downloaded, or weights of another format.
     """
-    folder = Path(_local_place(source))
+    folder = Path(local_place(source))
     found: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         for entry in _header(file).values():
@@ -246,7 +247,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **h
     from tunesmith.data.templates import apply_template
 
     with _readable_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
+        tokenizer = AutoTokenizer.from_pretrained(local_place(source), **{**_NO_CODE, **hub})
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer
@@ -267,7 +268,7 @@ def _config(source: ModelSource, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     with _readable_errors(source):
-        return AutoConfig.from_pretrained(_local_place(source), **{**_NO_CODE, **hub})
+        return AutoConfig.from_pretrained(local_place(source), **{**_NO_CODE, **hub})
 
 
 def _stretched_config(
@@ -311,7 +312,8 @@ def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) 
         )
 
 
-def _local_place(source: ModelSource) -> str:
+def local_place(source: ModelSource) -> str:
+    """Return what transformers is told: a folder, the folder that a .gguf file was converted to, or a hub id."""
     return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
 
 
