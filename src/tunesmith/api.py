@@ -13,6 +13,7 @@ from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.export.methods import as_exporting
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
@@ -139,7 +140,7 @@ class FastLanguageModel:
             train_all_weights(model, use_gradient_checkpointing)
         else:
             set_checkpointing(model, use_gradient_checkpointing)
-        return model, tokenizer
+        return as_exporting(model), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -200,7 +201,7 @@ class FastLanguageModel:
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
         if isinstance(target_modules, tuple):
             chosen["target_modules"] = list(target_modules)
-        return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"))
+        return as_exporting(inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model")))
 
     @staticmethod
     def for_inference(model: Any) -> Any:

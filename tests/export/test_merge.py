@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 
 from tunesmith import FastLanguageModel
-from tunesmith.core.errors import AdapterError, ExportError, OutputError, SettingsError
+from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export import merge
 from tunesmith.export.merge import merge_model
 from tunesmith.export.verify import Reference, compare, reference_of
@@ -186,11 +186,6 @@ def test_an_export_that_cannot_be_loaded_says_why(saved: Path, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match=r"transformers cannot load what was exported: .*"):
         compare(reference, tmp_path / "empty")
-
-
-def test_methods_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"save_method='merged_16bits': .* Did you mean 'merged_16bit'"):
-        merge_model(tiny.tiny_model("llama"), tmp_path / "out", method="merged_16bits")
 
 
 def test_what_no_plain_weight_can_hold_is_refused() -> None:

@@ -25,15 +25,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.core.errors import ExportError, ModelError, OutputError, SettingsError
+from tunesmith.core.errors import ExportError, ModelError, OutputError
 from tunesmith.core.files import require_space, whole_folder
-from tunesmith.core.names import did_you_mean
 from tunesmith.export.verify import Comparison, compare, reference_of
 from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weights
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of, local_place
 
-__all__ = ["MERGE_METHODS", "ExportReport", "merge_model"]
+__all__ = ["MERGE_METHODS", "ExportReport", "merge_model", "refuse_difference"]
 
 MERGE_METHODS = {"merged_16bit": 1e-3, "merged_32bit": 1e-6}
 """Method -> the mean KL divergence (nats a token) between live model and export above which the export has failed."""
@@ -83,7 +82,7 @@ def merge_model(
     *,
     method: str = "merged_16bit",
     adapters: Mapping[str, float] | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Any] = (),
     shard_bytes: int = _SHARD_BYTES,
 ) -> ExportReport:
     """Write ``model`` with its adapters merged to ``folder``, as transformers loads it, and compare it with the model.
@@ -93,18 +92,13 @@ def merge_model(
         tokenizer: saved beside; None saves none, and compares on tokens drawn at random.
         method: "merged_16bit" (float16 where the base is, else bfloat16) or "merged_32bit".
         adapters: name -> share of each adapter that is merged; None: the active ones in full.
-        prompts: texts to compare on, beside fixed ones: a few of the training rows.
+        prompts: texts or token ids to compare on, beside fixed texts: a few of the training rows.
         shard_bytes: largest file of weights.
     Raises:
-        SettingsError: no such method.
         AdapterError: something that no plain weight can hold.
         OutputError: the folder is there already, cannot be written, or the disk has no room.
         ExportError: the export differs from the live model; it is kept as ``<folder>-failed``.
     """
-    if method not in MERGE_METHODS:
-        raise SettingsError(
-            f"save_method={method!r}: use {', '.join(MERGE_METHODS)}.{did_you_mean(method, list(MERGE_METHODS))}"
-        )
     if folder.exists():
         raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
     start = time.perf_counter()
@@ -128,7 +122,7 @@ def merge_model(
                               time.perf_counter() - start, comparisons)  # fmt: skip
         _keep(temporary, best)
         (temporary / "export_report.json").write_text(json.dumps(report.record(), indent=1) + "\n", encoding="utf-8")
-        _refuse_difference(report, temporary, MERGE_METHODS[method])
+        refuse_difference(report, temporary, MERGE_METHODS[method])
     return report
 
 
@@ -264,7 +258,7 @@ def _keep(folder: Path, route: str) -> None:
         shutil.rmtree(place)
 
 
-def _refuse_difference(report: ExportReport, temporary: Path, bar: float) -> None:
+def refuse_difference(report: ExportReport, temporary: Path, bar: float) -> None:
     """Raise where the export is another model than the live one, and keep it under a name that says so."""
     found = report.comparison
     if found.kl <= bar:

@@ -79,15 +79,18 @@ class Comparison:
         return asdict(self)
 
 
-def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[str] = ()) -> Reference:
-    """Return what ``model`` answers to ``prompts`` and :data:`PROBES`, or to random tokens without a tokenizer."""
-    if tokenizer is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        draw = np.random.default_rng(0)
-        probes = [draw.integers(vocabulary, size=_LONGEST // 2) for _ in PROBES]
-    else:
-        texts = [*prompts, *PROBES]
-        probes = [np.asarray(tokenizer(text)["input_ids"][:_LONGEST]) for text in texts]
+def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ()) -> Reference:
+    """Return what ``model`` answers to ``prompts`` (texts or token ids) and :data:`PROBES`.
+
+    Without a tokenizer tokens drawn at random stand for the texts.
+    """
+    vocabulary, draw = model.get_input_embeddings().weight.shape[0], np.random.default_rng(0)
+    probes: list[np.ndarray] = []
+    for prompt in (*prompts, *PROBES):
+        if isinstance(prompt, str):
+            is_random = tokenizer is None
+            prompt = draw.integers(vocabulary, size=_LONGEST // 2) if is_random else tokenizer(prompt)["input_ids"]
+        probes.append(np.asarray(prompt[:_LONGEST], dtype=np.int64))
     found = [_logprobs(model, probe) for probe in probes]
     return Reference(tuple(probes), tuple(found), str(model.dtype).removeprefix("torch."))
 
@@ -152,6 +155,10 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str) ->
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    elif runtime == "tunesmith":
+        from tunesmith.adapters.state import load_source
+
+        model, _ = load_source(folder, dtype=dtype, trainable=False)
     else:
         from peft import AutoPeftModelForCausalLM
 

@@ -3,9 +3,9 @@
     W' = W + sum over adapters of share * scale * B A            LoRA, rsLoRA, PiSSA, OLoRA, LoftQ
     W' = m / ||W + scale B A|| * (W + scale B A), row by row     DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5)
 
-computed in float32 when it is asked for. Nothing of the model is changed, and one weight is made at a time. Modules that
-train whole stand in their place; weights of 4 and 8 bits are what they stand for, or, where ``originals`` are given,
-what they were rounded from.
+computed in float32 when it is asked for. Nothing of the model is changed, and one weight is made at a time. Modules
+that train whole stand in their place; weights of 4 and 8 bits are what they stand for, or, where ``originals`` are
+given, what they were rounded from.
 """
 
 from __future__ import annotations
