@@ -60,11 +60,8 @@ def check_adapter(folder: Path) -> list[Finding]:
 def _keys(stored: dict[str, Any], expected: dict[str, Any], base: str) -> Iterator[Finding]:
     missing, foreign = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & stored.keys() if expected[name] != stored[name])
-    for names, what in (
-        (missing, "are missing"),
-        (foreign, "fit no module of the base"),
-        (other, "have another shape"),
-    ):
+    wrong = {"are missing": missing, "fit no module of the base": foreign, "have another shape": other}
+    for what, names in wrong.items():
         if names:
             yield Finding(False, f"{len(names)} tensors {what}: {names[0]}{', ...' if len(names) > 1 else ''}")
     if not any(wrong.values()):
