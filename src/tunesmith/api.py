@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
@@ -155,7 +156,7 @@ class FastLanguageModel:
         use_dora: bool = False,
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
-        loftq_config: dict[str, Any] | None = None,
+        loftq_config: Any = None,
         temporary_location: str | None = None,
         qat_scheme: Any = None,
         target_parameters: list[str] | None = None,
@@ -177,9 +178,7 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
-        if loftq_config == {}:
-            given["loftq_config"] = None  # Unsloth's own default.
-        not_yet = ("loftq_config", "qat_scheme", "target_parameters")
+        not_yet = ("qat_scheme", "target_parameters")
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
@@ -194,6 +193,8 @@ class FastLanguageModel:
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
         if isinstance(target_modules, tuple):
             chosen["target_modules"] = list(target_modules)
+        if is_dataclass(loftq_config) and not isinstance(loftq_config, type):
+            chosen["loftq_config"] = asdict(loftq_config)  # peft.LoftQConfig
         return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"))
 
     @staticmethod

@@ -159,7 +159,7 @@ def test_every_adapter_says_how_its_base_was_loaded(base: Path, tmp_path: Path) 
     assert (tmp_path / "base.json").is_file()
 
 
-@pytest.mark.parametrize("start", TAKING)
+@pytest.mark.parametrize("start", [*TAKING, "loftq"])
 def test_shapes_alone_can_be_planned(start: str, base: Path) -> None:
     from tunesmith.adapters.inject import inject_adapter
     from tunesmith.adapters.settings import AdapterSettings

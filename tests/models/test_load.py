@@ -238,7 +238,7 @@ SERVED = {
     "revision", "attn_implementation", "cache_dir", "local_files_only", "chat_template", "unknown",
 }  # fmt: skip
 ADAPTER_ASKED: dict[str, Any] = {
-    "loftq_config": {"loftq_bits": 4}, "qat_scheme": "int4", "target_parameters": ["x"],
+    "qat_scheme": "int4", "target_parameters": ["x"],
 }  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def test_every_argument_of_the_adapter_is_served_or_refused() -> None:
     assert parameters == set(AdapterSettings.model_fields) | set(ADAPTER_ASKED) | {"model", "max_seq_length", "unknown"}
 
 
-@pytest.mark.parametrize("init", ["loftq", "eva", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
 def test_starts_that_are_not_written_yet(init: str) -> None:
     with pytest.raises(SettingsError, match=f"init_lora_weights='{init}' .*which is not supported yet"):
         FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), init_lora_weights=init)

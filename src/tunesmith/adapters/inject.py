@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.adapters.loftq import round_base
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
@@ -34,7 +36,9 @@ __all__ = [
 ]
 
 # How a new adapter starts: no property of one that is there already.
-_STARTS = ("random_state", "init_lora_weights")
+_STARTS = ("random_state", "init_lora_weights", "loftq_config")
+
+_log = logging.getLogger(__name__)
 
 
 def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings) -> PeftModel:
@@ -57,7 +61,7 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
         _refuse_second(model, settings)
         set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
-    if settings.takes_from_base:
+    if settings.takes_from_base or settings.rounds_base:
         refuse_quantized(model)
     with _as_adapter_error(model):
         config = _lora_config(model, settings)
@@ -66,11 +70,22 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
             config.init_lora_weights = True  # shapes alone are wanted
         with _seeded(settings.random_state):
             adapted = get_peft_model(model, config)
-    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values)
+    if settings.loftq_config is not None:
+        _start_loftq(adapted, settings.loftq_config, has_values=has_values)
+    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=settings.rounds_base)
     facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
     return adapted
+
+
+def _start_loftq(model: Any, chosen: dict[str, int], *, has_values: bool) -> None:
+    """Round the base of ``model`` and say what that cost."""
+    if has_values:
+        _log.warning("%s", round_base(model, bits=chosen["loftq_bits"], iterations=chosen["loftq_iter"]))
+    # PEFT was told nothing of it: its own needs a package more and a GPU. A checkpoint of the run says how it started.
+    model.peft_config["default"].init_lora_weights = "loftq"
+    model.peft_config["default"].loftq_config = dict(chosen)
 
 
 def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterable[str]) -> dict[str, Any]:
@@ -212,7 +227,7 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         target_modules=resolve_targets(model, settings.target_modules),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
+        init_lora_weights=True if settings.rounds_base else settings.init_lora_weights,
         modules_to_save=_checked_modules(model, settings.modules_to_save),
         layers_to_transform=_layers(model, settings),
         layers_pattern=settings.layers_pattern,
@@ -304,7 +319,7 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
             f"modules_to_save {sorted(whole)}: embedding and output head of this model are one tensor, and training "
             "one copy would part them. Give ensure_weight_tying=True to keep them one, or name both to let them part."
         )
-    if settings.takes_from_base and adapted:
+    if (settings.takes_from_base or settings.rounds_base) and adapted:
         raise AdapterError(
             f"init_lora_weights={settings.init_lora_weights!r} with target_modules {sorted(adapted)}: embeddings and "
             "heads do not start in this way. Leave them out of target_modules."
