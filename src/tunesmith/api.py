@@ -8,6 +8,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
+from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
@@ -164,12 +165,13 @@ class FastLanguageModel:
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: list[str] | str | None = None,
+        init_data: Any = None,
         **unknown: Any,
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
 
         A model that was loaded with ``full_finetuning`` comes back as it is: only its checkpointing is set, and that
-        is said.
+        is said. ``init_data`` are the rows that eva, corda and lora_ga start from: anything that a trainer takes.
 
         Raises:
             AdapterError: a target matches no layer, or the model already has an adapter with other settings.
@@ -195,7 +197,9 @@ class FastLanguageModel:
             chosen["target_modules"] = list(target_modules)
         if is_dataclass(loftq_config) and not isinstance(loftq_config, type):
             chosen["loftq_config"] = asdict(loftq_config)  # peft.LoftQConfig
-        return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"))
+        chosen["init_data"] = None
+        rows = None if init_data is None else as_rows(model, init_data)
+        return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"), rows)
 
     @staticmethod
     def for_inference(model: Any) -> Any:

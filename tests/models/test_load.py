@@ -265,12 +265,6 @@ def test_every_argument_of_the_adapter_is_served_or_refused() -> None:
     assert parameters == set(AdapterSettings.model_fields) | set(ADAPTER_ASKED) | {"model", "max_seq_length", "unknown"}
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
-def test_starts_that_are_not_written_yet(init: str) -> None:
-    with pytest.raises(SettingsError, match=f"init_lora_weights='{init}' .*which is not supported yet"):
-        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), init_lora_weights=init)
-
-
 @pytest.mark.parametrize("mode", ["auto", "selective", "offload"])
 def test_every_kind_of_checkpointing_is_taken(mode: str, saved: Path) -> None:
     model, _ = load(saved, use_gradient_checkpointing=mode)

@@ -335,6 +335,7 @@ def _convert(folder: Path, started: dict[str, torch.Tensor]) -> None:
     # alpha / r and alpha / sqrt(r) stay what they were at twice the rank.
     factor = 2**0.5 if config.get("use_rslora") else 2
     config |= {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
+    config |= {"corda_config": None, "lora_ga_config": None}
     for name, times in (("rank_pattern", 2), ("alpha_pattern", factor)):
         config[name] = {key: times * value for key, value in (config.get(name) or {}).items()}
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

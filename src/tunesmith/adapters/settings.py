@@ -13,12 +13,8 @@ from tunesmith.core.settings import Guide, Settings
 __all__ = ["AdapterSettings"]
 
 _PLAIN_STARTS = ("gaussian", "orthogonal")
-_TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?")
-_OTHER_STARTS = {
-    "eva": "starts from rows of data",
-    "corda": "starts from rows of data",
-    "lora_ga": "starts from rows of data",
-}
+_TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?|corda|lora_ga")
+_ROW_STARTS = ("eva", "corda", "lora_ga")
 _LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 
 
@@ -90,9 +86,14 @@ class AdapterSettings(Settings):
     init_lora_weights: bool | str = True
     """Start of A and B: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (two subspaces, B A is
     zero), "pissa" or "pissa_niter_N" (the largest singular directions of each weight; N is the number of iterations of
-    the quick form), "olora" (from a QR decomposition), "loftq" (see loftq_config), False (both random, for tests).
-    pissa and olora take what they start with out of the base; the saved adapter belongs on the base as it was and has
-    twice the rank."""
+    the quick form), "olora" (from a QR decomposition), "loftq" (see loftq_config), "eva" (directions of what goes into
+    each layer), "corda" (of each weight, as far as inputs reach it), "lora_ga" (of the gradient), all three from
+    init_data; False (both random, for tests). pissa, olora, corda and lora_ga take what they start with out of the
+    base; the saved adapter belongs on the base as it was and has twice the rank."""
+
+    init_data: str | None = None
+    """Rows that eva, corda and lora_ga start from, read as data is: a file, a folder or a hub id, and best the training
+    rows. The first 256 are looked at."""
 
     loftq_config: dict[str, int] | None = None
     """LoftQ (Li et al. 2023, arXiv:2310.08659): the base is rounded to loftq_bits (2: normal float in blocks of 64, 4:
@@ -159,20 +160,24 @@ class AdapterSettings(Settings):
     def _a_known_start(cls, value: Any) -> Any:
         # A flag is text.
         start = {"true": True, "false": False}.get(str(value).lower(), value)
-        if isinstance(start, bool) or start in (*_PLAIN_STARTS, "loftq") or _TAKING_STARTS.fullmatch(str(start)):
+        named = (*_PLAIN_STARTS, "loftq", *_ROW_STARTS)
+        if isinstance(start, bool) or start in named or _TAKING_STARTS.fullmatch(str(start)):
             return start
-        if start in _OTHER_STARTS:
-            raise ValueError(f"init_lora_weights={start!r} {_OTHER_STARTS[start]}, which is not supported yet.")
-        known = (*_PLAIN_STARTS, "olora", "pissa", "pissa_niter_16", "loftq", *_OTHER_STARTS)
+        known = (*named, "olora", "pissa", "pissa_niter_16")
         raise ValueError(
             f"init_lora_weights={start!r} is not known. Use true, false, gaussian, orthogonal, pissa, pissa_niter_N "
-            f"(with a number), olora or loftq.{did_you_mean(str(start), known)}"
+            f"(with a number), olora, loftq, eva, corda or lora_ga.{did_you_mean(str(start), known)}"
         )
 
     @property
     def takes_from_base(self) -> bool:
         """Whether the start takes something out of the base, which the saved adapter has to hold."""
         return isinstance(self.init_lora_weights, str) and _TAKING_STARTS.fullmatch(self.init_lora_weights) is not None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the start looks at rows of data."""
+        return self.init_lora_weights in _ROW_STARTS
 
     @property
     def rounds_base(self) -> bool:
