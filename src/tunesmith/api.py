@@ -180,7 +180,7 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
-        not_yet = ("qat_scheme", "target_parameters")
+        not_yet = ("qat_scheme",)
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
         if max_seq_length is not None and max_seq_length > facts_of(model).window:

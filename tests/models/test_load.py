@@ -237,9 +237,7 @@ SERVED = {
     "max_sequence_length", "rope_scaling", "token", "device_map", "trust_remote_code", "use_gradient_checkpointing",
     "revision", "attn_implementation", "cache_dir", "local_files_only", "chat_template", "unknown",
 }  # fmt: skip
-ADAPTER_ASKED: dict[str, Any] = {
-    "qat_scheme": "int4", "target_parameters": ["x"],
-}  # fmt: skip
+ADAPTER_ASKED: dict[str, Any] = {"qat_scheme": "int4"}
 
 
 @pytest.mark.parametrize("name", ASKED)

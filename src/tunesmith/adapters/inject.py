@@ -13,7 +13,7 @@ from tunesmith.adapters.loftq import round_base
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.rows import look_before, start_eva
 from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
+from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.versions import checkpoint_layers
@@ -160,6 +160,7 @@ def arguments_of(config: LoraConfig) -> dict[str, Any]:
         # PEFT keeps 16 and 16.0 as they were given.
         "lora_alpha": float(config.lora_alpha),
         "target_modules": _sorted(config.target_modules),
+        "target_parameters": _sorted(config.target_parameters) or None,
         # Tied ones PEFT adds by their whole name.
         "modules_to_save": sorted({name.rsplit(".", 1)[-1] for name in config.modules_to_save or ()}) or None,
         "exclude_modules": _sorted(config.exclude_modules),
@@ -266,7 +267,8 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number.
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,
-        target_modules=resolve_targets(model, settings.target_modules),
+        target_modules=_modules(model, settings),
+        target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         # loftq and eva start an adapter that is there already.
@@ -284,11 +286,35 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
     )
     targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
     _check_tying(model, settings, targets)
+    if settings.target_parameters:
+        _check_expert_settings(settings)
+        targets += expert_tensors(model, settings.target_parameters)
     # Without a target there is nothing that a pattern could match, and PEFT says why.
     if targets:
         check_patterns("rank_pattern", config.rank_pattern, targets)
         check_patterns("alpha_pattern", config.alpha_pattern, targets)
     return fused_lora(config)
+
+
+def _modules(model: Any, settings: AdapterSettings) -> list[str] | str:
+    is_for_experts_alone = settings.target_modules == [] and settings.target_parameters
+    return [] if is_for_experts_alone else resolve_targets(model, settings.target_modules)
+
+
+def _check_expert_settings(settings: AdapterSettings) -> None:
+    """Refuse with target_parameters what PEFT cannot do there, or would pass over in silence."""
+    layers = settings.layers_to_transform is not None or settings.finetune_last_n_layers is not None
+    problems = {
+        "lora_dropout": (settings.lora_dropout > 0, "the adapter is added to the tensor before an input meets it"),
+        "use_dora": (settings.use_dora, "PEFT has no DoRA for them"),
+        "init_lora_weights": (
+            settings.init_lora_weights not in (True, False, "gaussian"), "they start with true, false or gaussian"
+        ),
+        "layers_to_transform": (layers, "name the tensors of these layers in full, model.layers.0.mlp.experts..."),
+    }  # fmt: skip
+    for name, (is_given, reason) in problems.items():
+        if is_given:
+            raise AdapterError(f"{name} does not go with target_parameters: {reason}. Leave one of them out.")
 
 
 @contextmanager

@@ -41,6 +41,10 @@ class AdapterSettings(Settings):
     """Which linear layers get an adapter: names, "all-linear" or a regular expression; none means q, k, v, o, gate,
     up and down projections or the family's equivalents."""
 
+    target_parameters: list[str] | None = None
+    """Tensors of experts that get an adapter beside target_modules, where a mixture of experts keeps them in one:
+    for example ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. target_modules [] adapts these alone."""
+
     lora_alpha: Annotated[
         float,
         Field(gt=0),
