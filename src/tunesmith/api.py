@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
+from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
@@ -160,7 +162,7 @@ class FastLanguageModel:
         use_dora: bool = False,
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
-        loftq_config: dict[str, Any] | None = None,
+        loftq_config: Any = None,
         temporary_location: str | None = None,
         qat_scheme: Any = None,
         target_parameters: list[str] | None = None,
@@ -168,12 +170,13 @@ class FastLanguageModel:
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: list[str] | str | None = None,
+        init_data: Any = None,
         **unknown: Any,
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
 
         A model that was loaded with ``full_finetuning`` comes back as it is: only its checkpointing is set, and that
-        is said.
+        is said. ``init_data`` are the rows that eva, corda and lora_ga start from: anything that a trainer takes.
 
         Raises:
             AdapterError: a target matches no layer, or the model already has an adapter with other settings.
@@ -182,9 +185,7 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
-        if loftq_config == {}:
-            given["loftq_config"] = None  # Unsloth's own default.
-        not_yet = ("loftq_config", "qat_scheme", "target_parameters")
+        not_yet = ("qat_scheme",)
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
@@ -201,7 +202,12 @@ class FastLanguageModel:
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
         if isinstance(target_modules, tuple):
             chosen["target_modules"] = list(target_modules)
-        return as_exporting(inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model")))
+        if is_dataclass(loftq_config) and not isinstance(loftq_config, type):
+            chosen["loftq_config"] = asdict(loftq_config)  # peft.LoftQConfig
+        chosen["init_data"] = None
+        rows = None if init_data is None else as_rows(model, init_data)
+        settings = validate(AdapterSettings, chosen, source="get_peft_model")
+        return as_exporting(inject_adapter(model, settings, rows))
 
     @staticmethod
     def for_inference(model: Any) -> Any:

@@ -228,7 +228,7 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
 
 COMING = {"resize_model_vocab", "offload_embedding", "random_state", "qat_scheme", "task_type"}
-COMING_ADAPTER = {"loftq_config", "qat_scheme", "target_parameters"}
+COMING_ADAPTER = {"qat_scheme"}
 
 
 def template_of(place: Any, **arguments: Any) -> str:
@@ -334,6 +334,21 @@ ADAPTER: dict[str, Row] = {
     "init_lora_weights": Row(
         lambda: differ(starts_of(), starts_of(init_lora_weights="gaussian")), {"init_lora_weights": "Gauss"}, "Gauss"
     ),
+    "loftq_config": Row(
+        lambda: differ(starts_of(), starts_of(loftq_config={"loftq_bits": 8})),
+        {"loftq_config": {"loftq_bits": 3}},
+        "loftq_bits=3 must be 2, 4 or 8",
+    ),
+    "init_data": Row(
+        lambda saved: differ(starts_of(), from_rows(saved)),
+        {"init_lora_weights": "eva"},
+        "init_data",
+    ),
+    "target_parameters": Row(
+        lambda: any("experts" in name for name in trainable(adapt("mixtral", target_parameters=EXPERTS))),
+        {"target_parameters": ["mlp.exprts"]},
+        "target_parameters",
+    ),
     "temporary_location": Row(
         lambda tmp_path: spilled(tmp_path / "spill"), {"temporary_location": "x"}, "where fused layers put"
     ),
@@ -359,6 +374,15 @@ ADAPTER: dict[str, Row] = {
     ),
     "unknown": Row(lambda: True, {"lora_aplha": 16}, "Did you mean 'lora_alpha'"),
 }  # fmt: skip
+
+
+EXPERTS = ["mlp.experts.down_proj"]
+
+
+def from_rows(saved: Path) -> list[torch.Tensor]:
+    rows = {"init_lora_weights": "eva", "init_data": [{"text": "the cat sat on a mat"}]}
+    model = FastLanguageModel.get_peft_model(load(saved), r=4, use_gradient_checkpointing=False, **rows)
+    return [weight for name, weight in sorted(trainable(model).items()) if "lora_A" in name]
 
 
 def spilled(place: Path) -> bool:

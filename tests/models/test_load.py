@@ -227,9 +227,7 @@ def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeyp
 ASKED: dict[str, Any] = {
     "resize_model_vocab": 9, "offload_embedding": True, "qat_scheme": "int4", "random_state": 1, "task_type": "SEQ_CLS",
 }  # fmt: skip
-ADAPTER_ASKED: dict[str, Any] = {
-    "loftq_config": {"loftq_bits": 4}, "qat_scheme": "int4", "target_parameters": ["x"],
-}  # fmt: skip
+ADAPTER_ASKED: dict[str, Any] = {"qat_scheme": "int4"}
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -242,12 +240,6 @@ def test_arguments_of_loading_that_are_not_written_yet(name: str, saved: Path) -
 def test_arguments_of_the_adapter_that_are_not_written_yet(name: str) -> None:
     with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet"):
         FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), **{name: ADAPTER_ASKED[name]})
-
-
-@pytest.mark.parametrize("init", ["loftq", "eva", "corda", "lora_ga"])
-def test_starts_that_are_not_written_yet(init: str) -> None:
-    with pytest.raises(SettingsError, match=f"init_lora_weights='{init}' .*which is not supported yet"):
-        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), init_lora_weights=init)
 
 
 @pytest.mark.parametrize("mode", ["auto", "selective", "offload"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
-from tunesmith.adapters.model import as_adapter_model, refuse_quantized, trained_on
+from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_on
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.load import (
@@ -41,6 +41,13 @@ _LOST_BASES = {
     "lora_ga": "changed the base by gradients of the training data",
     "corda": "changed the base by statistics of the training data",
     "loftq": "rounded the base to few bits",
+}
+_REMEDY = (
+    "Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
+    "path_initial_model_for_weight_conversion."
+)
+_REMEDIES = {
+    "loftq": "Take the adapter that the finished run saved with its base, or resume the run from this checkpoint."
 }
 
 
@@ -93,6 +100,7 @@ def load_source(
         return model, tokenizer
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
+        facts_of(model).tokenizer = tokenizer
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
@@ -188,6 +196,9 @@ def base_of(adapter: Path) -> ModelSource:
     config = _config(adapter)
     if not (adapter / _WEIGHTS).is_file():
         raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
+    own = base_beside(adapter)
+    if own is not None:
+        return ModelSource("folder", str(own), str(own))
     file, base = adapter / _CONFIG, config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise AdapterError(f"{file} names no base model. Load the base and give the adapter beside it.")
@@ -219,6 +230,9 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     try:
         # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        own = base_beside(adapter)
+        if own is not None:
+            config.base_model_name_or_path = str(own.absolute())  # wherever the folder has been moved to
         if str(config.init_lora_weights).startswith(("pissa", "olora")):
             refuse_quantized(model)
         adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
@@ -254,8 +268,7 @@ def _refuse_lost_base(adapter: Path) -> None:
     if reason is not None:
         raise AdapterError(
             f"adapter {adapter} started with init_lora_weights={start!r}, which {reason}: on the base as it is its "
-            "answers would be wrong. Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion."
+            f"answers would be wrong. {_REMEDIES.get(start, _REMEDY)}"
         )
 
 

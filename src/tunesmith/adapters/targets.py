@@ -12,7 +12,7 @@ from tunesmith.core.names import did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_patterns", "linear_names", "resolve_exclusions", "resolve_targets"]
+__all__ = ["check_patterns", "expert_tensors", "linear_names", "resolve_exclusions", "resolve_targets"]
 
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Fused projections of families that have no separate ones: phi-3, and the plain MLP of phi and gpt-neox.
@@ -70,6 +70,28 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
                 'Use target_modules="all-linear" for every linear layer except the output head.'
             )
     return list(asked)
+
+
+def expert_tensors(model: nn.Module, asked: Sequence[str]) -> list[str]:
+    """Return the whole names of the expert tensors that ``asked`` names: 3-D parameters, one matrix for each expert.
+
+    Raises:
+        AdapterError: a name matches none; the message lists those that exist and the nearest one.
+    """
+    # Below an adapter they are what they were.
+    existing = [name.replace(".base_layer", "") for name, value in model.named_parameters() if value.ndim == 3]
+    short = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in existing))
+    found: list[str] = []
+    for wanted in asked:
+        matched = [name for name in existing if name == wanted or name.endswith("." + wanted)]
+        if not matched:
+            there_are = f"It has: {', '.join(short)}.{did_you_mean(wanted, short)}" if short else "It has none."
+            raise AdapterError(
+                f"target_parameters {wanted!r} matched no tensor of experts of {type(model).__name__}. {there_are} "
+                "Linear layers are named in target_modules."
+            )
+        found += matched
+    return found
 
 
 def resolve_exclusions(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str | None:

@@ -136,6 +136,7 @@ def _adapters(model: Any) -> list[tuple[str, str]]:
     for config in getattr(model, "peft_config", {}).values():
         targets = config.target_modules
         named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        named = ", ".join(filter(None, [named, *sorted(config.target_parameters or ())]))
         variants = [name for name, on in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if on]
         extra = f", dropout {config.lora_dropout:g}" if config.lora_dropout else ""
         name = " + ".join(["LoRA", *variants])

@@ -74,6 +74,7 @@ class ModelFacts:
         width: of the quantized layers of the base, None where it is not quantized.
         full_finetuning: whether all weights train.
         stretch: how the window was made longer than the model's own, or None.
+        tokenizer: the one that was loaded with the model, None where another library loaded it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ModelFacts:
     width: Width | None = None
     full_finetuning: bool = False
     stretch: Stretch | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -156,7 +158,8 @@ def load_causal_lm(
     protect_gradients(model)
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
-    facts_of(model).stretch = how
+    facts = facts_of(model)
+    facts.stretch, facts.tokenizer = how, tokenizer
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
     return model, tokenizer

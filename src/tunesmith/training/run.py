@@ -33,6 +33,7 @@ from tunesmith.adapters.inject import (
     train_all_weights,
     trainable_share,
 )
+from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import DataError, OutputError
@@ -227,7 +228,10 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
         return model, tokenizer, settings
     wanted: AdapterSettings = settings.part(AdapterSettings)
     if facts_of(model).adapter is None:
-        return inject_adapter(model, wanted), tokenizer, settings
+        rows = None
+        if settings.init_data is not None:
+            rows = as_rows(model, settings.init_data, mapping=settings.map, train_on=settings.train_on)
+        return inject_adapter(model, wanted, rows), tokenizer, settings
     own = continue_adapter(model, wanted, settings.model_fields_set)
     return model, tokenizer, settings.replace(**own)
 

@@ -32,7 +32,7 @@ FULL_RATE = 2e-5
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "qat_scheme", "loftq_config", "target_parameters", "resize_model_vocab", "offload_embedding",
+    "load_in_fp8", "qat_scheme", "resize_model_vocab", "offload_embedding",
     "fast_inference", "task_type", "task",
 )  # fmt: skip
 
@@ -158,6 +158,12 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
             raise ValueError("early_stopping_patience needs an evaluation: give eval_data or an eval_split above 0.")
         if self.max_length is not None and self.max_seq_length is not None and self.max_length > self.max_seq_length:
             raise ValueError(f"max_length={self.max_length} is above max_seq_length={self.max_seq_length}.")
+        if self.needs_rows != (self.init_data is not None):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} starts from rows of data: give init_data."
+                if self.needs_rows
+                else "init_data is looked at by init_lora_weights eva, corda and lora_ga alone. Leave it out."
+            )
         if self.finetune_last_n_layers is not None and self.layers_to_transform is not None:
             raise ValueError("finetune_last_n_layers and layers_to_transform both choose layers. Give one of them.")
         return self
