@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
@@ -12,7 +13,9 @@ from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
+from tunesmith.core.tasks import find_task
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import choose_width
@@ -45,7 +48,7 @@ def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
 
 
 class FastLanguageModel:
-    """Load a causal language model, adapt it, switch it between training and generation."""
+    """Load a model, adapt it, switch it between training and generation."""
 
     @staticmethod
     def from_pretrained(
@@ -77,7 +80,11 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
-        task_type: str = "CAUSAL_LM",
+        task_type: str | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        auto_model: Any = None,
         **unknown: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
@@ -87,6 +94,11 @@ class FastLanguageModel:
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
         weights train: give the model to the trainer as it is. ``rope_scaling`` ("linear", "dynamic", "yarn", "llama3"
         or rope parameters of transformers) stretches the window to ``max_seq_length``.
+
+        ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
+        FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
+        ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
+        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own.
 
         Raises:
             ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
@@ -98,13 +110,15 @@ class FastLanguageModel:
         not_yet = (
             "load_in_fp8", "resize_model_vocab",
             "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
-            "qat_scheme", "random_state", "task_type",
+            "qat_scheme",
         )  # fmt: skip
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
         )
         check_checkpointing(use_gradient_checkpointing)
+        task = None if task_type is None else find_task(task_type).name
+        head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)
         if full_finetuning and width is not None:
             raise NotSupportedYetError(
                 f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
@@ -129,6 +143,7 @@ class FastLanguageModel:
             width=width,
             whole=bool(load_in_16bit),
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
+            head=head,
             **hub,
         )
         if full_finetuning:
@@ -163,6 +178,7 @@ class FastLanguageModel:
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: list[str] | str | None = None,
+        task_type: str | None = None,
         **unknown: Any,
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
@@ -182,6 +198,12 @@ class FastLanguageModel:
         not_yet = ("loftq_config", "qat_scheme", "target_parameters")
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
+        task = facts_of(model).task
+        if task_type is not None and find_task(task_type).name != task:
+            raise SettingsError(
+                f"task_type={task_type!r}, but {type(model).__name__} is a model for {task}. Load it with "
+                "from_pretrained(..., task_type=...), or leave task_type out."
+            )
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "

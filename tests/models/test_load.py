@@ -230,12 +230,12 @@ def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeyp
 ASKED: dict[str, Any] = {
     "load_in_fp8": True, "resize_model_vocab": 9, "offload_embedding": True, "fast_inference": True,
     "gpu_memory_utilization": 0.9, "float8_kv_cache": True, "max_lora_rank": 32, "qat_scheme": "int4",
-    "random_state": 1, "task_type": "SEQ_CLS",
 }  # fmt: skip
 SERVED = {
     "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning",
     "max_sequence_length", "rope_scaling", "token", "device_map", "trust_remote_code", "use_gradient_checkpointing",
     "revision", "attn_implementation", "cache_dir", "local_files_only", "chat_template", "unknown",
+    "random_state", "task_type", "num_labels", "id2label", "label2id", "auto_model",
 }  # fmt: skip
 ADAPTER_ASKED: dict[str, Any] = {
     "loftq_config": {"loftq_bits": 4}, "qat_scheme": "int4", "target_parameters": ["x"],
@@ -262,7 +262,8 @@ def test_every_argument_of_the_adapter_is_served_or_refused() -> None:
     from tunesmith.adapters.settings import AdapterSettings
 
     parameters = set(inspect.signature(FastLanguageModel.get_peft_model).parameters)
-    assert parameters == set(AdapterSettings.model_fields) | set(ADAPTER_ASKED) | {"model", "max_seq_length", "unknown"}
+    others = {"model", "max_seq_length", "task_type", "unknown"}
+    assert parameters == set(AdapterSettings.model_fields) | set(ADAPTER_ASKED) | others
 
 
 @pytest.mark.parametrize("init", ["loftq", "eva", "corda", "lora_ga"])
