@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
+from tunesmith.core.tasks import find_task
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.export.methods import as_exporting
+from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
@@ -48,7 +51,7 @@ def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
 
 
 class FastLanguageModel:
-    """Load a causal language model, adapt it, switch it between training and generation."""
+    """Load a model, adapt it, switch it between training and generation."""
 
     @staticmethod
     def from_pretrained(
@@ -80,7 +83,11 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
-        task_type: str = "CAUSAL_LM",
+        task_type: str | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        auto_model: Any = None,
         **unknown: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
@@ -92,6 +99,11 @@ class FastLanguageModel:
         stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of
         transformers), up to four times also where nothing is said.
 
+        ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
+        FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
+        ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
+        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own.
+
         Raises:
             ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument whose code is not written yet has another value than its default.
@@ -99,7 +111,7 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
-        not_yet = ("resize_model_vocab", "offload_embedding", "qat_scheme", "random_state", "task_type")
+        not_yet = ("resize_model_vocab", "offload_embedding", "qat_scheme")
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
         check_fast_inference(
             fast_inference,
@@ -108,10 +120,14 @@ class FastLanguageModel:
             float8_kv_cache=(float8_kv_cache, False),
         )
         check_fp8(load_in_fp8)
+        if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
+            raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
         )
         check_checkpointing(use_gradient_checkpointing)
+        task = None if task_type is None else find_task(task_type).name
+        head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)
         if full_finetuning and width is not None:
             raise NotSupportedYetError(
                 f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
@@ -136,6 +152,7 @@ class FastLanguageModel:
             width=width,
             whole=bool(load_in_16bit),
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
+            head=head,
             **hub,
         )
         if full_finetuning:
@@ -171,6 +188,7 @@ class FastLanguageModel:
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: list[str] | str | None = None,
         init_data: Any = None,
+        task_type: str | None = None,
         **unknown: Any,
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
@@ -190,6 +208,12 @@ class FastLanguageModel:
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")
+        task = facts_of(model).task
+        if task_type is not None and find_task(task_type).name != task:
+            raise SettingsError(
+                f"task_type={task_type!r}, but {type(model).__name__} is a model for {task}. Load it with "
+                "from_pretrained(..., task_type=...), or leave task_type out."
+            )
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "

@@ -22,6 +22,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.training.support import trainable
+from transformers import LlamaForCausalLM
 
 from tunesmith import FastLanguageModel
 from tunesmith.core.errors import TunesmithError
@@ -121,6 +122,8 @@ def code_of_a_model(folder: Path, saved: Path) -> str:
     return str(folder)
 
 
+LABELS = {0: "no", 1: "yes"}
+
 LOADING: dict[str, Row] = {
     "model_name": Row(
         lambda saved: facts_of(load(saved)).name == str(saved), {"model_name": "smolm2-135m"}, "smollm2-135m"
@@ -214,6 +217,38 @@ LOADING: dict[str, Row] = {
         {"model_name": code_of_a_model},
         "trust_remote_code",
     ),
+    "task_type": Row(
+        lambda saved: type(load(saved, task_type="SEQ_CLS", num_labels=3)).__name__ == "LlamaForSequenceClassification",
+        {"task_type": "SEQ_CLASS"},
+        "SEQ_CLS",
+    ),
+    "num_labels": Row(
+        lambda saved: load(saved, task_type="SEQ_CLS", num_labels=3).score.out_features == 3,
+        {"num_labels": 3},
+        "num_labels, id2label and label2id have no effect on CAUSAL_LM",
+    ),
+    "id2label": Row(
+        lambda saved: load(saved, task_type="SEQ_CLS", id2label=LABELS).config.id2label == LABELS,
+        {"task_type": "SEQ_CLS", "id2label": {0: "no", 2: "yes"}},
+        "must be numbered 0 to 1",
+    ),
+    "label2id": Row(
+        lambda saved: load(saved, task_type="SEQ_CLS", label2id={"no": 0, "yes": 1}).config.id2label == LABELS,
+        {"task_type": "SEQ_CLS", "id2label": {0: "no", 1: "yes"}, "label2id": {"yes": 0, "no": 1}},
+        "do not agree",
+    ),
+    "random_state": Row(
+        lambda saved: differ(*(
+            [load(saved, task_type="SEQ_CLS", num_labels=2, random_state=seed).score.weight] for seed in (1, 2)
+        )),
+        {"random_state": -1},
+        "random_state",
+    ),
+    "auto_model": Row(
+        lambda saved: type(load(saved, auto_model=LlamaForCausalLM)) is LlamaForCausalLM,
+        {"auto_model": "AutoModelForCausalLM"},
+        "auto_model",
+    ),
     "unknown": Row(lambda saved: True, {"max_seq_lenght": 64}, "Did you mean 'max_seq_length'"),
 }  # fmt: skip
 
@@ -227,7 +262,7 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
 
-COMING = {"resize_model_vocab", "offload_embedding", "random_state", "qat_scheme", "task_type"}
+COMING = {"resize_model_vocab", "offload_embedding", "qat_scheme"}
 COMING_ADAPTER = {"qat_scheme"}
 
 
@@ -348,6 +383,11 @@ ADAPTER: dict[str, Row] = {
         lambda: any("experts" in name for name in trainable(adapt("mixtral", target_parameters=EXPERTS))),
         {"target_parameters": ["mlp.exprts"]},
         "target_parameters",
+    ),
+    "task_type": Row(
+        lambda: adapt(task_type="CAUSAL_LM").peft_config["default"].task_type == "CAUSAL_LM",
+        {"task_type": "SEQ_CLS"},
+        "is a model for CAUSAL_LM",
     ),
     "temporary_location": Row(
         lambda tmp_path: spilled(tmp_path / "spill"), {"temporary_location": "x"}, "where fused layers put"

@@ -225,7 +225,7 @@ def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeyp
 # ---- arguments ----
 
 ASKED: dict[str, Any] = {
-    "resize_model_vocab": 9, "offload_embedding": True, "qat_scheme": "int4", "random_state": 1, "task_type": "SEQ_CLS",
+    "resize_model_vocab": 9, "offload_embedding": True, "qat_scheme": "int4",
 }  # fmt: skip
 ADAPTER_ASKED: dict[str, Any] = {"qat_scheme": "int4"}
 

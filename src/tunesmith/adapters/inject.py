@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.seeds import seeded
+from tunesmith.core.tasks import TASKS
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
@@ -76,12 +77,14 @@ def inject_adapter(
             _check_rows(settings, rows)
         else:
             config.init_lora_weights = True  # shapes alone are wanted
-        with _seeded(settings.random_state):
+        with seeded(settings.random_state):
             if rows is not None and settings.takes_from_base:
                 look_before(model, config, rows, _ranks(model, config))
             adapted = get_peft_model(model, config)
             if rows is not None and not settings.takes_from_base:
                 start_eva(adapted, rows)
+    # PEFT adds the names of heads to those that are there.
+    config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
     if settings.loftq_config is not None:
         _start_loftq(adapted, settings.loftq_config, has_values=has_values)
     as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=settings.rounds_base)
@@ -280,14 +283,14 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         init_lora_weights=True if settings.init_lora_weights in ("loftq", "eva") else settings.init_lora_weights,
         corda_config=CordaConfig() if settings.init_lora_weights == "corda" else None,
         lora_ga_config=LoraGAConfig() if settings.init_lora_weights == "lora_ga" else None,
-        modules_to_save=_checked_modules(model, settings.modules_to_save),
+        modules_to_save=_whole_modules(model, settings.modules_to_save),
         layers_to_transform=_layers(model, settings),
         layers_pattern=settings.layers_pattern,
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
-        exclude_modules=resolve_exclusions(model, settings.exclude_modules),
+        exclude_modules=_exclusions(model, settings.exclude_modules),
         ensure_weight_tying=settings.ensure_weight_tying,
-        task_type="CAUSAL_LM",
+        task_type=facts_of(model).task,
     )
     targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
     _check_tying(model, settings, targets)
@@ -367,6 +370,21 @@ def _sorted(names: set[str] | list[str] | str | None) -> list[str] | str | None:
     return names if names is None or isinstance(names, str) else sorted(names)
 
 
+def _whole_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
+    """Return what trains whole: what is asked for, the head of the task, and all else that the files did not hold."""
+    facts = facts_of(model)
+    heads = TASKS[facts.task].heads  # PEFT adds them too, both names of a classifier whichever is there
+    return sorted({*(_checked_modules(model, wanted) or ()), *heads, *facts.new_modules}) or None
+
+
+def _exclusions(model: Any, wanted: list[str] | str | None) -> list[str] | str | None:
+    """Return the layers without an adapter: those asked for, and a pooler where no loss comes through it."""
+    if wanted is None and facts_of(model).task == "FEATURE_EXTRACTION":
+        poolers = [name for name, _ in model.named_modules() if name.endswith("pooler.dense")]
+        return poolers or None
+    return resolve_exclusions(model, wanted)
+
+
 def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     for name in wanted or ():
@@ -418,19 +436,3 @@ def _layers(model: Any, settings: AdapterSettings) -> list[int] | int | None:
     if outside:
         raise AdapterError(f"layers_to_transform {outside}: the model has layers 0 to {count - 1}.")
     return chosen
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and random for the block and give them back their states."""
-    import numpy as np
-    import torch
-
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

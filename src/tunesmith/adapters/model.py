@@ -1,10 +1,10 @@
 """A PEFT model that saves what its adapter needs to answer as it was trained.
 
 Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits, a longer
-window), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters that took
-something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a weight into A and B
-and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is
-s (B A - B0 A0), a plain adapter of twice the rank:
+window, a head with labels), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves
+adapters that took something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a
+weight into A and B and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was
+is s (B A - B0 A0), a plain adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
 
@@ -18,16 +18,26 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModelForCausalLM
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from peft.utils.other import ModulesToSaveWrapper
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.files import lasting_path, require_space, whole_folder
+from tunesmith.core.tasks import TASKS
 from tunesmith.engine.read import is_quantized
+from tunesmith.models.heads import labels_of
 from tunesmith.models.load import ModelFacts, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterModel",
+    "CausalAdapter",
+    "TrainedOn",
     "as_adapter_model",
     "base_beside",
     "base_bytes_beside",
@@ -69,7 +81,8 @@ def as_adapter_model(model: Any, *, takes_from_base: bool = False, keeps_base: b
     ``takes_from_base``: its adapter is new, and its start has just taken something out of the base. ``keeps_base``: it
     has replaced the base by one that belongs to the adapter.
     """
-    model.__class__ = AdapterModel
+    if not isinstance(model, AdapterModel):
+        model.__class__ = _CLASSES.get(type(model), CausalAdapter)  # an adapter without a task_type: PeftModel
     model.saves_raw, model.started, model.keeps_base = False, {}, keeps_base
     if takes_from_base:
         model.started = {name: value.detach().to("cpu", copy=True) for name, value in _adapter_weights(model).items()}
@@ -131,16 +144,29 @@ def _not_ours(file: Path, error: Exception) -> AdapterError:
     return AdapterError(f"{file} is not what tunesmith writes ({error!r}). Copy the adapter again.")
 
 
-def trained_on(adapter: Path) -> tuple[Width | None, Stretch | None]:
-    """Return how the base of a saved adapter was quantized and stretched when it was trained; None where it was not.
+@dataclass(frozen=True, slots=True)
+class TrainedOn:
+    """How the base of a saved adapter was loaded when it was trained; None where it was as its files have it."""
+
+    width: Width | None = None
+    stretch: Stretch | None = None
+    labels: tuple[str, ...] | None = None
+
+
+def trained_on(adapter: Path) -> TrainedOn:
+    """Return how the base of a saved adapter was quantized, stretched and labelled when it was trained.
 
     Raises:
         AdapterError: base.json is there and is not what this library writes.
     """
     record = _record(adapter)
     try:
-        width, rope = record.get("width"), record.get("stretch")
-        return _WIDTHS[width], None if rope is None else Stretch(rope["scaling"], rope["window"])
+        rope, labels = record.get("stretch"), record.get("labels")
+        return TrainedOn(
+            _WIDTHS[record.get("width")],
+            None if rope is None else Stretch(rope["scaling"], rope["window"]),
+            None if labels is None else tuple(map(str, labels)),
+        )
     except (KeyError, TypeError) as error:
         raise _not_ours(adapter / _BASE, error) from None
 
@@ -148,8 +174,8 @@ def trained_on(adapter: Path) -> tuple[Width | None, Stretch | None]:
 _WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
 
 
-class AdapterModel(PeftModelForCausalLM):
-    """A PEFT model that saves what belongs to its adapter.
+class AdapterModel(PeftModel):
+    """A PEFT model that saves what belongs to its adapter. One class a task, as in PEFT, at the end of this file.
 
     Attributes:
         started: A0 and B0 by name, where the start of the first adapter took them out of the base.
@@ -201,7 +227,8 @@ class AdapterModel(PeftModelForCausalLM):
         if converts:
             _convert(Path(save_directory), self.started)
         for name in names:
-            _write_base(Path(save_directory) / ("" if name == "default" else name), facts_of(self))
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            _write_base(folder, facts_of(self), labels_of(self.config))
         if keeps:
             _point_to_base(Path(save_directory))
 
@@ -265,12 +292,15 @@ class AdapterModel(PeftModelForCausalLM):
             )
 
 
-def _write_base(folder: Path, facts: ModelFacts) -> None:
+def _write_base(folder: Path, facts: ModelFacts, labels: tuple[str, ...]) -> None:
     """Say in the folder of an adapter how its base was loaded, where that is not as its files have it."""
+    record = {
+        "width": facts.width,
+        "stretch": None if facts.stretch is None else asdict(facts.stretch),
+        "labels": list(labels) if TASKS[facts.task].has_labels else None,
+    }
     (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    record: dict[str, Any] = {}
-    if facts.width is not None or facts.stretch is not None:
-        record = {"width": facts.width, "stretch": None if facts.stretch is None else asdict(facts.stretch)}
+    record = {name: value for name, value in record.items() if value is not None}
     # An adapter that goes on training beside its own base is saved there again.
     named = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if named and Path(named) == lasting_path(folder) / _BESIDE:
@@ -339,3 +369,33 @@ def _convert(folder: Path, started: dict[str, torch.Tensor]) -> None:
     for name, times in (("rank_pattern", 2), ("alpha_pattern", factor)):
         config[name] = {key: times * value for key, value in (config.get(name) or {}).items()}
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class CausalAdapter(AdapterModel, PeftModelForCausalLM):
+    """One on a causal language model."""
+
+
+class _SequenceAdapter(AdapterModel, PeftModelForSequenceClassification):
+    pass
+
+
+class _TokenAdapter(AdapterModel, PeftModelForTokenClassification):
+    pass
+
+
+class _Seq2SeqAdapter(AdapterModel, PeftModelForSeq2SeqLM):
+    pass
+
+
+class _QuestionAdapter(AdapterModel, PeftModelForQuestionAnswering):
+    pass
+
+
+class _FeatureAdapter(AdapterModel, PeftModelForFeatureExtraction):
+    pass
+
+
+_CLASSES: dict[type, type[AdapterModel]] = {
+    kind.__bases__[1]: kind
+    for kind in (CausalAdapter, _SequenceAdapter, _TokenAdapter, _Seq2SeqAdapter, _QuestionAdapter, _FeatureAdapter)
+}

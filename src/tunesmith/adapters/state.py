@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
 from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_on
 from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
+from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.load import (
     DEFAULT_WINDOW,
     empty_causal_lm,
     facts_of,
-    load_causal_lm,
+    load_model,
     load_tokenizer,
     load_window,
 )
@@ -63,6 +66,7 @@ def load_source(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    head: Head | None = None,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -73,17 +77,20 @@ def load_source(
         width: how the base is quantized; None: as the adapter was trained, else not at all.
         whole: not quantized, whatever the adapter was trained on.
         stretched: how the window is made longer; None: as the adapter was trained, else not at all.
+        head: task and labels; None: as the adapter was trained, else as the files have them.
         trainable: whether the adapter's weights take gradients.
-        hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
+        hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
     Raises:
         ModelError: the model or the adapter's base cannot be found or loaded.
-        AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
+        AdapterError: ``adapter`` is none, ``name`` is one already, was trained for another task, or it does not fit
+            its base.
     """
     base, folder = _parts(name, adapter)
+    head = _head_as_trained(folder, head or Head())
     width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
     has_own_tokenizer = folder is not None and _has_tokenizer(folder)
-    model, tokenizer = load_causal_lm(
+    model, tokenizer = load_model(
         base,
         max_seq_length=max_seq_length,
         dtype=dtype,
@@ -94,6 +101,7 @@ def load_source(
         width=width,
         whole=whole,
         stretched=stretched,
+        head=head,
         **hub,
     )
     if folder is None:
@@ -101,6 +109,8 @@ def load_source(
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
         facts_of(model).tokenizer = tokenizer
+        if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
+            give_padding(model, tokenizer)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
@@ -154,7 +164,8 @@ def _as_trained(
     """Return how the base of an adapter is quantized and stretched and its window, where nothing else is asked for."""
     if folder is None:
         return width, stretched, window
-    own_width, own_stretch = trained_on(Path(folder.path))
+    own = trained_on(Path(folder.path))
+    own_width, own_stretch = own.width, own.stretch
     if own_width is not None and width is None and not whole:
         width = own_width
         _log.warning(
@@ -166,6 +177,19 @@ def _as_trained(
         stretched = own_stretch
         window = own_stretch.window if window is DEFAULT_WINDOW else window
     return width, stretched, window
+
+
+def _head_as_trained(folder: ModelSource | None, head: Head) -> Head:
+    """Return ``head`` with the task and the labels of the adapter in ``folder``, and refuse others."""
+    if folder is None:
+        return head
+    task = _config(Path(folder.path)).get("task_type") or CAUSAL_LM
+    labels = trained_on(Path(folder.path)).labels
+    if head.task not in (None, task):
+        raise AdapterError(f"adapter {folder.name} was trained for {task}, not for {head.task}. Leave task_type out.")
+    if labels is not None and head.labels not in (None, labels):
+        raise AdapterError(f"adapter {folder.name} was trained with the labels {', '.join(labels)}. Leave others out.")
+    return replace(head, task=task, labels=labels or head.labels)
 
 
 def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:

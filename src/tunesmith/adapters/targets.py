@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["check_patterns", "expert_tensors", "linear_names", "resolve_exclusions", "resolve_targets"]
 
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Fused projections of families that have no separate ones: phi-3, and the plain MLP of phi and gpt-neox.
-_EQUIVALENTS = ("qkv_proj", "gate_up_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
+# Fused projections of families that have no separate ones: phi-3, the plain MLP of phi and gpt-neox; BERT's names.
+_EQUIVALENTS = (
+    "qkv_proj", "gate_up_proj", "query_key_value", "query", "key", "value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    "fc1", "fc2",
+)  # fmt: skip
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -27,6 +31,7 @@ def linear_names(model: nn.Module) -> list[str]:
     from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = tuple(name for task in TASKS.values() for name in task.heads)
     layers = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
     adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     names = [
@@ -34,7 +39,7 @@ def linear_names(model: nn.Module) -> list[str]:
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
         and layer is not head
-        and not name.endswith(("score", "classifier"))
+        and not any(part.endswith(heads) for part in name.split("."))
         and not name.startswith(adapted)
     ]
     return list(dict.fromkeys(names))
@@ -53,7 +58,9 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
     if not existing:
         raise AdapterError(f"{type(model).__name__} has no linear layers that LoRA could adapt.")
     if asked is None:
-        usual = [name for name in (*_SEVEN, *_EQUIVALENTS) if name in existing]
+        # Where there is a q_proj, BART and OPT call the o_proj so; elsewhere it is something else.
+        output = ("out_proj",) if "q_proj" in existing else ()
+        usual = [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in existing]
         return usual or existing
     if asked == "all-linear":
         return existing

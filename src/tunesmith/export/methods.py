@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.model import AdapterModel
+from tunesmith.adapters.model import CausalAdapter
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
@@ -37,13 +37,13 @@ def export_model(model: Any, folder: Path, tokenizer: Any = None, *, method: str
 
 
 def as_exporting(model: Any) -> Any:
-    """Return ``model``; one of ours with an adapter has the methods of :class:`ExportingModel` from now on."""
-    if type(model) is AdapterModel:
+    """Return ``model``; from now on a causal one with an adapter of ours has the methods of :class:`ExportingModel`."""
+    if type(model) is CausalAdapter:
         model.__class__ = ExportingModel
     return model
 
 
-class ExportingModel(AdapterModel):
+class ExportingModel(CausalAdapter):
     """See the module."""
 
     def save_pretrained_merged(

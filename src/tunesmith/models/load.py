@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from any source that a name can mean.
+"""Load a model, by default a causal language model, and its tokenizer from any source that a name can mean.
 
 Reads local files first and asks the network only for hub ids. The dtype comes with its reason. Read next:
 ``aliases.py`` (what a name means), ``gguf_cache.py`` (GGUF files), ``adapters/state.py`` (adapter folders).
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
-from tunesmith.core.errors import ModelError, TunesmithError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, TunesmithError
 from tunesmith.core.memory import trim_heap
+from tunesmith.core.seeds import seeded
+from tunesmith.core.tasks import CAUSAL_LM, task_of
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
+from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.quantize import (
     keep_activations,
     make_quantized,
@@ -38,7 +41,7 @@ __all__ = [
     "ModelFacts",
     "empty_causal_lm",
     "facts_of",
-    "load_causal_lm",
+    "load_model",
     "load_tokenizer",
     "load_window",
     "local_place",
@@ -75,6 +78,8 @@ class ModelFacts:
         full_finetuning: whether all weights train.
         stretch: how the window was made longer than the model's own, or None.
         tokenizer: the one that was loaded with the model, None where another library loaded it.
+        task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
+        new_modules: modules that the files did not hold: random until they are trained.
     """
 
     name: str
@@ -87,6 +92,8 @@ class ModelFacts:
     full_finetuning: bool = False
     stretch: Stretch | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    task: str = CAUSAL_LM
+    new_modules: tuple[str, ...] = ()
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -97,10 +104,13 @@ def facts_of(model: Any) -> ModelFacts:
     dtype = model.get_input_embeddings().weight.dtype
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     window = min(native_window(model.config) or DEFAULT_WINDOW, DEFAULT_WINDOW)
-    return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window, width=width_of(model.config))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task = task_of(type(base).__name__, model.config)
+    choice = DtypeChoice(dtype, "as loaded by the caller")
+    return ModelFacts(name, choice, window, width=width_of(model.config), task=task)
 
 
-def load_causal_lm(
+def load_model(
     source: ModelSource,
     *,
     max_seq_length: int | None = DEFAULT_WINDOW,
@@ -111,6 +121,7 @@ def load_causal_lm(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    head: Head | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
@@ -118,20 +129,31 @@ def load_causal_lm(
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
     ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
-    the window longer.
+    the window longer. ``head`` says what the model is for; None leaves it to the files.
 
     Raises:
-        ModelError: files are missing or corrupt, the architecture is no causal language model,
+        ModelError: files are missing or corrupt, the architecture does not serve the task,
             ``max_seq_length`` is above what its window can be stretched to, or the files are quantized in another
             ``width``.
+        NotSupportedYetError: ``width`` or ``stretched`` for another task than causal language modelling.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    head = head or Head()
     device = choose_device()
     choice = choose_dtype(dtype, device)
     place = local_place(source)
     tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
     arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
+    own = _config(source, hub)
+    task = head.task_for(own)
+    is_other = task.name != CAUSAL_LM
+    if is_other:
+        _refuse_elsewhere(task.name, width or width_of(own), stretched)
+    config, how = _stretched_config(source, hub, stretched, max_seq_length)
+    if is_other:
+        _refuse_elsewhere(task.name, None, how)
+    arguments |= head.arguments(own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if device_map is not None or width is not None:
@@ -140,28 +162,32 @@ def load_causal_lm(
     if width is not None:
         _refuse_other_width(source, width, hub)
         arguments["quantization_config"] = quantization_config(width, choice.dtype)
-    config, how = _stretched_config(source, hub, stretched, max_seq_length)
-    if whole and width_of(config) is not None:
+    if whole and width_of(own) is not None:
         raise ModelError(
             f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
             "leave load_in_16bit out."
         )
     if how is not None:
         arguments["config"] = config
-    with _readable_errors(source):
-        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
-    _refuse_missing_weights(source, info)
+    kind = head.auto_model or getattr(transformers, task.auto)
+    with _readable_errors(source), seeded(head.seed):
+        model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
+    new = head.new_modules(model, own, set(info.get("missing_keys", ())))
+    _refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
     if "device_map" not in arguments:
         model.to(device)
     if width is not None:
         _leave_files(model)
     protect_gradients(model)
     keep_activations(model)
-    _fit_out(model, source, choice, max_seq_length, attn_implementation)
+    _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
     facts = facts_of(model)
     facts.stretch, facts.tokenizer = how, tokenizer
+    facts.new_modules = tuple(sorted(new)) if task.heads else ()
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
+    if is_other and tokenizer.pad_token_id is not None:
+        give_padding(model, tokenizer)
     return model, tokenizer
 
 
@@ -175,10 +201,10 @@ def empty_causal_lm(
     stretched: Stretch | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
-    """Return what :func:`load_causal_lm` would, with shapes and no values: on the meta device, from config.json alone.
+    """Return what :func:`load_model` would, with shapes and no values: on the meta device, from config.json alone.
 
     Raises:
-        ModelError: as :func:`load_causal_lm`, as far as the config shows it.
+        ModelError: as :func:`load_model`, as far as the config shows it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -228,19 +254,28 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _fit_out(
-    model: PreTrainedModel, source: ModelSource, choice: DtypeChoice, window: int | None, attention: str | None
+    model: PreTrainedModel,
+    source: ModelSource,
+    choice: DtypeChoice,
+    window: int | None,
+    attention: str | None,
+    *,
+    task: str = CAUSAL_LM,
 ) -> None:
     """Give a model our attention and fused layers where it takes them, and the facts about it."""
     from tunesmith.engine.attention import use_document_attention
     from tunesmith.engine.install import install
 
-    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config))
+    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config), task=task)
+    model.tunesmith_facts = facts  # type: ignore[assignment]
+    if task != CAUSAL_LM:
+        facts.notes.append("batches are padded and layers are transformers' own: fused ones are for CAUSAL_LM")
+        return
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
             facts.notes.append(f"attention per document is off: {reason}")
     facts.notes += install(model).plan.reasons
-    model.tunesmith_facts = facts  # type: ignore[assignment]
 
 
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
@@ -259,7 +294,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **h
 def load_window(
     source: ModelSource, asked: int | None = DEFAULT_WINDOW, *, stretched: Stretch | None = None, **hub: Any
 ) -> int:
-    """Return the window that :func:`load_causal_lm` would use the model with, from its config alone.
+    """Return the window that :func:`load_model` would use the model with, from its config alone.
 
     Raises:
         ModelError: config.json is missing or corrupt, or ``asked`` is above what the window can be stretched to.
@@ -365,9 +400,19 @@ def _first_sentence(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 
-def _refuse_missing_weights(source: ModelSource, info: dict[str, Any]) -> None:
-    """Transformers fills missing weights with random numbers and only warns: such a model must not train."""
-    missing = sorted(info.get("missing_keys", ()))
+def _refuse_elsewhere(task: str, width: Width | None, stretched: Stretch | None) -> None:
+    name = None if width is None else f"load_in_{width}"
+    name = name or (None if stretched is None else "rope_scaling")
+    if name is not None:
+        raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
+
+
+def _refuse_missing_weights(source: ModelSource, info: dict[str, Any], new: set[str]) -> None:
+    """Transformers fills missing weights with random numbers and only warns: such a model must not train.
+
+    ``new`` are those of a head that is to be trained.
+    """
+    missing = sorted(set(info.get("missing_keys", ())) - new)
     mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
     broken = missing + mismatched
     if broken:
