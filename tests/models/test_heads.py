@@ -266,6 +266,23 @@ def test_another_task_than_the_models_is_refused(bert: Path, tmp_path: Path) -> 
         load(tmp_path, task_type="SEQ_CLS", id2label={0: "a", 1: "b"})
 
 
+@pytest.mark.parametrize("start", ["eva", "loftq"])
+def test_starts_that_look_at_rows_or_round_the_base_are_refused(bert: Path, start: str) -> None:
+    model, _ = load(bert, task_type="SEQ_CLS")
+    with pytest.raises(NotSupportedYetError, match=f"init_lora_weights='{start}' with task_type='SEQ_CLS' is not"):
+        FastLanguageModel.get_peft_model(model, r=2, init_lora_weights=start)
+
+
+def test_a_start_that_takes_out_of_the_base_is_saved_for_the_base_as_it_was(bert: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(bert, task_type="SEQ_CLS")
+    adapted = FastLanguageModel.get_peft_model(model, r=2, init_lora_weights="pissa", use_gradient_checkpointing=False)
+    shake(adapted)
+    adapted.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    for ours, theirs in zip(outputs(adapted, tokenizer), outputs(again, tokenizer), strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
 # ---- causal models with heads ----
 
 

@@ -193,8 +193,11 @@ def test_a_span_is_read_back_as_text(bases: Any, tmp_path: Path) -> None:
         logits[0, row.features["labels"][0]] = logits[1, row.features["labels"][1]] = 5
         logits[0, -1] = logits[1, -1] = 9  # padding is no answer
         sure.append(logits)
-    assert made.recipe.score(rows_in, sure) == {"exact_match": 1, "f1": 1}
-    assert made.recipe.score(rows_in, [torch.zeros_like(logits) for logits in sure])["exact_match"] < 0.5
+    answers = made.recipe.answers(rows_in, sure)
+    assert answers == [row["answer"] for row in rows[:-1]] + [""]
+    assert made.recipe.score(rows_in, answers) == {"exact_match": 1, "f1": 1}
+    unsure = made.recipe.answers(rows_in, [torch.zeros_like(logits) for logits in sure])
+    assert made.recipe.score(rows_in, unsure)["exact_match"] < 0.5
 
 
 # ---- the trainer ----

@@ -13,10 +13,10 @@ from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.rows import look_before, start_eva
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
-from tunesmith.core.errors import AdapterError, SettingsError
+from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.seeds import seeded
-from tunesmith.core.tasks import TASKS
+from tunesmith.core.tasks import CAUSAL_LM, TASKS
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
@@ -70,6 +70,11 @@ def inject_adapter(
         return model
     if settings.takes_from_base or settings.rounds_base:
         refuse_quantized(model)
+    if facts.task != CAUSAL_LM and (settings.needs_rows or settings.rounds_base):
+        raise NotSupportedYetError(
+            f"init_lora_weights={settings.init_lora_weights!r} with task_type={facts.task!r} is not supported yet. Use "
+            "True, 'gaussian', 'orthogonal', 'pissa' or 'olora'."
+        )
     with _as_adapter_error(model):
         config = _lora_config(model, settings)
         has_values = not model.get_input_embeddings().weight.is_meta

@@ -186,8 +186,8 @@ def _head_as_trained(folder: ModelSource | None, head: Head) -> Head:
     task = _config(Path(folder.path)).get("task_type") or CAUSAL_LM
     labels = trained_on(Path(folder.path)).labels
     if head.task not in (None, task):
-        raise AdapterError(f"adapter {folder.name} was trained for {task}, not for {head.task}. Leave task_type out.")
-    if labels is not None and head.labels not in (None, labels):
+        raise AdapterError(f"adapter {folder.name} was trained for {task}, not for {head.task}. Ask for {task}.")
+    if labels is not None and head.labels not in (None, labels) and not head.gives_way:
         raise AdapterError(f"adapter {folder.name} was trained with the labels {', '.join(labels)}. Leave others out.")
     return replace(head, task=task, labels=labels or head.labels)
 
@@ -311,6 +311,12 @@ def _refuse_foreign_keys(adapter: Path, adapted: PeftModel) -> None:
 
 
 def _alias_of(base: str) -> str | None:
-    """Return the built-in name whose converted folder ``base`` was, when the cache has been emptied since."""
-    folder = Path(base).name
-    return next((name for name, packaged in ALIASES.items() if folder.startswith(Path(packaged.file).stem)), None)
+    """Return the built-in name whose folder ``base`` was, when the cache was emptied or the package moved since."""
+    place = Path(base)
+    for name, packaged in ALIASES.items():
+        file = Path(packaged.file)
+        if file.suffix and place.name.startswith(file.stem):
+            return name
+        if not file.suffix and place.parts[-2:] == (packaged.module, packaged.file):
+            return name
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from tunesmith.core.errors import SettingsError
@@ -12,7 +12,7 @@ __all__ = ["seeded"]
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Generator[None]:
     """Seed torch, numpy and random for the block and give them back their states."""
     import numpy as np
     import torch

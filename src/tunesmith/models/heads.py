@@ -30,12 +30,14 @@ class Head:
         labels: their names in the order of their numbers; None: those of the files.
         auto_model: the class that loads the model; None: the Auto class of the task.
         seed: of weights that the files do not hold.
+        gives_way: whether ``labels`` are only for a head that is new.
     """
 
     task: str | None = None
     labels: tuple[str, ...] | None = None
     auto_model: Any = None
     seed: int = 3407
+    gives_way: bool = False
 
     def task_for(self, config: Any) -> Task:
         """Return the task that was asked for, else the one that the model was saved for."""
@@ -53,6 +55,8 @@ class Head:
         task = self.task_for(config)
         if not task.has_labels:
             raise SettingsError(f"num_labels, id2label and label2id have no effect on {task.name}. Leave them out.")
+        if _saved_for(config) == task.name and self.gives_way:
+            return {}
         if _saved_for(config) == task.name and config.num_labels != len(self.labels):
             raise ModelError(
                 f"{len(self.labels)} labels are asked for, and the model was saved with {config.num_labels}: "

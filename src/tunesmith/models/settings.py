@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunesmith.core.device import parse_dtype
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.core.settings import Guide, Settings
+from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.models.rope import Stretch
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class ModelSettings(Settings):
     """Which model, in which precision, with which window."""
 
     model: str
-    """Folder, .gguf file, hub id, adapter folder (base and adapter are loaded), or a built-in name (smollm2-135m)."""
+    """Folder, .gguf file, hub id, adapter folder (base and adapter are loaded), or a built-in name (smollm2-135m,
+    minilm-l6)."""
 
     max_seq_length: Annotated[
         int | None,
@@ -116,6 +118,11 @@ class ModelSettings(Settings):
         Guide("leave out", "16-bit halves memory and is faster where there are units for it", "float32 is exact"),
     ] = None
     """bfloat16, float16 or float32; none lets the hardware decide and prints the reason."""
+
+    task: str = CAUSAL_LM
+    """What the model is trained for: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS or FEATURE_EXTRACTION
+    (also in words: sequence_classification, token_classification, seq2seq, question_answering). Labels are those of the
+    training rows."""
 
     rope_scaling: str | dict[str, Any] | None = None
     """How to stretch the model's window to a longer max_seq_length: linear, dynamic, yarn, llama3, or a mapping of rope
@@ -156,6 +163,11 @@ class ModelSettings(Settings):
 
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2 as in transformers; none uses the library's attention per document."""
+
+    @field_validator("task")
+    @classmethod
+    def _a_known_task(cls, value: str) -> str:
+        return find_task(value).name
 
     @property
     def width(self) -> Width | None:

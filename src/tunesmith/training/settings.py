@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.core.errors import NotSupportedYetError, TunesmithError
 from tunesmith.core.settings import Guide, Settings, check, complaint, read_yaml
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
 from tunesmith.training.aliases import translate
@@ -32,9 +33,10 @@ FULL_RATE = 2e-5
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "qat_scheme", "resize_model_vocab", "offload_embedding",
-    "fast_inference", "task_type", "task",
+    "load_in_fp8", "qat_scheme", "resize_model_vocab", "offload_embedding", "fast_inference",
 )  # fmt: skip
+# Settings that mean nothing, or are not written yet, for other tasks than language modelling.
+_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data")
 
 
 class TrainingSettings(Settings):
@@ -177,6 +179,14 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
         idle = sorted(self.model_fields_set & set(self.of_adapters))
         if idle:
             raise ValueError(f"full_finetuning trains all weights and no adapter: leave out {', '.join(idle)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_task_takes(self) -> Self:
+        fields = type(self).model_fields
+        idle = [name for name in _LANGUAGE_ONLY if getattr(self, name) != fields[name].default]
+        if self.task != CAUSAL_LM and idle:
+            raise ValueError(f"{', '.join(idle)}: for CAUSAL_LM only, and the task is {self.task}. Leave it out.")
         return self
 
     @property

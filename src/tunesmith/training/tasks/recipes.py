@@ -59,14 +59,18 @@ class Recipe:
         return int((batch["labels"] != IGNORED).sum())
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any) -> list[Any]:
-        """Return a prediction for each row of a batch."""
+        """Return what the model says of each row of a batch, as tensors or numbers."""
         return outputs.logits.argmax(-1).tolist()
 
-    def score(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> dict[str, float]:
+    def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[Any]:
+        """Return what was predicted for each row in words: here the name of a label."""
+        return [self.labels[number] for number in predicted]
+
+    def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
         """Return the figures of the task over all rows."""
-        right = [row.features["labels"] for row in rows]
-        hits = [truth == guess for truth, guess in zip(right, predicted, strict=True)]
-        return {"accuracy": share(hits), "macro_f1": macro_f1(right, predicted)}
+        right = [self.labels[row.features["labels"]] for row in rows]
+        hits = [truth == answer for truth, answer in zip(right, answers, strict=True)]
+        return {"accuracy": share(hits), "macro_f1": macro_f1(right, answers)}
 
     def size(self, rows: Sequence[TaskRow]) -> int:
         """Return how many things :attr:`best` is a share of."""
@@ -96,19 +100,25 @@ class Tagging(Recipe):
         batch["labels"] = _padded_labels([row.features["labels"] for row in rows])
         return batch
 
-    def score(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> dict[str, float]:
-        """Return the accuracy over words and the F1 of spans, or of tags where they are not BIO."""
-        right = [[n for n in row.features["labels"] if n != IGNORED] for row in rows]
-        guesses = [
-            [guess for guess, n in zip(line, row.features["labels"], strict=False) if n != IGNORED]
+    def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[list[str]]:
+        """Return the tags of each row, one a word that has a token of its own."""
+        return [
+            [
+                self.labels[number]
+                for number, label in zip(line, row.features["labels"], strict=False)
+                if label != IGNORED
+            ]
             for line, row in zip(predicted, rows, strict=True)
         ]
-        flat, flat_guesses = ([n for line in side for n in line] for side in (right, guesses))
-        figures = {"accuracy": share([a == b for a, b in zip(flat, flat_guesses, strict=True)])}
+
+    def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
+        """Return the accuracy over words and the F1 of spans, or of tags where they are not BIO."""
+        right = self.answers(rows, [row.features["labels"] for row in rows])
+        truths, guesses = ([tag for line in side for tag in line] for side in (right, answers))
+        figures = {"accuracy": share([a == b for a, b in zip(truths, guesses, strict=True)])}
         if any(label.startswith("B-") for label in self.labels):
-            names = [[[self.labels[n] for n in line] for line in side] for side in (right, guesses)]
-            return {**figures, "span_f1": span_f1(*names)}
-        return {**figures, "macro_f1": macro_f1(flat, flat_guesses)}
+            return {**figures, "span_f1": span_f1(right, answers)}
+        return {**figures, "macro_f1": macro_f1(truths, guesses)}
 
     def size(self, rows: Sequence[TaskRow]) -> int:
         """Return the number of words."""
@@ -135,9 +145,12 @@ class Answering(Recipe):
         """Return the logits of both ends, (2, T): which tokens may be one is known to the row."""
         return list(torch.stack([outputs.start_logits, outputs.end_logits], 1).float().cpu())
 
-    def score(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> dict[str, float]:
+    def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[str]:
+        """Return the likeliest span of each context, "" where no answer is likelier."""
+        return [_best_span(logits, row.reference) for row, logits in zip(rows, predicted, strict=True)]
+
+    def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
         """Return exact match and the F1 of words, each with the best of a row's answers."""
-        answers = [_best_span(logits, row.reference) for row, logits in zip(rows, predicted, strict=True)]
         right = [[text.strip() for text in row.reference["answers"]] for row in rows]
         return {
             "exact_match": share([answer in texts for answer, texts in zip(answers, right, strict=True)]),
@@ -174,11 +187,15 @@ class Translating(Recipe):
         )
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
-    def score(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> dict[str, float]:
+    def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[str]:
+        """Return the written texts."""
+        return [text.strip() for text in predicted]
+
+    def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
         """Return the share of targets that were written exactly."""
         # Compared as the tokenizer writes it: many put no space back before a full stop.
-        right = [self.tokenizer.decode(row.features["labels"], skip_special_tokens=True) for row in rows]
-        return {"exact_match": share([a.strip() == b.strip() for a, b in zip(right, predicted, strict=True)])}
+        right = [self.tokenizer.decode(row.features["labels"], skip_special_tokens=True).strip() for row in rows]
+        return {"exact_match": share([truth == answer for truth, answer in zip(right, answers, strict=True)])}
 
 
 class Embedding(Recipe):
@@ -224,12 +241,14 @@ class Embedding(Recipe):
         count = len(batch["labels"])
         return list(torch.stack([outputs[:count], outputs[count : 2 * count]], 1).cpu())
 
-    def score(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> dict[str, float]:
-        """Return the share of anchors whose nearest positive, of all rows, is their own or equals it."""
+    def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[str]:
+        """Return the positive, of all rows, that is nearest to each anchor."""
         anchors, positives = torch.stack(list(predicted)).unbind(1)
-        found = (anchors @ positives.T).argmax(1).tolist()
-        hits = [rows[at].reference == row.reference for row, at in zip(rows, found, strict=True)]
-        return {"retrieval_at_1": share(hits)}
+        return [rows[at].reference for at in (anchors @ positives.T).argmax(1).tolist()]
+
+    def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
+        """Return the share of anchors that are nearest to their own positive, or one that equals it."""
+        return {"retrieval_at_1": share([row.reference == text for row, text in zip(rows, answers, strict=True)])}
 
 
 _RECIPES: dict[str, type[Recipe]] = {
@@ -268,7 +287,7 @@ def _padded_labels(labels: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def _best_span(logits: torch.Tensor, reference: Mapping[str, Any]) -> str:
-    """Return the text of the likeliest span inside the context, "" where no answer is likelier."""
+    """Return the text of the likeliest span inside the context, "" where that there is none is likelier."""
     spans = reference["spans"]
     inside = torch.tensor([span is not None for span in spans])
     start, end = (side[: len(spans)] for side in logits)

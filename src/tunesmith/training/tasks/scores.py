@@ -6,7 +6,7 @@ Figures are shares between 0 and 1. Texts are compared without white space at bo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 __all__ = ["macro_f1", "share", "span_f1", "tag_spans", "text_f1"]
 
@@ -16,7 +16,7 @@ def share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits) if hits else 0.0
 
 
-def macro_f1(right: Sequence[int], predicted: Sequence[int]) -> float:
+def macro_f1(right: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
     """Return the mean F1 over the labels that occur in ``right``: a label that is never right counts 0."""
     pairs = list(zip(right, predicted, strict=True))
     hits = Counter(truth for truth, guess in pairs if truth == guess)

@@ -24,7 +24,6 @@ from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import NotSupportedYetError, OutputError, SettingsError, TrainingError
 from tunesmith.core.files import make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
-from tunesmith.core.tasks import TASKS
 from tunesmith.data.task_rows import read_records
 from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_rows
 from tunesmith.engine.modes import evaluation_mode
@@ -73,7 +72,10 @@ class TaskTrainer(Trainer):
     Attributes:
         ledger: what happened to every row.
         recipe: batch, loss and score of the task.
+        plan: None: memory is planned for causal language models only.
     """
+
+    plan = None
 
     def __init__(
         self,
@@ -136,14 +138,9 @@ class TaskTrainer(Trainer):
     def _prepare(self, rows: Any, args: SFTConfig) -> TaskData:
         if isinstance(rows, TaskData):
             return rows
-        return prepare_records(
-            read_records(rows, self._task, mapping=self._mapping),
-            self._task,
-            self._tokenizer,
-            labels=self.recipe.labels if TASKS[self._task].has_labels else (),
-            max_length=args.max_length or 0,
-            on_too_long=args.on_too_long,
-        )
+        records = read_records(rows, self._task, mapping=self._mapping)
+        common: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long}
+        return prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with a group of its own for embedding and output head where they train."""
@@ -228,7 +225,7 @@ class TaskTrainer(Trainer):
         if rows is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
         batch_size = self.args.per_device_eval_batch_size
-        figures = score_rows(self.model, self.recipe, list(rows), batch_size=batch_size)  # type: ignore[arg-type]
+        figures, _ = score_rows(self.model, self.recipe, list(rows), batch_size=batch_size)  # type: ignore[arg-type]
         if not math.isfinite(figures["loss"]) and self.is_in_train:
             self._stop("the eval loss")
         figures["runtime"] = time.perf_counter() - began
@@ -305,23 +302,23 @@ class TaskTrainer(Trainer):
 
 def score_rows(
     model: Any, recipe: Recipe, rows: Sequence[TaskRow], *, batch_size: int, progress: Any = None
-) -> dict[str, float]:
-    """Return ``loss``, a mean over labels, and the figures of the task over ``rows``.
+) -> tuple[dict[str, float], list[Any]]:
+    """Return ``loss``, a mean over labels, with the figures of the task over ``rows``, and an answer for each row.
 
     ``progress`` is called with (rows done, all rows).
     """
     total, items, predicted = 0.0, 0, []
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
-            batch = {
-                name: value.to(model.device) for name, value in recipe.collate(rows[start : start + batch_size]).items()
-            }
+            made = recipe.collate(rows[start : start + batch_size])
+            batch = {name: value.to(model.device) for name, value in made.items()}
             loss, outputs = recipe.loss(model, batch)
             total, items = total + float(loss), items + recipe.items(batch)
             predicted += recipe.predict(model, batch, outputs)
             if progress is not None:
                 progress(min(start + batch_size, len(rows)), len(rows))
-    return {"loss": total / max(items, 1), **recipe.score(rows, predicted)}
+    answers = recipe.answers(rows, predicted)
+    return {"loss": total / max(items, 1), **recipe.score(rows, answers)}, answers
 
 
 def _refuse_elsewhere(args: SFTConfig, task: str, recipe: Recipe) -> None:
