@@ -97,7 +97,8 @@ class FastLanguageModel:
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
         weights train: give the model to the trainer as it is. A ``max_seq_length`` above the model's own window
         stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of
-        transformers), up to four times also where nothing is said.
+        transformers), up to four times also where nothing is said. ``resize_model_vocab`` gives embedding and head
+        rows for added tokens, each the mean of the old ones.
 
         ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
@@ -111,7 +112,7 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
-        not_yet = ("resize_model_vocab", "offload_embedding", "qat_scheme")
+        not_yet = ("qat_scheme",)
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
         check_fast_inference(
             fast_inference,
@@ -128,6 +129,11 @@ class FastLanguageModel:
         check_checkpointing(use_gradient_checkpointing)
         task = None if task_type is None else find_task(task_type).name
         head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)
+        if full_finetuning and offload_embedding:
+            raise SettingsError(
+                "offload_embedding=True keeps a frozen embedding in host memory, and full_finetuning=True trains it. "
+                "Give one of them."
+            )
         if full_finetuning and width is not None:
             raise NotSupportedYetError(
                 f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
@@ -149,6 +155,8 @@ class FastLanguageModel:
             chat_template=chat_template,
             attn_implementation=attn_implementation,
             device_map=device_map,
+            vocabulary=resize_model_vocab,
+            offload_embedding=offload_embedding,
             width=width,
             whole=bool(load_in_16bit),
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),

@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM
 
 from tunesmith import FastLanguageModel
 from tunesmith.core.errors import TunesmithError
+from tunesmith.engine.host import is_on_host
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.models.load import facts_of
@@ -249,6 +250,18 @@ LOADING: dict[str, Row] = {
         {"auto_model": "AutoModelForCausalLM"},
         "auto_model",
     ),
+    "resize_model_vocab": Row(
+        lambda saved: len(load(saved, resize_model_vocab=340).get_input_embeddings().weight) == 340,
+        {"resize_model_vocab": 300},
+        "smaller than the tokenizer",
+    ),
+    "offload_embedding": Row(
+        # Without a GPU the embedding is in host memory already, and a line says so.
+        lambda saved, caplog: is_on_host(load(saved, offload_embedding=True).get_input_embeddings())
+        or "host memory already" in caplog.text,
+        {"offload_embedding": True, "full_finetuning": True},
+        "Give one of them",
+    ),
     "unknown": Row(lambda saved: True, {"max_seq_lenght": 64}, "Did you mean 'max_seq_length'"),
 }  # fmt: skip
 
@@ -262,7 +275,7 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
 
-COMING = {"resize_model_vocab", "offload_embedding", "qat_scheme"}
+COMING = {"qat_scheme"}
 COMING_ADAPTER = {"qat_scheme"}
 
 
@@ -445,10 +458,10 @@ def tied(model: Any) -> bool:
     return base.get_input_embeddings().weight is base.get_output_embeddings().weight
 
 
-def called(function: Callable[..., Any], saved: Path, tmp_path: Path) -> Any:
+def called(function: Callable[..., Any], **fixtures: Any) -> Any:
     """Call ``function`` with those of the fixtures that it asks for."""
     wanted = inspect.signature(function).parameters
-    return function(**{name: value for name, value in (("saved", saved), ("tmp_path", tmp_path)) if name in wanted})
+    return function(**{name: value for name, value in fixtures.items() if name in wanted})
 
 
 def test_every_argument_has_a_row() -> None:
@@ -459,8 +472,10 @@ def test_every_argument_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", LOADING)
-def test_an_argument_of_loading_has_its_effect(name: str, saved: Path, tmp_path: Path) -> None:
-    assert called(LOADING[name].effect, saved, tmp_path)
+def test_an_argument_of_loading_has_its_effect(
+    name: str, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert called(LOADING[name].effect, saved=saved, tmp_path=tmp_path, caplog=caplog)
 
 
 @pytest.mark.parametrize("name", LOADING)
@@ -483,7 +498,7 @@ def test_an_argument_that_needs_what_is_not_here_says_so(name: str, saved: Path)
 
 @pytest.mark.parametrize("name", ADAPTER)
 def test_an_argument_of_the_adapter_has_its_effect(name: str, saved: Path, tmp_path: Path) -> None:
-    assert called(ADAPTER[name].effect, saved, tmp_path)
+    assert called(ADAPTER[name].effect, saved=saved, tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("name", ADAPTER)

@@ -225,7 +225,7 @@ def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeyp
 # ---- arguments ----
 
 ASKED: dict[str, Any] = {
-    "resize_model_vocab": 9, "offload_embedding": True, "qat_scheme": "int4",
+    "qat_scheme": "int4",
 }  # fmt: skip
 ADAPTER_ASKED: dict[str, Any] = {"qat_scheme": "int4"}
 
@@ -320,3 +320,10 @@ def test_every_error_is_one_of_ours(folder: Path) -> None:
         (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(TunesmithError):
             load(folder)
+
+
+def test_a_seed_for_nothing_is_refused(saved: Path) -> None:
+    with pytest.raises(
+        SettingsError, match="random_state=1 would seed new heads, and a causal language model gets none"
+    ):
+        load(saved, random_state=1)

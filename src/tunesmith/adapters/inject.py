@@ -18,6 +18,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, TASKS
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.engine.host import is_on_host
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import is_quantized
@@ -397,6 +398,11 @@ def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
             raise AdapterError(
                 f"modules_to_save {name!r} is no module of {type(model).__name__}.{did_you_mean(name, names)}"
             )
+    if is_on_host(model.get_input_embeddings()) and "embed_tokens" in (wanted or ()):
+        raise AdapterError(
+            "modules_to_save 'embed_tokens': offload_embedding keeps the embedding frozen in host memory. Leave one of "
+            "them out."
+        )
     return wanted
 
 

@@ -1,10 +1,10 @@
 """A PEFT model that saves what its adapter needs to answer as it was trained.
 
 Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits, a longer
-window, a head with labels), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves
-adapters that took something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a
-weight into A and B and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was
-is s (B A - B0 A0), a plain adapter of twice the rank:
+window, more rows, a head with labels), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way.
+And it saves adapters that took something out of the base for the base as it was: PiSSA, OLoRA, CorDA and LoRA-GA put
+directions of a weight into A and B and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the
+base as it was is s (B A - B0 A0), a plain adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
 
@@ -151,23 +151,25 @@ class TrainedOn:
     width: Width | None = None
     stretch: Stretch | None = None
     labels: tuple[str, ...] | None = None
+    vocabulary: int | None = None
 
 
 def trained_on(adapter: Path) -> TrainedOn:
-    """Return how the base of a saved adapter was quantized, stretched and labelled when it was trained.
+    """Return how the base of a saved adapter was quantized, stretched, labelled and grown when it was trained.
 
     Raises:
         AdapterError: base.json is there and is not what this library writes.
     """
     record = _record(adapter)
     try:
-        rope, labels = record.get("stretch"), record.get("labels")
+        rope, labels, rows = record.get("stretch"), record.get("labels"), record.get("vocabulary")
         return TrainedOn(
             _WIDTHS[record.get("width")],
             None if rope is None else Stretch(rope["scaling"], rope["window"]),
             None if labels is None else tuple(map(str, labels)),
+            None if rows is None else int(rows),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(adapter / _BASE, error) from None
 
 
@@ -298,6 +300,7 @@ def _write_base(folder: Path, facts: ModelFacts, labels: tuple[str, ...]) -> Non
         "width": facts.width,
         "stretch": None if facts.stretch is None else asdict(facts.stretch),
         "labels": list(labels) if TASKS[facts.task].has_labels else None,
+        "vocabulary": facts.vocabulary,
     }
     (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
     record = {name: value for name, value in record.items() if value is not None}
@@ -339,8 +342,9 @@ def _point_to_base(folder: Path) -> None:
     config |= {"init_lora_weights": True, "loftq_config": {}}
     config["base_model_name_or_path"] = str(lasting_path(folder / _BESIDE))
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # Its config.json has the longer window already.
-    (folder / _BASE).write_text(json.dumps({"base": _BESIDE}) + "\n", encoding="utf-8")
+    # Its config.json has the longer window and the larger vocabulary already.
+    kept = {name: value for name, value in _record(folder).items() if name == "labels"}
+    (folder / _BASE).write_text(json.dumps({**kept, "base": _BESIDE}) + "\n", encoding="utf-8")
 
 
 def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:

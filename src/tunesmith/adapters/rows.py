@@ -22,6 +22,7 @@ from tunesmith.data.collate import DocumentCollator
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset, PreparedData, prepare
 from tunesmith.data.types import TrainOn
+from tunesmith.engine.host import compute_device
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import facts_of
@@ -203,7 +204,7 @@ def _batches(model: Any, rows: PreparedData, least: int) -> Iterator[dict[str, A
         groups[-2:] = [groups[-2] + groups[-1]]
     elif last < least:
         raise AdapterError(f"init_data has {last} tokens, and a rank of {least} needs as many. Give more rows.")
-    device = model.get_input_embeddings().weight.device
+    device = compute_device(model)
     for group in groups:
         yield {
             key: value.to(device) if hasattr(value, "to") else value for key, value in DocumentCollator()(group).items()

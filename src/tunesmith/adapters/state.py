@@ -67,6 +67,8 @@ def load_source(
     whole: bool = False,
     stretched: Stretch | None = None,
     head: Head | None = None,
+    vocabulary: int | None = None,
+    offload_embedding: bool = False,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -78,6 +80,8 @@ def load_source(
         whole: not quantized, whatever the adapter was trained on.
         stretched: how the window is made longer; None: as the adapter was trained, else not at all.
         head: task and labels; None: as the adapter was trained, else as the files have them.
+        vocabulary: rows of embedding and head; None: as the adapter was trained, else the model's own.
+        offload_embedding: whether the embedding stays in host memory.
         trainable: whether the adapter's weights take gradients.
         hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
@@ -89,6 +93,7 @@ def load_source(
     base, folder = _parts(name, adapter)
     head = _head_as_trained(folder, head or Head())
     width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
+    vocabulary = _rows(folder, vocabulary)
     has_own_tokenizer = folder is not None and _has_tokenizer(folder)
     model, tokenizer = load_model(
         base,
@@ -102,6 +107,8 @@ def load_source(
         whole=whole,
         stretched=stretched,
         head=head,
+        vocabulary=vocabulary,
+        offload_embedding=offload_embedding,
         **hub,
     )
     if folder is None:
@@ -121,6 +128,7 @@ def empty_source(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    vocabulary: int | None = None,
     **arguments: Any,
 ) -> tuple[PreTrainedModel | PeftModel, ModelSource]:
     """Return what :func:`load_source` would give ``name``, with shapes and no values, and where its base lies.
@@ -129,7 +137,14 @@ def empty_source(
     """
     base, folder = _parts(name, None)
     width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
-    model = empty_causal_lm(base, max_seq_length=max_seq_length, width=width, stretched=stretched, **arguments)
+    model = empty_causal_lm(
+        base,
+        max_seq_length=max_seq_length,
+        width=width,
+        stretched=stretched,
+        vocabulary=_rows(folder, vocabulary),
+        **arguments,
+    )
     if folder is None:
         return model, base
     from peft import PeftConfig, get_peft_model
@@ -190,6 +205,17 @@ def _head_as_trained(folder: ModelSource | None, head: Head) -> Head:
     if labels is not None and head.labels not in (None, labels) and not head.gives_way:
         raise AdapterError(f"adapter {folder.name} was trained with the labels {', '.join(labels)}. Leave others out.")
     return replace(head, task=task, labels=labels or head.labels)
+
+
+def _rows(folder: ModelSource | None, asked: int | None) -> int | None:
+    """Return the rows of the vocabulary that an adapter was trained with, where nothing else is asked for."""
+    own = None if folder is None else trained_on(Path(folder.path)).vocabulary
+    if folder is not None and asked is not None and asked != own:
+        raise AdapterError(
+            f"resize_model_vocab={asked}, but the adapter {folder.name} was trained "
+            f"{'with the own vocabulary of its base' if own is None else f'with {own} rows'}. Leave it out."
+        )
+    return own if asked is None else asked
 
 
 def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunesmith.engine.host import compute_device
 from tunesmith.engine.install import engine_of
 from tunesmith.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -122,7 +123,7 @@ class LossHead:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return compute_device(self.model)
 
     @property
     def _config(self) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import EvaluationError
 from tunesmith.data.turns import ChatRenderer
 from tunesmith.data.types import RowRefusedError
+from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import native_window
 
@@ -219,7 +220,8 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed torch for the block; its generators afterwards stand where they stood."""
     import torch
 
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = compute_device(model)
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
@@ -234,7 +236,7 @@ def _answer_batch(
     streamer: Any,
 ) -> list[str]:
     """Generate for one batch of encoded prompts and decode what is new."""
-    input_ids, mask = _pad_left(batch, pad_id=config.pad_token_id, device=model.device)
+    input_ids, mask = _pad_left(batch, pad_id=config.pad_token_id, device=compute_device(model))
     width = input_ids.shape[1]
     criteria = [_stop_criterion(tokenizer, stops, width)] if stops else None
     output = model.generate(

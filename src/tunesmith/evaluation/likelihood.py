@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.data.types import Document
+from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def _document_loss(model: PreTrainedModel, document: Document) -> tuple[float, i
     targets = np.flatnonzero(document.trained[1:]) + 1
     if len(targets) == 0:
         return 0.0, 0
-    ids = torch.as_tensor(document.input_ids, dtype=torch.long, device=model.device)
-    predicting = torch.as_tensor(targets - 1, device=model.device)
+    device = compute_device(model)
+    ids = torch.as_tensor(document.input_ids, dtype=torch.long, device=device)
+    predicting = torch.as_tensor(targets - 1, device=device)
     with torch.no_grad():
         # ``logits_to_keep`` leaves softcaps and scales of the vocabulary projection to the model itself.
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=predicting).logits[0]

@@ -1,7 +1,7 @@
 """Write an adapter folder and compare it, loaded by plain PEFT, with the live model; and check one without its base.
 
-Adapters whose base was quantized or stretched are loaded by this library, which reads ``base.json``: plain PEFT would
-put them on another base than they were trained on.
+Adapters whose base was quantized, stretched or grown, or lies beside them, are loaded by this library, which reads
+``base.json``: plain PEFT would put them on another base than they were trained on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.core.errors import AdapterError, OutputError
 from tunesmith.core.files import whole_folder
 from tunesmith.export.merge import ExportReport, refuse_difference
@@ -38,13 +39,14 @@ def export_adapter(model: Any, folder: Path, tokenizer: Any = None, *, prompts: 
     if folder.exists():
         raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
     start, facts = time.perf_counter(), facts_of(model)
-    runtime = "peft" if facts.width is None and facts.stretch is None else "tunesmith"
+    is_plain = facts.width is None and facts.stretch is None and facts.vocabulary is None
+    runtime = "peft" if is_plain and not base_bytes_beside(model) else "tunesmith"
     reference = reference_of(model, tokenizer, prompts)
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
+        size = sum(file.stat().st_size for file in temporary.rglob("adapter_model.safetensors"))
         found = compare(reference, temporary, runtime=runtime)
         report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
                               {"adapter": found})  # fmt: skip

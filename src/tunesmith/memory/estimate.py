@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.engine.families import LayerShape
+from tunesmith.engine.host import compute_device, is_on_host
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
 
@@ -170,6 +171,9 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     size = itemsize or weight.itemsize
     quantized = [module for module in model.modules() if is_quantized(module)]
     apart = trained_ids | {id(module.weight) for module in quantized}
+    kind = kind or compute_device(model).type
+    if kind == "cuda" and is_on_host(base.get_input_embeddings()):
+        apart.add(id(weight))
     frozen = sum(p.numel() * _bytes_of(p, itemsize) for p in model.parameters() if id(p) not in apart)
     frozen += sum(map(quantized_bytes, quantized))
     count = config.num_hidden_layers
@@ -189,7 +193,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         base_bytes=frozen,
         trained=sum(p.numel() for p in trained),
         trained_bytes=sum(p.numel() * p.itemsize for p in trained),
-        kind=kind or weight.device.type,
+        kind=kind,
         load_bytes=load_bytes,
         heads=heads,
         key_heads=getattr(config, "num_key_value_heads", None) or heads,

@@ -15,6 +15,7 @@ from typing import Any
 
 from tunesmith.core.errors import TrainingError
 from tunesmith.core.memory import peak_bytes
+from tunesmith.engine.host import compute_device
 
 __all__ = ["Probe", "probe_step"]
 
@@ -52,7 +53,7 @@ def probe_step(model: Any, backward: Callable[[], Any], tokens: int, *, repeats:
     if any(parameter.grad is not None for parameter in model.parameters()):
         raise TrainingError("a probe step needs a model without gradients. Call model.zero_grad() before it.")
     were_training = [module for module in model.modules() if not module.training]
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    on_gpu = compute_device(model).type == "cuda"
     best = float("inf")
     with _random_states_kept():
         model.train()

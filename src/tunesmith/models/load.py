@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
-from tunesmith.core.errors import ModelError, NotSupportedYetError, TunesmithError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError, TunesmithError
 from tunesmith.core.memory import trim_heap
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, task_of
+from tunesmith.engine.host import check_not_tied, keep_on_host
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 from tunesmith.models.heads import Head, give_padding
@@ -31,6 +32,7 @@ from tunesmith.models.quantize import (
 )
 from tunesmith.models.rope import Stretch, automatic, stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.vocabulary import check_vocabulary, grow_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,7 @@ class ModelFacts:
         tokenizer: the one that was loaded with the model, None where another library loaded it.
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
         new_modules: modules that the files did not hold: random until they are trained.
+        vocabulary: rows that the vocabulary was grown to, None where it is the model's own.
     """
 
     name: str
@@ -94,6 +97,7 @@ class ModelFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     task: str = CAUSAL_LM
     new_modules: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -122,6 +126,8 @@ def load_model(
     whole: bool = False,
     stretched: Stretch | None = None,
     head: Head | None = None,
+    vocabulary: int | None = None,
+    offload_embedding: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
@@ -129,12 +135,14 @@ def load_model(
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
     ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
-    the window longer. ``head`` says what the model is for; None leaves it to the files.
+    the window longer, ``vocabulary`` (a number of rows) embedding and head. ``offload_embedding`` leaves the embedding
+    in host memory. ``head`` says what the model is for; None leaves it to the files.
 
     Raises:
         ModelError: files are missing or corrupt, the architecture does not serve the task,
-            ``max_seq_length`` is above what its window can be stretched to, or the files are quantized in another
-            ``width``.
+            ``max_seq_length`` is above what its window can be stretched to, the files are quantized in another
+            ``width``, ``vocabulary`` is smaller than model or tokenizer need, or an embedding to offload is tied.
+        SettingsError: a seed for new weights of a causal language model, which has none.
         NotSupportedYetError: ``width`` or ``stretched`` for another task than causal language modelling.
     """
     import transformers
@@ -148,6 +156,11 @@ def load_model(
     own = _config(source, hub)
     task = head.task_for(own)
     is_other = task.name != CAUSAL_LM
+    if not is_other and head.seed != Head().seed:
+        raise SettingsError(
+            f"random_state={head.seed} would seed new heads, and a causal language model gets none (new rows of "
+            "resize_model_vocab are the mean of the old). Give it to get_peft_model, where it seeds the adapter."
+        )
     if is_other:
         _refuse_elsewhere(task.name, width or width_of(own), stretched)
     config, how = _stretched_config(source, hub, stretched, max_seq_length)
@@ -169,11 +182,18 @@ def load_model(
         )
     if how is not None:
         arguments["config"] = config
+    if offload_embedding:
+        check_not_tied(config)
     kind = head.auto_model or getattr(transformers, task.auto)
     with _readable_errors(source), seeded(head.seed):
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     _refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
+    if vocabulary is not None:
+        check_vocabulary(vocabulary, tokens=len(tokenizer), rows=model.get_input_embeddings().weight.shape[0])
+        grow_vocabulary(model, vocabulary)
+    if offload_embedding:
+        _offload(model, device)
     if "device_map" not in arguments:
         model.to(device)
     if width is not None:
@@ -182,7 +202,7 @@ def load_model(
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
     facts = facts_of(model)
-    facts.stretch, facts.tokenizer = how, tokenizer
+    facts.stretch, facts.tokenizer, facts.vocabulary = how, tokenizer, vocabulary
     facts.new_modules = tuple(sorted(new)) if task.heads else ()
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
@@ -199,6 +219,8 @@ def empty_causal_lm(
     attn_implementation: str | None = None,
     width: Width | None = None,
     stretched: Stretch | None = None,
+    vocabulary: int | None = None,
+    offload_embedding: bool = False,
     **hub: Any,
 ) -> PreTrainedModel:
     """Return what :func:`load_model` would, with shapes and no values: on the meta device, from config.json alone.
@@ -216,10 +238,18 @@ def empty_causal_lm(
     if hub.get("trust_remote_code"):
         arguments["trust_remote_code"] = True
     config, _ = _stretched_config(source, hub, stretched, max_seq_length)
+    if vocabulary is not None:
+        text = config.get_text_config()
+        check_vocabulary(vocabulary, tokens=0, rows=text.vocab_size)
+        text.vocab_size = vocabulary
+    if offload_embedding:
+        check_not_tied(config)
     with _readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
             make_quantized(model, width, choice.dtype)
+    if offload_embedding and choose_device().type != "cpu":
+        keep_on_host(model, torch.device("meta"))
     _fit_out(model, source, choice, max_seq_length, attn_implementation)
     return model
 
@@ -330,6 +360,15 @@ def _window(config: Any, asked: int | None) -> int:
     if asked is None:
         return native or DEFAULT_WINDOW
     return int(asked) if native is None else min(native, int(asked))  # above it only where nobody asked for it
+
+
+def _offload(model: PreTrainedModel, device: torch.device) -> None:
+    if device.type == "cpu":
+        _log.warning("offload_embedding: this model computes on the CPU, so its embedding is in host memory already")
+        return
+    # Where weights were quantized on the device, the others have been put there too.
+    model.get_input_embeddings().to("cpu")
+    keep_on_host(model, device)
 
 
 def _leave_files(model: PreTrainedModel) -> None:

@@ -128,6 +128,14 @@ class ModelSettings(Settings):
     """How to stretch the model's window to a longer max_seq_length: linear, dynamic, yarn, llama3, or a mapping of rope
     parameters of transformers. None: the model's own scheme made wider, or yarn, up to 4 times the own window."""
 
+    resize_model_vocab: Annotated[int | None, Field(ge=1)] = None
+    """Rows of embedding and output head, for tokens that were added to the tokenizer: at least as many as it has. New
+    rows are the mean of the old; train them with modules_to_save embed_tokens and lm_head."""
+
+    offload_embedding: bool = False
+    """The embedding matrix stays in host memory and its rows are looked up there; for GPUs, and models whose output
+    head is a tensor of its own."""
+
     load_in_4bit: Annotated[
         bool,
         Guide("on for large models", "off: the base is whole", "a third of a 16-bit base; small models lose"),

@@ -28,6 +28,8 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
         whole=settings.load_in_16bit,
         chat_template=settings.chat_template,
         head=head,
+        vocabulary=settings.resize_model_vocab,
+        offload_embedding=settings.offload_embedding,
         attn_implementation=settings.attn_implementation,
         **{name: value for name, value in hub.items() if value is not None},
     )

@@ -85,6 +85,8 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         width=settings.width,
         whole=settings.load_in_16bit,
         attn_implementation=settings.attn_implementation,
+        vocabulary=settings.resize_model_vocab,
+        offload_embedding=settings.offload_embedding,
         **{name: value for name, value in hub.items() if value is not None},
     )
     wanted: AdapterSettings = settings.part(AdapterSettings)

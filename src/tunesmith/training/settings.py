@@ -33,7 +33,7 @@ FULL_RATE = 2e-5
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "qat_scheme", "resize_model_vocab", "offload_embedding", "fast_inference",
+    "load_in_fp8", "qat_scheme", "fast_inference",
 )  # fmt: skip
 # Settings that mean nothing, or are not written yet, for other tasks than language modelling.
 _LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data")
@@ -174,6 +174,10 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
     def _all_weights_or_an_adapter(self) -> Self:
         if not self.full_finetuning:
             return self
+        if self.offload_embedding:
+            raise ValueError(
+                "offload_embedding keeps a frozen embedding in host memory, and full_finetuning trains it."
+            )
         if self.width is not None:
             raise ValueError(f"full_finetuning with load_in_{self.width} is not supported yet. Give one of them.")
         idle = sorted(self.model_fields_set & set(self.of_adapters))
