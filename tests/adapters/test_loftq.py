@@ -253,3 +253,13 @@ def test_a_run_leaves_an_adapter_with_its_base(base: Path, tmp_path: Path) -> No
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(tmp_path / "run" / "adapter" / "base")
     assert torch.equal(logits(load(tmp_path / "run")), live)
+
+
+def test_exported_it_is_compared_with_its_base(base: Path, tmp_path: Path) -> None:
+    model = adapt(base, 2)
+    reports = [model.save_pretrained_merged(tmp_path / name, save_method=name) for name in ("lora", "merged_32bit")]
+    assert max(report.comparison.kl for report in reports) < 1e-6
+    assert (tmp_path / "lora" / "base" / "model.safetensors").is_file()
+    # The size of the adapter is that of the adapter alone.
+    assert reports[0].size == (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+    assert torch.equal(logits(load(tmp_path / "lora")), logits(model))

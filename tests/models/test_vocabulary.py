@@ -167,3 +167,11 @@ def test_a_run_grows_its_model_and_plans_so(folders: dict[str, Path], tmp_path: 
     torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
     empty, _ = empty_source(str(tmp_path / "run"), dtype="float32")
     assert empty.get_input_embeddings().weight.shape[0] == ROWS
+
+
+def test_exported_it_is_compared_as_large_as_it_is(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = FastLanguageModel.get_peft_model(
+        load(folders["tied"], resize_model_vocab=ROWS)[0], r=4, init_lora_weights=False
+    )
+    for method in ("lora", "merged_32bit"):
+        assert model.save_pretrained_merged(tmp_path / method, save_method=method).comparison.kl < 1e-6

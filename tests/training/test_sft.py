@@ -14,7 +14,14 @@ from tests.training import support
 from transformers import TrainerCallback
 
 from tunesmith import SFTConfig, SFTTrainer, train_on_responses_only
-from tunesmith.core.errors import DataError, ModelError, NotSupportedYetError, SettingsError, TrainingError
+from tunesmith.core.errors import (
+    AdapterError,
+    DataError,
+    ModelError,
+    NotSupportedYetError,
+    SettingsError,
+    TrainingError,
+)
 from tunesmith.core.files import damage
 from tunesmith.training.checkpoint import checkpoints_in
 
@@ -453,3 +460,15 @@ def test_warmup_ratio_reaches_transformers(tmp_path: Path) -> None:
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert rates.index(max(rates)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_bias", True), ("alora_invocation_tokens", [5, 6]), ("layer_replication", [(0, 2), (1, 2)])],
+)
+def test_an_adapter_that_could_never_be_merged_is_not_trained(name: str, value: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **{name: value})
+    with pytest.raises(AdapterError, match=f"has {name}, which no plain weight can hold"):
+        support.trainer(tmp_path, model=get_peft_model(tiny.tiny_model("qwen2"), config))

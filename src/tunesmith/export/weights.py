@@ -23,7 +23,7 @@ from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized, read_quantized
 from tunesmith.ops.quantized import dequantize
 
-__all__ = ["MergedWeight", "adapter_shares", "merged_weights"]
+__all__ = ["MergedWeight", "adapter_shares", "check_mergeable", "merged_weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,24 @@ def adapter_shares(model: Any, wanted: Mapping[str, float] | None) -> dict[str, 
     if len(kinds) > 1 and any(kind.use_dora or kind.modules_to_save for kind in kinds.values()):
         raise AdapterError("adapters with DoRA or whole modules cannot be added to others. Merge one at a time.")
     for name, kind in kinds.items():
-        for reason in ("lora_bias", "alora_invocation_tokens", "layer_replication"):
-            if getattr(kind, reason, None):
-                raise AdapterError(f"adapter {name!r} has {reason}, which no plain weight can hold: it is not merged.")
+        check_mergeable(name, kind)
         if kind.use_dora and wanted[name] != 1:
             raise AdapterError(f"adapter {name!r} is a DoRA: it is merged in full, not by {wanted[name]}.")
     return dict(wanted)
+
+
+def check_mergeable(name: str, config: Any) -> None:
+    """Refuse the kinds of LoRA that can be trained and never merged.
+
+    Raises:
+        AdapterError: ``config`` of the adapter ``name`` is of one.
+    """
+    for reason in ("lora_bias", "alora_invocation_tokens", "layer_replication"):
+        if getattr(config, reason, None):
+            raise AdapterError(
+                f"adapter {name!r} has {reason}, which no plain weight can hold: it is not merged. Make the adapter "
+                f"without {reason}."
+            )
 
 
 def merged_weights(

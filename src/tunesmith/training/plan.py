@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
+from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
 
@@ -57,7 +58,10 @@ def check_purpose(model: Any) -> None:
 
     Raises:
         ModelError: no weight takes gradients, or a base of ours has no adapter and no ``full_finetuning``.
+        AdapterError: an adapter could be trained and never merged.
     """
+    for name, config in getattr(model, "peft_config", {}).items():
+        check_mergeable(name, config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
     facts = getattr(model, "tunesmith_facts", None)
