@@ -30,7 +30,7 @@ def questions() -> list[dict[str, Any]]:
     return rows
 
 
-def main(folder: str = "runs/answer", train: int = 500, epochs: float = 4) -> dict[str, float]:
+def main(folder: str = "runs/answer", train: int = 500, epochs: float = 3) -> dict[str, float]:
     """Train an adapter and a head, save and reload them, and return their figures on rows that they never saw."""
     rows = questions()
     model, tokenizer = FastLanguageModel.from_pretrained("minilm-l6", task_type="QUESTION_ANS")

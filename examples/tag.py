@@ -8,7 +8,7 @@ from real_rows import tagged_sentences
 from tunesmith import FastLanguageModel, SFTConfig, TaskTrainer
 
 
-def main(folder: str = "runs/tag", train: int = 400, epochs: float = 4) -> dict[str, float]:
+def main(folder: str = "runs/tag", train: int = 400, epochs: float = 3) -> dict[str, float]:
     """Train an adapter and a head, save and reload them, and return their figures on rows that they never saw."""
     rows = tagged_sentences()
     tags = sorted({tag for row in rows for tag in row["tags"]})
