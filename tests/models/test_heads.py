@@ -98,7 +98,7 @@ def test_labels_go_into_the_config(bert: Path, labels: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_labels": 0}, "num_labels=0: a whole number of at least 1"),
+        ({"num_labels": 1}, "num_labels=1: a whole number of at least 2 is needed; a head for one number"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "must be numbered 0 to 2"),
         ({"id2label": {0: "a", 2: "b"}}, "must be numbered 0 to 1"),
         ({"id2label": {0: "a", 1: "a"}}, "each with a name of its own"),

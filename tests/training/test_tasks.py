@@ -223,6 +223,22 @@ def test_each_task_trains_an_adapter_saves_it_and_scores_it(bases: Any, tmp_path
     assert {name: score[name] for name in told} == {name: figures[name] for name in told}
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_causal_model_with_a_head_trains_and_comes_back(tmp_path: Path, task: str) -> None:
+    tiny.save_model(tmp_path / "llama")
+    bases = {"llama": tmp_path / "llama"}
+    model, tokenizer = load(bases, task, family="llama")
+    made = trainer(tmp_path / "run", model, tokenizer, task, rows=40, eval_split=0.2, max_steps=4)
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    again, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")
+    other = trainer(tmp_path / "again", again, tokenizer, task, rows=40, eval_split=0.2)
+    assert other.evaluate()["eval_loss"] == made.evaluate()["eval_loss"]
+
+
 def test_all_weights_train_and_come_back(bases: Any, tmp_path: Path) -> None:
     model, tokenizer = load(bases, "SEQ_CLS", adapter=False)
     made = trainer(tmp_path, model, tokenizer, "SEQ_CLS", rows=200, num_train_epochs=4, learning_rate=5e-3)
@@ -333,6 +349,10 @@ def test_models_that_cannot_train_a_task(bases: Any, tmp_path: Path) -> None:
     base, tokenizer = FastLanguageModel.from_pretrained(str(bases["bert"]), task_type="SEQ_CLS")
     with pytest.raises(ModelError, match="the model has no adapter: call FastLanguageModel"):
         TaskTrainer(base, SFTConfig(output_dir=str(tmp_path)), tiny_tasks.colour_rows(9), processing_class=tokenizer)
+    model, tokenizer = load(bases, "SEQ_CLS")
+    model.config.id2label = {0: "how much"}
+    with pytest.raises(ModelError, match=r"has one label .a head for one number."):
+        recipe_for(model, tokenizer)
     model, tokenizer = load(bases, "SEQ_2_SEQ_LM")
     model.config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="has no decoder_start_token_id"):

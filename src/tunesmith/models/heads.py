@@ -99,8 +99,9 @@ def read_labels(
     """
     if num_labels is None and not id2label and not label2id:
         return None
-    if num_labels is not None and (isinstance(num_labels, bool) or num_labels < 1):
-        raise SettingsError(f"num_labels={num_labels!r}: a whole number of at least 1 is needed.")
+    if num_labels is not None and (isinstance(num_labels, bool) or num_labels < 2):
+        raise SettingsError(f"num_labels={num_labels!r}: a whole number of at least 2 is needed; a head for one "
+                            "number (regression) is not supported yet.")  # fmt: skip
     names = {int(index): str(name) for index, name in (id2label or {}).items()}
     inverse = {int(index): str(name) for name, index in (label2id or {}).items()}
     if names and inverse and names != inverse:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from tunesmith.core.errors import ModelError
+from tunesmith.core.tasks import TASKS
 from tunesmith.data.tasks import IGNORED, TaskRow
 from tunesmith.models.embed import mean_pooled
 from tunesmith.models.heads import labels_of, reads
@@ -264,13 +265,17 @@ def recipe_for(model: Any, tokenizer: Any) -> Recipe:
     """Return the recipe for the task of ``model``.
 
     Raises:
-        ModelError: it is a causal language model, which ``SFTTrainer`` trains.
+        ModelError: it is a causal language model, which ``SFTTrainer`` trains, or has a head for one number.
     """
     task = facts_of(model).task
     if task not in _RECIPES:
         raise ModelError(
             f"{type(model).__name__} is a model for {task}, which SFTTrainer trains. For another task load it with "
             "from_pretrained(..., task_type=...)."
+        )
+    if TASKS[task].has_labels and len(labels_of(model.config)) < 2:
+        raise ModelError(
+            f"{type(model).__name__} has one label (a head for one number), so there is nothing to tell apart."
         )
     return _RECIPES[task](model, tokenizer)
 

@@ -249,7 +249,7 @@ class TaskTrainer(Trainer):
         if self.eval_data is not None:
             data["eval"] = self.eval_data.fingerprint()
         settings = {**settings_fingerprint(self.args, 1), "label_smoothing_factor": self._smoothing}
-        return {"data": data, "model": self._model_fingerprint, "settings": settings}
+        return {"data": data, "model": model_fingerprint(self.model), "settings": settings}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
@@ -260,14 +260,14 @@ class TaskTrainer(Trainer):
             OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
             TrainingError: a loss or gradient is not finite, or a lora_B gets no gradient.
         """
-        self._model_fingerprint = model_fingerprint(self.model)
+        self._run = self.run_fingerprint()
         folder = Path(self.args.output_dir)
         checkpoint: Path | None = None
         if resume_from_checkpoint is True:
-            checkpoint = find_checkpoint(folder, self.run_fingerprint())
+            checkpoint = find_checkpoint(folder, self._run)
             _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
         elif resume_from_checkpoint:
-            checkpoint = checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint())
+            checkpoint = checkpoint_at(Path(resume_from_checkpoint), self._run)
         elif checkpoints_in(folder):
             raise OutputError(
                 f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
@@ -296,7 +296,7 @@ class TaskTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+            (folder / RUN_FILE).write_text(json.dumps(self._run, indent=1), encoding="utf-8")
         remove_old_checkpoints(self._checkpoint_folder(), keep=self._keep, best=self.state.best_model_checkpoint)
 
 
