@@ -8,18 +8,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
+from tunesmith.adapters.inject import (
+    check_checkpointing,
+    inject_adapter,
+    set_checkpointing,
+    train_all_weights,
+)
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
-from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.tasks import find_task
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.export.methods import as_exporting
+from tunesmith.export.torchao import with_torchao
 from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
 
@@ -31,16 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["FastLanguageModel", "FastModel", "get_chat_template"]
 
 _log = logging.getLogger(__name__)
-
-
-def _refuse_not_yet(function: Any, given: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse arguments of the contract whose code is not written, unless they keep their default."""
-    parameters = inspect.signature(function).parameters
-    for name in names:
-        if given[name] != parameters[name].default:
-            raise NotSupportedYetError(
-                f"{name}={given[name]!r} is not supported yet. Leave it at {parameters[name].default!r}."
-            )
 
 
 def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
@@ -95,10 +92,13 @@ class FastLanguageModel:
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
-        weights train: give the model to the trainer as it is. A ``max_seq_length`` above the model's own window
-        stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of
-        transformers), up to four times also where nothing is said. ``resize_model_vocab`` gives embedding and head
-        rows for added tokens, each the mean of the old ones.
+        weights train: give the model to the trainer as it is. There ``load_in_8bit`` stores them in int8, and
+        ``load_in_4bit`` makes the result a 4-bit model; see :mod:`tunesmith.models.whole`. A ``max_seq_length`` above
+        the model's own window stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope
+        parameters of transformers), up to four times also where nothing is said. ``resize_model_vocab`` gives embedding
+        and head rows for added tokens, each the mean of the old ones. ``qat_scheme`` ("int8-int4", "int8", "int4",
+        "fp8-int4", "fp8-fp8" or a config of torchao) makes full fine-tuning aware of that quantization:
+        ``model.save_pretrained_torchao`` then saves what was trained; for an adapter give it to ``get_peft_model``.
 
         ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
@@ -107,13 +107,10 @@ class FastLanguageModel:
 
         Raises:
             ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
-            NotSupportedYetError: an argument whose code is not written yet has another value than its default.
+            NotSupportedYetError: an argument together with a task for which it is not written yet.
             TypeError: an unknown argument; the message names the nearest.
         """
-        given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
-        not_yet = ("qat_scheme",)
-        _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
         check_fast_inference(
             fast_inference,
             gpu_memory_utilization=(gpu_memory_utilization, 0.5),
@@ -134,11 +131,6 @@ class FastLanguageModel:
                 "offload_embedding=True keeps a frozen embedding in host memory, and full_finetuning=True trains it. "
                 "Give one of them."
             )
-        if full_finetuning and width is not None:
-            raise NotSupportedYetError(
-                f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
-                "bits, or an adapter on the quantized base."
-            )
         if max_sequence_length is not None:
             # By identity: a 2048 that was asked for is another object than the default.
             if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
@@ -157,17 +149,19 @@ class FastLanguageModel:
             device_map=device_map,
             vocabulary=resize_model_vocab,
             offload_embedding=offload_embedding,
-            width=width,
+            # Full fine-tuning starts from the whole weights, also where it stores them in fewer bits.
+            width=None if full_finetuning else width,
             whole=bool(load_in_16bit),
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
             head=head,
+            qat_scheme=None if full_finetuning else qat_scheme,
             **hub,
         )
         if full_finetuning:
-            train_all_weights(model, use_gradient_checkpointing)
+            train_all_weights(model, use_gradient_checkpointing, width=width, qat_scheme=qat_scheme)
         else:
             set_checkpointing(model, use_gradient_checkpointing)
-        return as_exporting(model), tokenizer
+        return as_exporting(with_torchao(model)), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -207,12 +201,9 @@ class FastLanguageModel:
         Raises:
             AdapterError: a target matches no layer, or the model already has an adapter with other settings.
             SettingsError: a value is of the wrong type or out of range; all problems at once.
-            NotSupportedYetError: an argument whose code is not written yet has another value than its default.
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
-        not_yet = ("qat_scheme",)
-        _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")
@@ -228,6 +219,7 @@ class FastLanguageModel:
                 "was loaded with. Give it to from_pretrained."
             )
         if facts_of(model).full_finetuning:
+            refuse_other_scheme(model, qat_scheme)
             _log.warning("full_finetuning=True: all weights train, so get_peft_model adds no adapter.")
             set_checkpointing(model, use_gradient_checkpointing)
             return model  # type: ignore[return-value]
@@ -239,7 +231,7 @@ class FastLanguageModel:
         chosen["init_data"] = None
         rows = None if init_data is None else as_rows(model, init_data)
         settings = validate(AdapterSettings, chosen, source="get_peft_model")
-        return as_exporting(inject_adapter(model, settings, rows))
+        return as_exporting(with_torchao(inject_adapter(model, settings, rows, qat_scheme=qat_scheme)))
 
     @staticmethod
     def for_inference(model: Any) -> Any:

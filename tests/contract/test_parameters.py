@@ -159,8 +159,13 @@ LOADING: dict[str, Row] = {
     ),
     "full_finetuning": Row(
         lambda saved: all(p.requires_grad for p in load(saved, full_finetuning=True).parameters()),
-        {"full_finetuning": True, "load_in_4bit": True},
-        "full_finetuning",
+        {"full_finetuning": True, "load_in_fp8": True},
+        "load_in_fp8",
+    ),
+    "qat_scheme": Row(
+        lambda saved: facts_of(load(saved, full_finetuning=True, qat_scheme="int8")).qat.name == "int8",
+        {"qat_scheme": "int8"},
+        "give full_finetuning=True",
     ),
     "rope_scaling": Row(
         lambda saved: load(saved, max_seq_length=1024, rope_scaling="yarn").config.rope_parameters["factor"] == 2,
@@ -275,9 +280,6 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
 
-COMING = {"qat_scheme"}
-COMING_ADAPTER = {"qat_scheme"}
-
 
 def template_of(place: Any, **arguments: Any) -> str:
     return FastLanguageModel.from_pretrained(str(place), dtype="float32", **arguments)[1].chat_template
@@ -365,6 +367,9 @@ ADAPTER: dict[str, Row] = {
     ),
     "max_seq_length": Row(
         lambda: adapt(max_seq_length=64) is not None, {"max_seq_length": 1024}, "above the 512 tokens"
+    ),
+    "qat_scheme": Row(
+        lambda: facts_of(adapt(qat_scheme="int8")).qat.name == "int8", {"qat_scheme": "int9"}, "Did you mean 'int8'"
     ),
     "use_rslora": Row(
         lambda: layer_of(adapt(use_rslora=True, lora_alpha=16)).mlp.up_proj.scaling["default"] == 8,
@@ -466,9 +471,9 @@ def called(function: Callable[..., Any], **fixtures: Any) -> Any:
 
 def test_every_argument_has_a_row() -> None:
     loading = inspect.signature(FastLanguageModel.from_pretrained).parameters
-    assert set(loading) == {*LOADING, *ABSENT, *COMING}
+    assert set(loading) == {*LOADING, *ABSENT}
     adapter = inspect.signature(FastLanguageModel.get_peft_model).parameters
-    assert set(adapter) == {*ADAPTER, *COMING_ADAPTER}
+    assert set(adapter) == {*ADAPTER}
 
 
 @pytest.mark.parametrize("name", LOADING)

@@ -14,7 +14,7 @@ import torch
 from tests import tiny
 
 from tunesmith import FastLanguageModel, FastModel, get_chat_template
-from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError, TunesmithError
+from tunesmith.core.errors import ModelError, SettingsError, TunesmithError
 from tunesmith.engine.install import engine_of
 from tunesmith.models import gguf_cache
 from tunesmith.models.aliases import find_model
@@ -223,23 +223,6 @@ def test_a_gguf_is_converted_once_by_whoever_comes_first(tmp_path: Path, monkeyp
 
 
 # ---- arguments ----
-
-ASKED: dict[str, Any] = {
-    "qat_scheme": "int4",
-}  # fmt: skip
-ADAPTER_ASKED: dict[str, Any] = {"qat_scheme": "int4"}
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_arguments_of_loading_that_are_not_written_yet(name: str, saved: Path) -> None:
-    with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet. Leave it at"):
-        load(saved, **{name: ASKED[name]})
-
-
-@pytest.mark.parametrize("name", ADAPTER_ASKED)
-def test_arguments_of_the_adapter_that_are_not_written_yet(name: str) -> None:
-    with pytest.raises(NotSupportedYetError, match=f"{name}=.* is not supported yet"):
-        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), **{name: ADAPTER_ASKED[name]})
 
 
 @pytest.mark.parametrize("mode", ["auto", "selective", "offload"])

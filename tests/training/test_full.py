@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 
 from tunesmith import FastLanguageModel
-from tunesmith.core.errors import AdapterError, ModelError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.models.load import facts_of
 from tunesmith.training.optimizer import StochasticAdamW, round_stochastically
@@ -93,8 +93,6 @@ def test_get_peft_model_only_sets_checkpointing_and_says_so(
 
 
 def test_what_does_not_go_together_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(NotSupportedYetError, match="full_finetuning=True with load_in_4bit=True is not supported yet"):
-        load(folders["llama"], load_in_4bit=True)
     adapter = FastLanguageModel.get_peft_model(load(folders["llama"], full_finetuning=False), r=2)
     adapter.save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match="full_finetuning=True trains the weights of a base, and this is an adapter"):
@@ -102,8 +100,6 @@ def test_what_does_not_go_together_is_refused(folders: dict[str, Path], tmp_path
     run = {"model": "m", "data": "d", "full_finetuning": True}
     with pytest.raises(SettingsError, match="no adapter: leave out lora_alpha, r"):
         load_run_settings(None, {**run, "r": 8, "lora_alpha": 3})
-    with pytest.raises(SettingsError, match="full_finetuning with load_in_8bit is not supported yet"):
-        load_run_settings(None, {**run, "load_in_8bit": True})
 
 
 def test_a_base_without_an_adapter_does_not_train_by_accident(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.rows import look_before, start_eva
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
-from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError, TunesmithError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, TASKS
@@ -23,6 +23,9 @@ from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import is_quantized
 from tunesmith.models.load import facts_of
+from tunesmith.models.qat import prepare, refuse_other_scheme
+from tunesmith.models.settings import Width
+from tunesmith.models.whole import is_torchaos, train_in
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -35,6 +38,7 @@ __all__ = [
     "check_checkpointing",
     "continue_adapter",
     "inject_adapter",
+    "refuse_beside_rounding",
     "set_checkpointing",
     "train_all_weights",
     "trainable_share",
@@ -47,9 +51,15 @@ _log = logging.getLogger(__name__)
 
 
 def inject_adapter(
-    model: PreTrainedModel | PeftModel, settings: AdapterSettings, rows: PreparedData | None = None
+    model: PreTrainedModel | PeftModel,
+    settings: AdapterSettings,
+    rows: PreparedData | None = None,
+    *,
+    qat_scheme: Any = None,
 ) -> PeftModel:
     """Return ``model`` with a new trainable LoRA adapter; A and B are float32, whatever the base is.
+
+    With a ``qat_scheme`` base and adapter are rounded together wherever they compute (``models/qat.py``).
 
     A model that already carries an adapter with the same settings keeps it, and only its checkpointing is set.
     ``rows`` are what eva, corda and lora_ga start from.
@@ -64,13 +74,19 @@ def inject_adapter(
 
     check_checkpointing(settings.use_gradient_checkpointing)
     _set_location(model, settings.temporary_location)
-    facts = facts_of(model)
     if isinstance(model, PeftModel):
         _refuse_second(model, settings, rows)
+        refuse_other_scheme(model, qat_scheme)
         set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
+    if is_torchaos(model):
+        raise AdapterError(
+            "torchao has quantized this model to be used, and not to be trained on. Adapt the model in 16 bits; with "
+            "qat_scheme it is trained for the same quantization."
+        )
     if settings.takes_from_base or settings.rounds_base:
         refuse_quantized(model)
+    facts = facts_of(model)
     if facts.task != CAUSAL_LM and (settings.needs_rows or settings.rounds_base):
         raise NotSupportedYetError(
             f"init_lora_weights={settings.init_lora_weights!r} with task_type={facts.task!r} is not supported yet. Use "
@@ -83,6 +99,9 @@ def inject_adapter(
             _check_rows(settings, rows)
         else:
             config.init_lora_weights = True  # shapes alone are wanted
+        if qat_scheme is not None:
+            refuse_beside_rounding(config, rounds_base=settings.rounds_base)
+            prepare(model, qat_scheme)
         with seeded(settings.random_state):
             if rows is not None and settings.takes_from_base:
                 look_before(model, config, rows, _ranks(model, config))
@@ -94,6 +113,7 @@ def inject_adapter(
     if settings.loftq_config is not None:
         _start_loftq(adapted, settings.loftq_config, has_values=has_values)
     as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=settings.rounds_base)
+    facts = facts_of(model)
     facts.adapter = {**arguments_of(config), **_start_of(settings, rows)}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
@@ -136,6 +156,22 @@ def _start_loftq(model: Any, chosen: dict[str, int], *, has_values: bool) -> Non
     # PEFT was told nothing of it: its own needs a package more and a GPU. A checkpoint of the run says how it started.
     model.peft_config["default"].init_lora_weights = "loftq"
     model.peft_config["default"].loftq_config = dict(chosen)
+
+
+def refuse_beside_rounding(config: LoraConfig, *, rounds_base: bool = False) -> None:
+    """Refuse an adapter that is no part of one weight, which is what a quantized layer has.
+
+    Raises:
+        AdapterError: dropout acts on the adapter alone, or the adapter is a variant of LoRA, or starts from a rounded
+            base.
+    """
+    given = [name for name in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, name, None)]
+    given += ["loftq_config"] if rounds_base else []
+    if given:
+        raise AdapterError(
+            f"qat_scheme with {' and '.join(given)}: base and adapter are rounded as one weight, of which this is no "
+            "part. Leave it out."
+        )
 
 
 def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterable[str]) -> dict[str, Any]:
@@ -226,14 +262,25 @@ def set_checkpointing(model: Any, mode: bool | str) -> None:
     facts_of(model).checkpointing = mode
 
 
-def train_all_weights(model: Any, mode: bool | str, location: str | None = None) -> None:
+def train_all_weights(
+    model: Any,
+    mode: bool | str,
+    location: str | None = None,
+    *,
+    width: Width | None = None,
+    qat_scheme: Any = None,
+) -> None:
     """Let every weight of a loaded base take gradients; ``mode`` and ``location`` as in :class:`AdapterSettings`.
+
+    ``width`` stores the linear layers of the decoder in 8 bits, or computes with them in 4 (``models/whole.py``);
+    ``qat_scheme`` trains them for a scheme of torchao (``models/qat.py``).
 
     Raises:
         AdapterError: the model carries an adapter, or its files are quantized.
+        ModelError: a package that ``width`` needs is not installed, or ``qat_scheme`` comes beside a ``width``.
         SettingsError: see :func:`set_checkpointing`.
     """
-    if facts_of(model).width is not None:
+    if facts_of(model).width is not None or is_torchaos(model):
         raise AdapterError(
             f"full_finetuning=True needs a base in 16 or 32 bits; the files of {facts_of(model).name} are quantized."
         )
@@ -242,6 +289,10 @@ def train_all_weights(model: Any, mode: bool | str, location: str | None = None)
             "full_finetuning=True trains the weights of a base, and this is an adapter. Name its base, or leave "
             "full_finetuning out to train the adapter on."
         )
+    if width is not None:
+        train_in(model, width)
+    if qat_scheme is not None:
+        prepare(model, qat_scheme)
     model.requires_grad_(True)
     facts_of(model).full_finetuning = True
     _set_location(model, location)
@@ -336,7 +387,7 @@ def _as_adapter_error(model: Any) -> Iterator[None]:
     """Turn what PEFT raises on settings that exclude each other or match nothing into one of ours."""
     try:
         yield
-    except AdapterError:
+    except TunesmithError:
         raise
     except (ValueError, TypeError, re.error) as error:
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error

@@ -1,10 +1,11 @@
 """A PEFT model that saves what its adapter needs to answer as it was trained.
 
 Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits, a longer
-window, more rows, a head with labels), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way.
-And it saves adapters that took something out of the base for the base as it was: PiSSA, OLoRA, CorDA and LoRA-GA put
-directions of a weight into A and B and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the
-base as it was is s (B A - B0 A0), a plain adapter of twice the rank:
+window, more rows, a head with labels, rounded for a scheme of quantization), so that
+:func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters that took something out of
+the base for the base as it was: PiSSA, OLoRA, CorDA and LoRA-GA put directions of a weight into A and B and take them
+out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is s (B A - B0 A0), a plain
+adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
 
@@ -41,6 +42,7 @@ from tunesmith.models.heads import labels_of
 from tunesmith.models.load import ModelFacts, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.whole import WholeModel
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,7 @@ __all__ = [
     "base_bytes_beside",
     "raw_weights",
     "refuse_quantized",
+    "trained_for",
     "trained_on",
 ]
 
@@ -91,8 +94,8 @@ def as_adapter_model(model: Any, *, takes_from_base: bool = False, keeps_base: b
 
 @contextmanager
 def raw_weights(model: Any) -> Iterator[None]:
-    """Let ``model`` save A and B as they are for the block: for a checkpoint of a run, which starts the same way."""
-    is_ours = isinstance(model, AdapterModel)
+    """Let ``model`` save its trained weights as they are for the block: for a checkpoint, from which a run goes on."""
+    is_ours = isinstance(model, (AdapterModel, WholeModel))
     if is_ours:
         model.saves_raw = True
     try:
@@ -171,6 +174,11 @@ def trained_on(adapter: Path) -> TrainedOn:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(adapter / _BASE, error) from None
+
+
+def trained_for(adapter: Path) -> Any:
+    """Return the ``qat_scheme`` that a saved adapter was trained for, or None; see :func:`trained_on`."""
+    return _record(adapter).get("qat_scheme")
 
 
 _WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
@@ -301,6 +309,7 @@ def _write_base(folder: Path, facts: ModelFacts, labels: tuple[str, ...]) -> Non
         "stretch": None if facts.stretch is None else asdict(facts.stretch),
         "labels": list(labels) if TASKS[facts.task].has_labels else None,
         "vocabulary": facts.vocabulary,
+        "qat_scheme": None if facts.qat is None else facts.qat.record(),
     }
     (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
     record = {name: value for name, value in record.items() if value is not None}

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.adapters.inject import arguments_of
-from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_on
-from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.adapters.inject import arguments_of, refuse_beside_rounding
+from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_for, trained_on
+from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
 from tunesmith.models.heads import Head, give_padding
@@ -25,6 +25,7 @@ from tunesmith.models.load import (
     load_tokenizer,
     load_window,
 )
+from tunesmith.models.qat import prepare, scheme_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
 
@@ -69,6 +70,7 @@ def load_source(
     head: Head | None = None,
     vocabulary: int | None = None,
     offload_embedding: bool = False,
+    qat_scheme: Any = None,
     trainable: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -82,6 +84,7 @@ def load_source(
         head: task and labels; None: as the adapter was trained, else as the files have them.
         vocabulary: rows of embedding and head; None: as the adapter was trained, else the model's own.
         offload_embedding: whether the embedding stays in host memory.
+        qat_scheme: what an adapter is trained on for; None: what it was trained for, unless ``whole``.
         trainable: whether the adapter's weights take gradients.
         hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
@@ -112,12 +115,18 @@ def load_source(
         **hub,
     )
     if folder is None:
+        if qat_scheme is not None:
+            raise SettingsError(
+                f"qat_scheme={qat_scheme!r} trains all weights of a base: give full_finetuning=True. To train an "
+                "adapter, give it to get_peft_model."
+            )
         return model, tokenizer
     if has_own_tokenizer:
         tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
         facts_of(model).tokenizer = tokenizer
         if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
+    _round_as_trained(model, folder, qat_scheme, whole)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
@@ -149,6 +158,7 @@ def empty_source(
         return model, base
     from peft import PeftConfig, get_peft_model
 
+    _round_as_trained(model, folder, None, whole)
     facts = facts_of(model)
     config: Any = PeftConfig.from_pretrained(folder.path)
     adapted = get_peft_model(model, config)
@@ -218,6 +228,21 @@ def _rows(folder: ModelSource | None, asked: int | None) -> int | None:
     return own if asked is None else asked
 
 
+def _round_as_trained(model: Any, folder: ModelSource, asked: Any, whole: bool) -> None:
+    """Make the base of an adapter compute as the scheme says that it was, or is to be, trained for."""
+    scheme = asked
+    if scheme is None and not whole:
+        scheme = trained_for(Path(folder.path))
+        if scheme is not None:
+            _log.warning(
+                "the model computes as %s will, as the adapter %s was trained for it; load_in_16bit does not round",
+                scheme_of(scheme).name,
+                folder.name,
+            )
+    if scheme is not None:
+        prepare(model, scheme)
+
+
 def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:
     """Return where base and adapter lie."""
     source = find_model(name)
@@ -285,6 +310,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
             config.base_model_name_or_path = str(own.absolute())  # wherever the folder has been moved to
         if str(config.init_lora_weights).startswith(("pissa", "olora")):
             refuse_quantized(model)
+        if facts_of(model).qat is not None:
+            refuse_beside_rounding(config)
         adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
     except SafetensorError as error:
         raise AdapterError(

@@ -72,6 +72,9 @@ def silence_libraries() -> None:
     import huggingface_hub.utils
     import transformers
 
+    # What torchao says while transformers imports it, of kernels for GPUs that are not here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -17,6 +17,7 @@ STACK = (
     "peft",
     "accelerate",
     "bitsandbytes",
+    "torchao",
     "datasets",
     "tokenizers",
     "safetensors",

@@ -32,7 +32,7 @@ from tunesmith.engine.families import LayerShape, describe
 from tunesmith.engine.layer import FusedLayer, Group, LayerCall
 from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
-from tunesmith.engine.read import read_blocks, read_norm, read_projection
+from tunesmith.engine.read import read_blocks, read_norm, read_projection, unreadable
 from tunesmith.engine.scratch import Scratch
 from tunesmith.ops.lora_linear.cpu import Projection
 
@@ -193,6 +193,9 @@ def plan(model: Any) -> PatchPlan:
         return PatchPlan({}, dict.fromkeys(range(len(layers or ())), reason))
     for index, layer in enumerate(layers or ()):
         found = describe(layer)
+        if isinstance(found, LayerShape):
+            paths = [path for group in found.groups for path in group]
+            found = next(filter(None, (unreadable(layer.get_submodule(path)) for path in paths)), found)
         if isinstance(found, LayerShape):
             known[index] = found
         else:

@@ -2,7 +2,8 @@
 
 ``fused_lora(config)`` asks PEFT, through its documented hook for custom layers, to build :class:`FusedLoraLinear` for
 plain linear layers. It is a ``peft.tuners.lora.Linear``: names, saving, merging and switching adapters are PEFT's.
-On quantized layers its own classes stay, but for merging, which would round the training away.
+On quantized layers its own classes stay, but for merging, which would round the training away. Layers that train for
+quantization (``models/qat.py``) get :class:`QatLoraLinear`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from tunesmith.core.errors import AdapterError
 from tunesmith.ops.lora_linear import lora_linear
 
-__all__ = ["FusedLoraLinear", "fused_lora"]
+__all__ = ["FusedLoraLinear", "QatLoraLinear", "fused_lora", "merged_weight"]
 
 
 def fused_lora(config: LoraConfig) -> LoraConfig:
     """Make PEFT use the classes of this module for this config. Not written to ``adapter_config.json``."""
     # PEFT takes the first that fits, and the layers of bitsandbytes are linear layers too.
-    config._register_custom_module({**_quantized_layers(), torch.nn.Linear: FusedLoraLinear})
+    config._register_custom_module({**_quantized_layers(), **_rounding_layers(), torch.nn.Linear: FusedLoraLinear})
     return config
 
 
@@ -42,6 +43,15 @@ def _quantized_layers() -> dict[type, type]:
     }
 
 
+def _rounding_layers() -> dict[type, type]:
+    """Return the layer by which torchao trains for quantization with the LoRA layer for it; none before its import."""
+    if "torchao" not in sys.modules:
+        return {}
+    from torchao.quantization.qat import FakeQuantizedLinear
+
+    return {FakeQuantizedLinear: QatLoraLinear}
+
+
 class _Unmergeable:
     """In front of PEFT's classes for quantized layers.
 
@@ -55,6 +65,32 @@ class _Unmergeable:
             "merging into a quantized base would round the training away. Save the adapter, load it on the base in 16 "
             "bits (load_in_16bit=True) and merge there."
         )
+
+
+class QatLoraLinear(PeftLoraLinear):
+    """A PEFT LoRA layer on one that rounds: base and adapter are rounded together, as they will be stored.
+
+        y = q(x) q(W + s B A)' + bias
+
+    Rounding W alone, as torchtune's ``QATLoRALinear`` does, trains the adapter for a sum that no exported model has:
+    what is exported is one weight, and rounding that moves the adapter's share too.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what the layer will return for ``x`` (..., D) when it is merged and quantized."""
+        return torch.func.functional_call(self.get_base_layer(), {"weight": merged_weight(self)}, (x,))
+
+
+def merged_weight(layer: Any) -> torch.Tensor:
+    """Return W + s B A of a PEFT LoRA layer with its active adapters, added in float32, in the dtype of W."""
+    weight = layer.get_base_layer().weight
+    names = [] if layer.merged or layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
+    if not names:
+        return weight
+    total = weight.float()
+    for name in names:
+        total = total + layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+    return total.to(weight.dtype)
 
 
 class FusedLoraLinear(PeftLoraLinear):

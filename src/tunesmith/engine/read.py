@@ -14,7 +14,16 @@ import torch
 from tunesmith.ops.lora_linear.cpu import Projection
 from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, Nested, QuantizedWeight
 
-__all__ = ["is_quantized", "quantized_bytes", "read_blocks", "read_norm", "read_projection", "read_quantized"]
+__all__ = [
+    "four_bit_weight",
+    "is_quantized",
+    "quantized_bytes",
+    "read_blocks",
+    "read_norm",
+    "read_projection",
+    "read_quantized",
+    "unreadable",
+]
 
 
 def read_projection(module: Any, *, training: bool) -> Projection | str:
@@ -67,6 +76,17 @@ def is_quantized(module: Any) -> bool:
     return known is not None and isinstance(module, (known.nn.Linear4bit, known.nn.Linear8bitLt))
 
 
+def unreadable(module: Any) -> str | None:
+    """Return the reason why a projection never is a linear layer that :func:`read_projection` reads, from its type."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if is_quantized(base):
+        return None
+    if type(base) is not torch.nn.Linear:
+        return f"a layer is a {type(base).__name__}"
+    kind = type(base.weight)
+    return None if kind in (torch.nn.Parameter, torch.Tensor) else f"a weight is a {kind.__name__}"
+
+
 def _read_base(module: Any) -> Projection | str:
     """Return a linear layer without its adapter, or the reason why it is more than that."""
     weight, bias = module.weight, module.bias
@@ -108,11 +128,16 @@ def _four_bits(module: Any) -> FourBitWeight | str:
         return "a 4-bit layer has not been quantized yet"
     if getattr(state, "packing_format_for_cpu", False):
         return "a 4-bit weight has the layout in which bitsandbytes generates on AVX512 processors"
+    return four_bit_weight(weight.data, state)
+
+
+def four_bit_weight(codes: torch.Tensor, state: Any) -> FourBitWeight:
+    """Return what ``quantize_4bit`` of bitsandbytes made of a matrix: its codes and its ``QuantState``."""
     second = state.state2
     nested = None if second is None else Nested(second.code, second.absmax, second.blocksize, state.offset)
     rows, columns = state.shape
-    codes = weight.data.view(torch.uint8)
-    return FourBitWeight(codes, state.code, state.absmax, state.blocksize, (rows, columns), state.quant_type, nested)
+    packed = codes.view(torch.uint8)
+    return FourBitWeight(packed, state.code, state.absmax, state.blocksize, (rows, columns), state.quant_type, nested)
 
 
 def _eight_bits(module: Any) -> EightBitWeight | str:

@@ -71,11 +71,12 @@ class MemoryShape:
         itemsize: bytes of a weight and of an activation.
         base_bytes: of all frozen weights and buffers as they are in memory.
         trained: parameters that get a gradient (float32).
-        trained_bytes: of these.
+        trained_bytes: of these, as they are stored.
         kind: "cpu" or "cuda".
         load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
         written_out: entries of the largest group of quantized weights, dense while a product reads them.
         rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
+        gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
     """
 
     hidden: int
@@ -96,6 +97,7 @@ class MemoryShape:
     softcap: bool = False
     written_out: int = 0
     rebuilt: int = 0
+    gradient_bytes: int = 0
 
     @property
     def wide(self) -> int:
@@ -192,7 +194,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         itemsize=size,
         base_bytes=frozen,
         trained=sum(p.numel() for p in trained),
-        trained_bytes=sum(p.numel() * p.itemsize for p in trained),
+        trained_bytes=sum(map(_stored_bytes, trained)),
         kind=kind,
         load_bytes=load_bytes,
         heads=heads,
@@ -201,6 +203,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         rebuilt=sum(module.get_param().nbytes for module in model.modules() if hasattr(module, "get_param")) // count,
         written_out=max((_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)), default=0),
+        gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
     )
 
 
@@ -235,7 +238,7 @@ def estimate(
         "libraries": libraries + (_LATER + _HEAP if on_cpu else 0),
         "base": shape.base_bytes,
         "adapter": shape.trained_bytes,
-        "gradients": shape.trained_bytes,
+        "gradients": shape.gradient_bytes or shape.trained_bytes,
         "optimizer": setting.state_bytes * shape.trained,
     }
     lanes = setting.lanes
@@ -298,6 +301,12 @@ def eager_bytes(shape: MemoryShape) -> int:
     # In 16 bits norms work on float32 copies and PEFT casts the input of every adapter.
     casts = 0 if size >= 4 else 4 * hidden + 5 * hidden + attention + shape.ffn
     return own * size + casts * wide
+
+
+def _stored_bytes(parameter: Any) -> int:
+    """Return the bytes of a Parameter; of one that torchao stores in other tensors, those of these."""
+    parts = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else ()
+    return sum(getattr(parameter, name).nbytes for name in parts) or parameter.numel() * parameter.itemsize
 
 
 def _bytes_of(parameter: Any, itemsize: int | None) -> int:

@@ -78,6 +78,8 @@ class ModelFacts:
         checkpointing: ``use_gradient_checkpointing`` as it was asked for.
         width: of the quantized layers of the base, None where it is not quantized.
         full_finetuning: whether all weights train.
+        qat: the scheme that the linear layers are trained for (``qat.py``), or None.
+        trained_in: the width in which the linear layers of the decoder then are stored or computed, see ``whole.py``.
         stretch: how the window was made longer than the model's own, or None.
         tokenizer: the one that was loaded with the model, None where another library loaded it.
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
@@ -93,6 +95,8 @@ class ModelFacts:
     checkpointing: bool | str = False
     width: Width | None = None
     full_finetuning: bool = False
+    qat: Any = None
+    trained_in: Width | None = None
     stretch: Stretch | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     task: str = CAUSAL_LM
@@ -175,6 +179,7 @@ def load_model(
     if width is not None:
         _refuse_other_width(source, width, hub)
         arguments["quantization_config"] = quantization_config(width, choice.dtype)
+    _refuse_unrunnable(source, own, choice)
     if whole and width_of(own) is not None:
         raise ModelError(
             f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
@@ -387,6 +392,21 @@ def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) 
             f"model {source.name} is stored quantized already, and not as load_in_{width} would. Leave load_in_{width} "
             "out, or take the model in 16 bits."
         )
+
+
+def _refuse_unrunnable(source: ModelSource, config: Any, choice: DtypeChoice) -> None:
+    """Refuse files that torchao has quantized in a way that this machine cannot run."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or stored.get("quant_method") != "torchao":
+        return
+    from transformers import TorchAoConfig
+
+    from tunesmith.models.qat import conversion_fails, scheme_of
+
+    scheme = scheme_of(TorchAoConfig.from_dict(dict(stored)).quant_type)
+    reason = conversion_fails(scheme, [config.get_text_config().hidden_size], choice.dtype)
+    if reason is not None:
+        raise ModelError(f"model {source.name} was quantized by torchao: {reason}.")
 
 
 def local_place(source: ModelSource) -> str:

@@ -16,10 +16,14 @@ from tunesmith.models.rope import Stretch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelSettings", "Width", "check_fast_inference", "check_fp8", "choose_width"]
+__all__ = ["QAT_ALIASES", "ModelSettings", "QatName", "Width", "check_fast_inference", "check_fp8", "choose_width"]
 
 Width = Literal["4bit", "8bit"]
 """How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
+
+QatName = Literal["int8-int4", "phone-deployment", "int8", "int4", "fp8-int4", "fp8-fp8"]
+"""A scheme of quantization-aware training; ``models/qat.py`` says what each one is."""
+QAT_ALIASES = {"phone-deployment": "int8-int4"}
 
 
 def choose_width(
@@ -140,12 +144,16 @@ class ModelSettings(Settings):
         bool,
         Guide("on for large models", "off: the base is whole", "a third of a 16-bit base; small models lose"),
     ] = False
-    """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype."""
+    """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype. With
+    full_finetuning: their weights stay in dtype and are rounded to NF4 wherever they compute, so that the result is a
+    4-bit model."""
 
     load_in_8bit: Annotated[
         bool, Guide("where 4 bits cost too much quality", "off: the base is whole", "about half of the base's memory")
     ] = False
-    """The decoder's linear layers in 8 bits (bitsandbytes LLM.int8), computed in dtype."""
+    """The decoder's linear layers in 8 bits (bitsandbytes LLM.int8), computed in dtype. With full_finetuning: stored in
+    int8, rounded at random in each step (torchao), and states of the optimizer in 8 bits; the result is a plain
+    model."""
 
     load_in_16bit: bool = False
     """The base whole, also under an adapter that was trained on a quantized one; the default for everything else."""
@@ -159,6 +167,15 @@ class ModelSettings(Settings):
         ),
     ] = False
     """All weights train, no adapter; the run's result is a whole model."""
+
+    qat_scheme: Annotated[
+        QatName | None,
+        Guide("int8-int4, for phones", "the model loses when it is quantized later", "slower steps; no fused layers"),
+    ] = None
+    """Quantization-aware training: linear layers compute with what torchao will leave of their weights, so that the
+    quantized model is the one that was trained. int8-int4 (int8 activations, int4 weights in groups of 32; alias
+    phone-deployment), int8 (weights), int4 (weights, groups of 128), fp8-int4 or fp8-fp8. The last three are converted
+    on GPUs only."""
 
     chat_template: str | None = None
     """Built-in name (chatml, llama-3, gemma, mistral) or a .jinja file, for base models without a template."""
@@ -194,7 +211,9 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _one_width(self) -> Self:
         try:
-            _ = self.width
+            width = self.width
         except (ModelError, SettingsError) as error:
             raise ValueError(str(error)) from error
+        if width is not None and self.qat_scheme is not None:
+            raise ValueError(f"qat_scheme and load_in_{width} both round the weights. Give one of them.")
         return self

@@ -22,6 +22,13 @@ __all__ = ["DEFAULT_WARMUP", "SFTConfig", "config_of", "dated_folder"]
 DEFAULT_WARMUP = 0.05
 """Share of the steps over which the learning rate rises when nothing is said."""
 
+
+class _DefaultOptim(str):
+    """An optimizer that nobody asked for: it gives way to the only one that int8 weights can be updated by."""
+
+
+DEFAULT_OPTIM: str = _DefaultOptim("adamw_torch_fused")
+
 # Fields of transformers that our batches, loss and evaluation do not go through: set, they would do nothing.
 _WITHOUT_EFFECT = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
@@ -58,7 +65,7 @@ class SFTConfig(TrainingArguments):
     seed: int = 3407
     logging_steps: float = 1
     report_to: Any = "none"
-    optim: str = "adamw_torch_fused"
+    optim: str = DEFAULT_OPTIM
     eval_strategy: str | None = None
     save_strategy: str = "steps"
     save_steps: float = 0
@@ -88,6 +95,7 @@ class SFTConfig(TrainingArguments):
         self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
         self.warmup_steps = _warmup(self)
         # The library casts visibly and never by autocast: bf16=True only repeats what the weights already are.
+        self.asked_for_optim = type(self.optim) is not _DefaultOptim
         self.asked_for_bf16, self.bf16 = bool(self.bf16), False
         self.use_cpu = self.use_cpu or choose_device().type == "cpu"
         self.output_dir = self.output_dir or str(dated_folder())

@@ -10,6 +10,7 @@ from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.models.heads import Head
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.training.settings import RunSettings
 
 __all__ = ["load_for_run"]
@@ -24,7 +25,7 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         dtype=settings.dtype,
-        width=settings.width,
+        width=None if settings.full_finetuning else settings.width,
         whole=settings.load_in_16bit,
         chat_template=settings.chat_template,
         head=head,
@@ -34,13 +35,15 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
         **{name: value for name, value in hub.items() if value is not None},
     )
     if settings.full_finetuning:
-        train_all_weights(model, settings.use_gradient_checkpointing, settings.temporary_location)
+        mode, scheme = settings.use_gradient_checkpointing, settings.qat_scheme
+        train_all_weights(model, mode, settings.temporary_location, width=settings.width, qat_scheme=scheme)
         return model, tokenizer, settings
     wanted: AdapterSettings = settings.part(AdapterSettings)
     if facts_of(model).adapter is None:
         rows = None
         if settings.init_data is not None:
             rows = as_rows(model, settings.init_data, mapping=settings.map, train_on=settings.train_on)
-        return inject_adapter(model, wanted, rows), tokenizer, settings
+        return inject_adapter(model, wanted, rows, qat_scheme=settings.qat_scheme), tokenizer, settings
+    refuse_other_scheme(model, settings.qat_scheme)
     own = continue_adapter(model, wanted, settings.model_fields_set)
     return model, tokenizer, settings.replace(**own)

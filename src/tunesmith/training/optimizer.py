@@ -1,4 +1,4 @@
-"""The optimizer: AdamW for weights that are stored in bfloat16, and the rate of embeddings.
+"""The optimizer: AdamW for weights that are stored in bfloat16 or int8, and the rate of embeddings.
 
 A step of 2e-5 on a weight of 0.02 is a thousandth of it, and bfloat16 keeps eight bits: rounded to nearest, most steps
 would be lost without a sign. Here the new weight is made in float32 and rounded up or down at random, up with the
@@ -7,26 +7,37 @@ probability of its place between the two, so that the weight is right on average
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from tunesmith.core.errors import SettingsError
+from tunesmith.models.whole import int8_layers
+from tunesmith.training.settings import INT8_OPTIM, ONLY_INT8_OPTIM
 
-__all__ = ["StochasticAdamW", "give_embeddings_their_rate", "optimizer_for", "round_stochastically"]
+__all__ = ["StochasticAdamW", "give_embeddings_their_rate", "int8_adamw", "optimizer_for", "round_stochastically"]
 
 _PIECE = 2**22
 """Entries updated at a time: what lies between is 16 MiB each, however large the embedding is."""
 
 
 def optimizer_for(model: Any, args: Any) -> tuple[type, dict[str, Any]] | None:
-    """Return class and arguments of the optimizer where the trained weights of ``model`` are 16-bit, else None.
+    """Return class and arguments of the optimizer where trained weights of ``model`` are 8-bit or 16-bit, else None.
+
+    For 8-bit ones ``args.optim`` becomes the one that they need, where nobody asked for another.
 
     Raises:
-        SettingsError: ``args.optim`` is another than AdamW, whose steps 16-bit weights would lose.
+        SettingsError: ``args.optim`` is another than AdamW, whose steps 16-bit weights would lose, or than the one that
+            8-bit weights can be updated by; or several processes train 8-bit weights.
     """
+    if int8_layers(model):
+        return _for_int8(args)
     if not any(p.requires_grad and p.itemsize < 4 and p.is_floating_point() for p in model.parameters()):
         return None
     name = str(getattr(args.optim, "value", args.optim))
@@ -41,6 +52,70 @@ def optimizer_for(model: Any, args: Any) -> tuple[type, dict[str, Any]] | None:
         "eps": args.adam_epsilon,
         "seed": args.seed,
     }
+
+
+def _for_int8(args: Any) -> tuple[type, dict[str, Any]]:
+    name = str(getattr(args.optim, "value", args.optim))
+    if name != INT8_OPTIM and args.asked_for_optim:
+        raise SettingsError(f"optim={name}: {ONLY_INT8_OPTIM}")
+    if args.world_size > 1:
+        raise SettingsError(
+            "full_finetuning with load_in_8bit trains in one process: several would each round their weights in "
+            "another way. Train in 16 bits there."
+        )
+    args.optim = type(args.optim)(INT8_OPTIM)
+    return int8_adamw(), {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+@functools.cache
+def int8_adamw() -> type:
+    """Return torchao's AdamW8bit for int8 weights, made to keep the moments of small tensors in float32.
+
+    Moments of tensors with 4096 entries or more (a multiple of 256) have 8 bits. torchao keeps the others in the dtype
+    of their weight, where bfloat16 would lose most of what is added to them. Weights in bfloat16 (embedding, norms) are
+    rounded at random like int8 ones, by torch's own generator, whose state is in a checkpoint. torchao compiles an
+    update for each shape of a weight in the first step; without a compiler it runs as it is, slower.
+    """
+    from torchao.optim import AdamW8bit
+
+    class Int8AdamW(AdamW8bit):
+        def __init__(self, params: Any, **arguments: Any) -> None:
+            super().__init__(params, bf16_stochastic_round=True, **arguments)
+
+        def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
+            made = super()._new_buffer(p, signed)
+            return made.float() if type(made) is torch.Tensor else made
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            with nullcontext() if _has_compiler() else torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            _restore_moments(self, state_dict)
+
+    return Int8AdamW
+
+
+def _has_compiler() -> bool:
+    """Return whether torch.compile can build what it makes for a CPU; for a GPU it brings its own."""
+    return torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put moments back as they were saved; torch has rounded float32 ones to the dtype of their weight."""
+    saved = state_dict["state"]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            value = saved[index][name] if index in saved else None
+            if type(value) is torch.Tensor:
+                optimizer.state[parameter][name] = value.to(parameter.device).clone()
 
 
 def give_embeddings_their_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float | None) -> None:
@@ -139,12 +214,6 @@ class StochasticAdamW(torch.optim.Optimizer):
             weight.copy_(round_stochastically(new, generator) if weight.dtype == torch.bfloat16 else new)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments as they were saved; torch would round them to the dtype of their weight."""
+        """Load moments as they were saved."""
         super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if index in saved:
-                    self.state[parameter][name] = saved[index][name].to(parameter.device, torch.float32).clone()
+        _restore_moments(self, state_dict)

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import continue_adapter, inject_adapter, train_all_weights, trainable_share
+from tunesmith.adapters.inject import (
+    continue_adapter,
+    inject_adapter,
+    train_all_weights,
+    trainable_share,
+)
 from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import empty_source, load_source_tokenizer
@@ -23,6 +28,7 @@ from tunesmith.data.prepare import DocumentDataset, PackedDataset
 from tunesmith.memory import MemoryShape, Probe, TrainingPlan, Work, plan_training, shape_of
 from tunesmith.memory.estimate import present_when_loaded
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
+from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.settings import Width
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
@@ -82,7 +88,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         dtype=settings.dtype,
-        width=settings.width,
+        width=None if settings.full_finetuning else settings.width,
         whole=settings.load_in_16bit,
         attn_implementation=settings.attn_implementation,
         vocabulary=settings.resize_model_vocab,
@@ -91,10 +97,12 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
     )
     wanted: AdapterSettings = settings.part(AdapterSettings)
     if settings.full_finetuning:
-        train_all_weights(model, settings.use_gradient_checkpointing)
+        mode, scheme = settings.use_gradient_checkpointing, settings.qat_scheme
+        train_all_weights(model, mode, width=settings.width, qat_scheme=scheme)
     elif facts_of(model).adapter is None:
-        model = inject_adapter(model, wanted)
+        model = inject_adapter(model, wanted, qat_scheme=settings.qat_scheme)
     else:
+        refuse_other_scheme(model, settings.qat_scheme)
         continue_adapter(model, wanted, settings.model_fields_set)
     folder = Path(settings.output_dir).expanduser() if settings.output_dir else Path("runs/plan")
     args = config_of(settings, folder)

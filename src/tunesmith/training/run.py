@@ -12,6 +12,7 @@ The folder of a run::
     training_loss.png    training and eval loss over steps
     checkpoint-N/        the newest two and the best, whole with checksums
     adapter/             the result: a plain PEFT folder with tokenizer and model card; model/ where all weights train
+    torchao/             the quantized model, where the run trained for a qat_scheme that this machine can convert
     result.json          final numbers
 """
 
@@ -36,6 +37,7 @@ from tunesmith.data.files import list_splits
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.export.card import model_card
+from tunesmith.export.torchao import save_torchao, why_not
 from tunesmith.models.heads import Head
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import loss_plot
@@ -136,6 +138,7 @@ def run_training(
     if trainer.args.should_save:
         if trained is not None:
             _save(trained, settings, trainer, numbers)
+            _quantize(trained.with_name("torchao"), trainer)
             write_text(folder / "result.json", json.dumps(numbers, indent=1) + "\n")
         with as_output_error(folder):
             loss_plot(trainer.state.log_history, folder / "training_loss.png")
@@ -265,3 +268,13 @@ def _save(trained: Path, settings: RunSettings, trainer: SFTTrainer | TaskTraine
             versions=stack_versions(),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _quantize(folder: Path, trainer: SFTTrainer) -> None:
+    """Write the quantized model of a run that trained for a scheme, or say why not here."""
+    scheme = facts_of(trainer.model).qat
+    reason = None if scheme is None else why_not(trainer.model, scheme)
+    if reason is not None:
+        _log.warning("%s", reason)
+    elif scheme is not None:
+        save_torchao(trainer.model, folder, trainer.processing_class)

@@ -20,7 +20,15 @@ from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
 from tunesmith.training.aliases import translate
 
-__all__ = ["FULL_RATE", "LORA_RATE", "RunSettings", "TrainingSettings", "load_run_settings"]
+__all__ = [
+    "FULL_RATE",
+    "INT8_OPTIM",
+    "LORA_RATE",
+    "ONLY_INT8_OPTIM",
+    "RunSettings",
+    "TrainingSettings",
+    "load_run_settings",
+]
 
 
 class _DefaultRate(float):
@@ -31,12 +39,20 @@ LORA_RATE: float = _DefaultRate(2e-4)
 FULL_RATE = 2e-5
 """Learning rate of full fine-tuning when nothing is said, a tenth of that of adapters."""
 
+INT8_OPTIM = "adamw_torch_8bit"
+"""The one optimizer that updates int8 weights: torchao's AdamW with states of 8 bits, under transformers' name."""
+ONLY_INT8_OPTIM = (
+    f"int8 weights can only be updated by {INT8_OPTIM} (torchao's AdamW8bit): other optimizers raise on them, or would "
+    "lose most steps to rounding. Leave optim out."
+)
+
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "qat_scheme", "fast_inference",
+    "load_in_fp8", "fast_inference",
 )  # fmt: skip
 # Settings that mean nothing, or are not written yet, for other tasks than language modelling.
-_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data")
+_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data",
+                  "qat_scheme")  # fmt: skip
 
 
 class TrainingSettings(Settings):
@@ -178,8 +194,8 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
             raise ValueError(
                 "offload_embedding keeps a frozen embedding in host memory, and full_finetuning trains it."
             )
-        if self.width is not None:
-            raise ValueError(f"full_finetuning with load_in_{self.width} is not supported yet. Give one of them.")
+        if self.width == "8bit" and self.optim != INT8_OPTIM and "optim" in self.model_fields_set:
+            raise ValueError(f"optim={self.optim}: {ONLY_INT8_OPTIM}")
         idle = sorted(self.model_fields_set & set(self.of_adapters))
         if idle:
             raise ValueError(f"full_finetuning trains all weights and no adapter: leave out {', '.join(idle)}.")
@@ -231,6 +247,8 @@ def load_run_settings(file: Path | None, flags: Mapping[str, Any]) -> tuple[RunS
     if settings is not None and not problems:
         if settings.full_finetuning and "learning_rate" not in settings.model_fields_set:
             settings = settings.replace(learning_rate=FULL_RATE)
+        if settings.full_finetuning and settings.width == "8bit":
+            settings = settings.replace(optim=INT8_OPTIM)
         return settings, [*used, *more]
     # A setting whose value could not be translated is not missing.
     others = [text for text in others if not any(text.startswith(f"{name} is missing") for name in problems)]
