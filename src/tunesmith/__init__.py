@@ -14,6 +14,7 @@ __version__ = "0.1.0.dev0"
 _HOME_OF = {
     "FastLanguageModel": "tunesmith.api",
     "FastModel": "tunesmith.api",
+    "FastVisionModel": "tunesmith.api",
     "SFTConfig": "tunesmith.training.config",
     "SFTTrainer": "tunesmith.training.sft",
     "train_on_responses_only": "tunesmith.training.responses",
@@ -27,6 +28,7 @@ __all__ = [*_HOME_OF, "__version__"]
 if TYPE_CHECKING:
     from tunesmith.api import FastLanguageModel as FastLanguageModel
     from tunesmith.api import FastModel as FastModel
+    from tunesmith.api import FastVisionModel as FastVisionModel
     from tunesmith.api import get_chat_template as get_chat_template
     from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
     from tunesmith.core.errors import TunesmithError as TunesmithError

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
-from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.parts import check_text_filters, filtered_targets, is_multimodal
+from tunesmith.adapters.settings import FILTERS, AdapterSettings
 from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, SettingsError
 from tunesmith.core.names import did_you_mean
@@ -83,6 +84,7 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
         SettingsError: see :func:`set_checkpointing`.
     """
     given = {name for name in asked if getattr(settings, name, None) is not None}
+    given |= {"target_modules"} if given & set(FILTERS) else set()
     changes = [change for name, change in _changes(model, settings).items() if name in given]
     if changes:
         raise SettingsError(
@@ -204,17 +206,18 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
 
     from tunesmith.engine.lora import fused_lora
 
+    targets, layers = _targets(model, settings)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number.
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,
-        target_modules=resolve_targets(model, settings.target_modules),
+        target_modules=targets,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
         modules_to_save=_checked_modules(model, settings.modules_to_save),
-        layers_to_transform=_layers(model, settings),
+        layers_to_transform=layers,
         layers_pattern=settings.layers_pattern,
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
@@ -222,13 +225,23 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         ensure_weight_tying=settings.ensure_weight_tying,
         task_type="CAUSAL_LM",
     )
-    targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
-    _check_tying(model, settings, targets)
+    matched = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    _check_tying(model, settings, matched)
     # Without a target there is nothing that a pattern could match, and PEFT says why.
-    if targets:
-        check_patterns("rank_pattern", config.rank_pattern, targets)
-        check_patterns("alpha_pattern", config.alpha_pattern, targets)
+    if matched:
+        check_patterns("rank_pattern", config.rank_pattern, matched)
+        check_patterns("alpha_pattern", config.alpha_pattern, matched)
     return fused_lora(config)
+
+
+def _targets(model: Any, settings: AdapterSettings) -> tuple[list[str] | str, list[int] | int | None]:
+    """Return what PEFT gets as ``target_modules`` and ``layers_to_transform``."""
+    layers = _layers(model, settings)
+    if not is_multimodal(model):
+        check_text_filters(model, settings.filters)
+        return resolve_targets(model, settings.target_modules), layers
+    layers = [layers] if isinstance(layers, int) else layers
+    return filtered_targets(model, settings.target_modules, settings.filters, layers), None
 
 
 @contextmanager
@@ -291,7 +304,7 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
 
     ``targets`` are the modules that get an adapter.
     """
-    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    is_tied = bool(model.config.tie_word_embeddings)
     ends = {"embed_tokens", "lm_head"}
     whole, adapted = ends & set(settings.modules_to_save or ()), ends & {name.rsplit(".", 1)[-1] for name in targets}
     if is_tied and adapted:

@@ -10,7 +10,16 @@ from pydantic import Field, field_validator
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import Guide, Settings
 
-__all__ = ["AdapterSettings"]
+__all__ = ["FILTERS", "AdapterSettings"]
+
+FILTERS = (
+    "finetune_vision_layers",
+    "finetune_language_layers",
+    "finetune_attention_modules",
+    "finetune_mlp_modules",
+    "finetune_audio_layers",
+)
+"""The settings that choose parts of a multimodal model."""
 
 _PLAIN_STARTS = ("gaussian", "orthogonal")
 _TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?")
@@ -117,6 +126,21 @@ class AdapterSettings(Settings):
     exclude_modules: list[str] | str | None = None
     """Layers that target_modules matches and that still get no adapter."""
 
+    finetune_vision_layers: bool = True
+    """Multimodal models: adapters on what sees. Its projector gets one only with target_modules (named, or all-linear)."""
+
+    finetune_language_layers: bool = True
+    """Multimodal models: adapters on the language model."""
+
+    finetune_attention_modules: bool = True
+    """Multimodal models: adapters on attention, in the parts that are on."""
+
+    finetune_mlp_modules: bool = True
+    """Multimodal models: adapters on MLPs, in the parts that are on."""
+
+    finetune_audio_layers: bool = False
+    """Multimodal models: adapters on what hears."""
+
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _a_known_start(cls, value: Any) -> Any:
@@ -136,6 +160,11 @@ class AdapterSettings(Settings):
     def takes_from_base(self) -> bool:
         """Whether the start changes the weights of the base."""
         return isinstance(self.init_lora_weights, str) and _TAKING_STARTS.fullmatch(self.init_lora_weights) is not None
+
+    @property
+    def filters(self) -> dict[str, bool]:
+        """The value of each of :data:`FILTERS`."""
+        return {name: getattr(self, name) for name in FILTERS}
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keywords of ``get_peft_model``."""

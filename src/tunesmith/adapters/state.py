@@ -24,6 +24,7 @@ from tunesmith.models.load import (
 )
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.vision import has_vision
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def load_source(
     whole: bool = False,
     stretched: Stretch | None = None,
     trainable: bool = True,
+    with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of whatever ``name`` means, an adapter on the base that it names.
@@ -67,6 +69,7 @@ def load_source(
         whole: not quantized, whatever the adapter was trained on.
         stretched: how the window is made longer; None: as the adapter was trained, else not at all.
         trainable: whether the adapter's weights take gradients.
+        with_processor: give the processor of a vision-language model in place of its tokenizer.
         hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
 
     Raises:
@@ -87,12 +90,15 @@ def load_source(
         width=width,
         whole=whole,
         stretched=stretched,
+        with_processor=with_processor,
         **hub,
     )
     if folder is None:
         return model, tokenizer
     if has_own_tokenizer:
-        tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
+        sees = with_processor and has_vision(model.config)
+        owner = folder if not sees or _has_processor(folder) else base
+        tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
@@ -176,6 +182,10 @@ def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | N
 def _has_tokenizer(adapter: ModelSource) -> bool:
     """Say whether an adapter was saved with the tokenizer that it was trained with, which then is the one to use."""
     return (Path(adapter.path) / "tokenizer_config.json").is_file()
+
+
+def _has_processor(adapter: ModelSource) -> bool:
+    return any((Path(adapter.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def base_of(adapter: Path) -> ModelSource:

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from any source that a name can mean.
+"""Load a language model, with or without eyes, and its tokenizer or processor from any source that a name can mean.
 
 Reads local files first and asks the network only for hub ids. The dtype comes with its reason. Read next:
 ``aliases.py`` (what a name means), ``gguf_cache.py`` (GGUF files), ``adapters/state.py`` (adapter folders).
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
-from tunesmith.core.errors import ModelError, TunesmithError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, TunesmithError
 from tunesmith.core.memory import trim_heap
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
@@ -27,6 +27,7 @@ from tunesmith.models.quantize import (
 )
 from tunesmith.models.rope import Stretch, stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ def load_causal_lm(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
@@ -108,18 +110,18 @@ def load_causal_lm(
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
     ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
-    the window longer.
+    the window longer. A vision-language model comes with its processor where ``with_processor`` asks for that.
 
     Raises:
-        ModelError: files are missing or corrupt, the architecture is no causal language model,
+        ModelError: files are missing or corrupt, the architecture is no language model that generates,
             ``max_seq_length`` is above the model's own window, or the files are quantized in another ``width``.
     """
-    from transformers import AutoModelForCausalLM
-
     device = choose_device()
     choice = choose_dtype(dtype, device)
     place = _local_place(source)
-    tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
+    config = _config(source, hub, stretched)
+    with_processor = with_processor and has_vision(config)
+    tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor, **hub)
     arguments: dict[str, Any] = {"dtype": choice.dtype, **hub}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -128,16 +130,17 @@ def load_causal_lm(
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
         _refuse_other_width(source, width, hub)
-        arguments["quantization_config"] = quantization_config(width, choice.dtype)
-    if whole and width_of(_config(source, hub)) is not None:
+        beside = outside_decoder(config) if has_vision(config) else None
+        arguments["quantization_config"] = quantization_config(width, choice.dtype, leave_out=beside)
+    if whole and width_of(config) is not None:
         raise ModelError(
             f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
             "leave load_in_16bit out."
         )
     if stretched is not None:
-        arguments["config"] = _config(source, hub, stretched)
+        arguments["config"] = config
     with _readable_errors(source):
-        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **arguments)
+        model, info = auto_class(config).from_pretrained(place, output_loading_info=True, **arguments)
     _refuse_missing_weights(source, info)
     if "device_map" not in arguments:
         model.to(device)
@@ -175,6 +178,8 @@ def empty_causal_lm(
     if hub.get("trust_remote_code"):
         arguments["trust_remote_code"] = True
     config = _config(source, hub, stretched)
+    if has_vision(config):
+        raise NotSupportedYetError(f"{source.name} is a vision-language model: its memory cannot be predicted yet.")
     with _readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
@@ -220,6 +225,10 @@ def _fit_out(
     from tunesmith.engine.install import install
 
     facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config))
+    if has_vision(model.config):
+        facts.notes.append(NOT_FUSED)
+        model.tunesmith_facts = facts  # type: ignore[assignment]
+        return
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
@@ -228,14 +237,21 @@ def _fit_out(
     model.tunesmith_facts = facts  # type: ignore[assignment]
 
 
-def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model or adapter and give it ``chat_template`` where one is asked for."""
+def load_tokenizer(
+    source: ModelSource, *, chat_template: str | None = None, with_processor: bool = False, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model or adapter and give it ``chat_template`` where one is asked for.
+
+    ``with_processor``: load the processor of a vision-language model in its place.
+    """
     from transformers import AutoTokenizer
 
     from tunesmith.data.templates import apply_template
+    from tunesmith.models.processor import load_processor
 
     with _readable_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(_local_place(source), **hub)
+        load = load_processor if with_processor else AutoTokenizer.from_pretrained
+        tokenizer = load(_local_place(source), **hub)
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer
