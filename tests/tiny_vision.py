@@ -70,6 +70,8 @@ def vision_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
+            elif not parameter.any():  # gemma3's projector starts at zero: nothing would be seen
+                parameter.data.normal_(0.0, 0.2)
     return model.train()
 
 

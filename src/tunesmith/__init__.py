@@ -17,6 +17,7 @@ _HOME_OF = {
     "FastVisionModel": "tunesmith.api",
     "SFTConfig": "tunesmith.training.config",
     "SFTTrainer": "tunesmith.training.sft",
+    "VisionDataCollator": "tunesmith.training.vision",
     "train_on_responses_only": "tunesmith.training.responses",
     "get_chat_template": "tunesmith.api",
     "is_bfloat16_supported": "tunesmith.core.device",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tunesmith.training.config import SFTConfig as SFTConfig
     from tunesmith.training.responses import train_on_responses_only as train_on_responses_only
     from tunesmith.training.sft import SFTTrainer as SFTTrainer
+    from tunesmith.training.vision import VisionDataCollator as VisionDataCollator
 
 
 def __getattr__(name: str) -> Any:

@@ -67,7 +67,7 @@ def test_a_folder_without_its_processor(saved: Path, tmp_path: Path) -> None:
     family = saved.name.rstrip("0123456789")
     tiny_vision.vision_model(family).save_pretrained(tmp_path)
     tiny_vision.vision_processor(family).tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be loaded|holds a tokenizer and no processor for images"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|holds a tokenizer and no processor for images"):
         FastVisionModel.from_pretrained(str(tmp_path), dtype="float32")
 
 

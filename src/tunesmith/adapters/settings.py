@@ -127,7 +127,7 @@ class AdapterSettings(Settings):
     """Layers that target_modules matches and that still get no adapter."""
 
     finetune_vision_layers: bool = True
-    """Multimodal models: adapters on what sees. Its projector gets one only with target_modules (named, or all-linear)."""
+    """Multimodal models: adapters on what sees; on its projector only where target_modules names it, or all-linear."""
 
     finetune_language_layers: bool = True
     """Multimodal models: adapters on the language model."""
