@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from tunesmith.data.collate import IGNORED
+from tunesmith.data.collate import IGNORED, DocumentCollator
 
-__all__ = ["DocumentBatches", "DocumentLoader"]
+__all__ = ["JOINED", "DocumentBatches", "DocumentLoader"]
 
 _NOTHING_TRAINED = -1
+# Token axes are rounded up to 64. A kernel per new shape costs a CPU more than 32 idle tokens a micro-batch.
+JOINED = DocumentCollator(64)
 
 
 class DocumentBatches(Sampler[list[int]]):
@@ -57,7 +59,7 @@ class DocumentLoader(DataLoader[Any]):
         self,
         dataset: Any,
         batches: DocumentBatches,
-        join: Callable[[Sequence[Any]], dict[str, Any]],
+        join: Callable[[Sequence[Any]], dict[str, Any]] = JOINED,
         *,
         pin_memory: bool = False,
     ) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import DataError, ModelError, NotSupportedYetError, SettingsError
-from tunesmith.data.collate import IGNORED, DocumentCollator
+from tunesmith.data.collate import IGNORED
 from tunesmith.data.formats import to_example
 from tunesmith.data.images import Resize, check_resize
 from tunesmith.data.masks import ExampleEncoder
@@ -22,11 +22,9 @@ from tunesmith.engine.vision import VisionHead
 from tunesmith.models.load import facts_of
 from tunesmith.models.vision import has_vision, towers
 from tunesmith.training.config import SFTConfig
+from tunesmith.training.loader import JOINED
 
 __all__ = ["VisionDataCollator", "collator_for", "encoder_for", "head_for"]
-
-# Documents of text are joined on an axis rounded up to it. A kernel per new shape costs a CPU more than idle tokens.
-_MULTIPLE = 64
 
 
 class VisionDataCollator:
@@ -175,5 +173,5 @@ def head_for(model: Any, args: SFTConfig) -> LossHead:
 def collator_for(model: Any, processing_class: Any, collator: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
     """Return what joins documents into a batch."""
     if not has_vision(model.config):
-        return DocumentCollator(_MULTIPLE)
+        return JOINED
     return ImageCollator(processing_class) if collator is None else collator.join
