@@ -72,6 +72,8 @@ def result_facts(result: RunResult) -> list[tuple[str, str]]:
 
 def _peaks(numbers: dict[str, Any]) -> str:
     measured, predicted = numbers["peak_bytes"], numbers["predicted_peak_bytes"]
+    if predicted is None:
+        return bytes_in_words(measured)
     difference = 100 * (predicted / measured - 1)
     return f"{bytes_in_words(measured)}; {bytes_in_words(predicted)} were predicted ({difference:+.0f} %)"
 
@@ -121,6 +123,8 @@ def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
 
 def plan_in_short(plan: TrainingPlan) -> str:
     """Return the predicted peak, what layers keep and the tokens computed together, in one sentence."""
+    if not plan.peak:
+        return f"{plan.reason}; backward keeps: {plan.describe()}"
     warning = "" if plan.advice is None else f". It may not fit: {plan.advice}"
     peak = f"{bytes_in_words(plan.peak)} predicted at the peak"
     return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); together: {plan.together()}{warning}"

@@ -26,7 +26,7 @@ from tunesmith.data.tokens import SpanTokenizer, TokenSpans
 from tunesmith.data.turns import ChatRenderer
 from tunesmith.data.types import Conversation, Document, Example, Images, RowRefusedError, Text, TrainOn
 
-__all__ = ["ImageCollator", "VisionEncoder"]
+__all__ = ["ImageCollator", "VisionEncoder", "encoder_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,6 +187,12 @@ class VisionEncoder(ExampleEncoder):
         document = super()._finish(tokens, trained & ~tokens.is_image, where, ends, notes)
         values, digest = self._row
         return replace(document, images=Images(tokens.text, values[: tokens.count], digest))
+
+
+def encoder_of(processing_class: Any, train_on: TrainOn | None) -> ExampleEncoder:
+    """Return what turns rows into documents for a tokenizer, or for a processor of images."""
+    sees = hasattr(processing_class, "image_processor")
+    return (VisionEncoder if sees else ExampleEncoder)(processing_class, train_on=train_on)
 
 
 class ImageCollator:

@@ -40,8 +40,8 @@ from tunesmith.core.files import as_output_error, require_writable, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
-from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
+from tunesmith.data.vision import encoder_of
 from tunesmith.export.card import model_card
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.training.callbacks import loss_plot
@@ -170,7 +170,7 @@ def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[Pr
     Raises:
         DataError: a source cannot be read, or training or evaluation rows train on nothing.
     """
-    encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)
+    encoder = encoder_of(tokenizer, settings.train_on)
     common: dict[str, Any] = {
         "max_length": settings.max_length or window,
         "on_too_long": settings.on_too_long,
@@ -220,6 +220,7 @@ def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
         whole=settings.load_in_16bit,
         chat_template=settings.chat_template,
         attn_implementation=settings.attn_implementation,
+        with_processor=True,
         **{name: value for name, value in hub.items() if value is not None},
     )
     if settings.full_finetuning:
@@ -258,7 +259,7 @@ def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "peak_bytes": peak_bytes(),
-        "predicted_peak_bytes": trainer.plan.peak,
+        "predicted_peak_bytes": trainer.plan.peak or None,
         "trainable_parameters": trainable,
         "parameters": total,
     }

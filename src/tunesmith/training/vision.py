@@ -16,7 +16,7 @@ from tunesmith.data.images import Resize, check_resize
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import DocumentDataset
 from tunesmith.data.types import Document, RowRefusedError, SourceRow, TrainOn
-from tunesmith.data.vision import ImageCollator, VisionEncoder
+from tunesmith.data.vision import ImageCollator, VisionEncoder, encoder_of
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.vision import VisionHead
 from tunesmith.models.load import facts_of
@@ -139,8 +139,7 @@ def encoder_for(model: Any, processing_class: Any, args: SFTConfig, collator: An
             "packing=True fills bins with text; rows of a vision-language model are padded. Leave it out."
         )
     if collator is None:
-        kind = VisionEncoder if hasattr(processing_class, "image_processor") else ExampleEncoder
-        return kind(processing_class, train_on=args.train_on)
+        return encoder_of(processing_class, args.train_on)
     for name, own in (("max_length", collator.max_seq_length), ("train_on", collator.train_on)):
         asked = getattr(args, name)
         if own is not None and asked not in (None, own):
