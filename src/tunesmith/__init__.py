@@ -18,6 +18,8 @@ _HOME_OF = {
     "SFTConfig": "tunesmith.training.config",
     "SFTTrainer": "tunesmith.training.sft",
     "VisionDataCollator": "tunesmith.training.vision",
+    "TaskTrainer": "tunesmith.training.tasks.trainer",
+    "embed_texts": "tunesmith.models.embed",
     "train_on_responses_only": "tunesmith.training.responses",
     "get_chat_template": "tunesmith.api",
     "is_bfloat16_supported": "tunesmith.core.device",
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from tunesmith.api import get_chat_template as get_chat_template
     from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
     from tunesmith.core.errors import TunesmithError as TunesmithError
+    from tunesmith.models.embed import embed_texts as embed_texts
     from tunesmith.training.config import SFTConfig as SFTConfig
     from tunesmith.training.responses import train_on_responses_only as train_on_responses_only
     from tunesmith.training.sft import SFTTrainer as SFTTrainer
+    from tunesmith.training.tasks.trainer import TaskTrainer as TaskTrainer
     from tunesmith.training.vision import VisionDataCollator as VisionDataCollator
 
 

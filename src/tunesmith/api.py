@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.adapters.inject import check_checkpointing, inject_adapter, set_checkpointing, train_all_weights
+from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
+from tunesmith.core.tasks import find_task
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.export.methods import as_exporting
+from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import choose_width
+from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +51,7 @@ def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
 
 
 class FastLanguageModel:
-    """Load a language model, adapt it, switch it between training and generation.
+    """Load a model, adapt it, switch it between training and generation.
 
     A vision-language model is loaded whole, with its tokenizer; :class:`FastVisionModel` gives its processor.
     """
@@ -83,7 +89,11 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
-        task_type: str = "CAUSAL_LM",
+        task_type: str | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        auto_model: Any = None,
         **unknown: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
@@ -93,26 +103,39 @@ class FastLanguageModel:
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
         folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
-        weights train: give the model to the trainer as it is. ``rope_scaling`` ("linear", "dynamic", "yarn", "llama3"
-        or rope parameters of transformers) stretches the window to ``max_seq_length``.
+        weights train: give the model to the trainer as it is. A ``max_seq_length`` above the model's own window
+        stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of
+        transformers), up to four times also where nothing is said.
+
+        ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
+        FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
+        ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
+        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own.
 
         Raises:
-            ModelError: the model is not found, its files are corrupt, or ``max_seq_length`` is above its window.
+            ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument whose code is not written yet has another value than its default.
             TypeError: an unknown argument; the message names the nearest.
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
-        not_yet = (
-            "load_in_fp8", "resize_model_vocab",
-            "offload_embedding", "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank",
-            "qat_scheme", "random_state", "task_type",
-        )  # fmt: skip
+        not_yet = ("resize_model_vocab", "offload_embedding", "qat_scheme")
         _refuse_not_yet(FastLanguageModel.from_pretrained, given, not_yet)
+        check_fast_inference(
+            fast_inference,
+            gpu_memory_utilization=(gpu_memory_utilization, 0.5),
+            max_lora_rank=(max_lora_rank, 64),
+            float8_kv_cache=(float8_kv_cache, False),
+        )
+        check_fp8(load_in_fp8)
+        if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
+            raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
         )
         check_checkpointing(use_gradient_checkpointing)
+        task = None if task_type is None else find_task(task_type).name
+        head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)
         if full_finetuning and width is not None:
             raise NotSupportedYetError(
                 f"full_finetuning=True with load_in_{width}=True is not supported yet: train all weights in 16 or 32 "
@@ -137,6 +160,7 @@ class FastLanguageModel:
             width=width,
             whole=bool(load_in_16bit),
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
+            head=head,
             with_processor=cls._with_processor,
             **hub,
         )
@@ -144,7 +168,7 @@ class FastLanguageModel:
             train_all_weights(model, use_gradient_checkpointing)
         else:
             set_checkpointing(model, use_gradient_checkpointing)
-        return model, tokenizer
+        return as_exporting(model), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -164,7 +188,7 @@ class FastLanguageModel:
         use_dora: bool = False,
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
-        loftq_config: dict[str, Any] | None = None,
+        loftq_config: Any = None,
         temporary_location: str | None = None,
         qat_scheme: Any = None,
         target_parameters: list[str] | None = None,
@@ -172,6 +196,8 @@ class FastLanguageModel:
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         exclude_modules: list[str] | str | None = None,
+        init_data: Any = None,
+        task_type: str | None = None,
         finetune_vision_layers: bool = True,
         finetune_language_layers: bool = True,
         finetune_attention_modules: bool = True,
@@ -182,7 +208,7 @@ class FastLanguageModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
 
         A model that was loaded with ``full_finetuning`` comes back as it is: only its checkpointing is set, and that
-        is said.
+        is said. ``init_data`` are the rows that eva, corda and lora_ga start from: anything that a trainer takes.
 
         Raises:
             AdapterError: a target matches no layer, or the model already has an adapter with other settings.
@@ -191,11 +217,17 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
-        if loftq_config == {}:
-            given["loftq_config"] = None  # Unsloth's own default.
-        not_yet = ("loftq_config", "qat_scheme", "target_parameters")
+        not_yet = ("qat_scheme",)
         _refuse_not_yet(FastLanguageModel.get_peft_model, given, not_yet)
         check_checkpointing(use_gradient_checkpointing)
+        if not hasattr(model, "get_input_embeddings"):
+            raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")
+        task = facts_of(model).task
+        if task_type is not None and find_task(task_type).name != task:
+            raise SettingsError(
+                f"task_type={task_type!r}, but {type(model).__name__} is a model for {task}. Load it with "
+                "from_pretrained(..., task_type=...), or leave task_type out."
+            )
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(
                 f"max_seq_length={max_seq_length} is above the {facts_of(model).window} tokens that the model "
@@ -208,7 +240,12 @@ class FastLanguageModel:
         chosen = {name: given[name] for name in AdapterSettings.model_fields}
         if isinstance(target_modules, tuple):
             chosen["target_modules"] = list(target_modules)
-        return inject_adapter(model, validate(AdapterSettings, chosen, source="get_peft_model"))
+        if is_dataclass(loftq_config) and not isinstance(loftq_config, type):
+            chosen["loftq_config"] = asdict(loftq_config)  # peft.LoftQConfig
+        chosen["init_data"] = None
+        rows = None if init_data is None else as_rows(model, init_data)
+        settings = validate(AdapterSettings, chosen, source="get_peft_model")
+        return as_exporting(inject_adapter(model, settings, rows))
 
     @staticmethod
     def for_inference(model: Any) -> Any:

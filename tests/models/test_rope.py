@@ -14,7 +14,7 @@ from tunesmith import FastLanguageModel
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.models.load import facts_of
-from tunesmith.models.rope import SCHEMES, Stretch, stretch
+from tunesmith.models.rope import AUTOMATIC, SCHEMES, Stretch, stretch
 from tunesmith.training.settings import load_run_settings
 
 from ..training.support import trainer
@@ -174,9 +174,56 @@ def test_what_would_have_no_effect_or_the_wrong_one(
         load(folders["llama"], scaling, window)
 
 
-def test_a_long_window_without_a_scheme_names_them(folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="Use at most 512, or say how to stretch it: rope_scaling is one of linear"):
-        load(folders["llama"], None)
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_longer_window_is_stretched_unasked(
+    times: int, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folders["llama"], None, times * tiny.WINDOW)
+    assert facts_of(model).stretch == Stretch(AUTOMATIC, times * tiny.WINDOW)
+    assert f"stretched to {times * tiny.WINDOW} positions: rope_scaling={AUTOMATIC}" in caplog.text
+    assert torch.equal(frequencies(model), frequencies(load(folders["llama"], AUTOMATIC, times * tiny.WINDOW)))
+
+
+def test_beyond_four_times_its_own_window_a_scheme_must_be_asked_for(folders: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"above 4 times this model's own window of 512 .* at most 2048, or say how"):
+        load(folders["llama"], None, 2049)
+    assert facts_of(load(folders["llama"], "linear", 4096)).window == 4096
+
+
+@pytest.mark.parametrize("scheme", ["linear", "yarn", "llama3"])
+def test_a_scheme_of_its_own_is_kept_and_widened(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    load(folders["llama"], scheme, full_finetuning=True).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    wider = load(tmp_path, None, 2 * WINDOW)
+    rope = wider.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == (scheme, 4.0)
+    torch.testing.assert_close(frequencies(wider), frequencies(load(folders["llama"], scheme, 2 * WINDOW)))
+    adapted = FastLanguageModel.get_peft_model(wider, r=2, init_lora_weights=False)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")[0]
+    torch.testing.assert_close(logits(again), logits(adapted))
+
+
+def test_a_factor_of_its_own_counts_from_its_own_window(tmp_path: Path) -> None:
+    """Llama 3.1 has factor 8 over 8,192 and calls 131,072 its window: a wider one grows both alike."""
+    own = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    tiny.tiny_model("llama", rope_parameters=own).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path, None, WINDOW)
+    assert facts_of(model).window == WINDOW
+    assert model.config.rope_parameters == {**own, "factor": 16.0}
+
+
+def test_a_model_without_rotary_embedding_keeps_its_window(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=331, n_embd=32, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"above this model's own window of 64 positions, which we cannot stretch"):
+        load(tmp_path, None, 65)
 
 
 def test_a_model_with_a_scheme_of_its_own(folders: dict[str, Path], tmp_path: Path) -> None:

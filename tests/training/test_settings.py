@@ -170,6 +170,18 @@ def test_what_is_not_written_yet_is_refused_and_never_ignored(name: str) -> None
     assert load(**{name: False}).model_dump() == load().model_dump()
 
 
+@pytest.mark.parametrize(
+    ("asked", "config"),
+    [({"loftq_config": {"loftq_bits": "2"}}, {"loftq_bits": 2, "loftq_iter": 1}),
+     ({"init_lora_weights": "loftq"}, {"loftq_bits": 4, "loftq_iter": 1}),
+     ({"loftq_config": {}}, None)],
+)  # fmt: skip
+def test_a_config_of_loftq_sets_the_start(asked: dict[str, Any], config: dict[str, int] | None) -> None:
+    settings = load(**asked)
+    assert settings.loftq_config == config
+    assert settings.init_lora_weights == (True if config is None else "loftq")
+
+
 def test_flags_replace_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: d\nlora_r: 8\nwarmup_steps: 5\n", encoding="utf-8")

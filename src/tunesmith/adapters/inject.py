@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import random
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.adapters.loftq import round_base
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
 from tunesmith.adapters.parts import check_text_filters, filtered_targets, is_multimodal
+from tunesmith.adapters.rows import look_before, start_eva
 from tunesmith.adapters.settings import FILTERS, AdapterSettings
-from tunesmith.adapters.targets import check_patterns, resolve_exclusions, resolve_targets
-from tunesmith.core.errors import AdapterError, SettingsError
+from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
+from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.seeds import seeded
+from tunesmith.core.tasks import CAUSAL_LM, TASKS
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
@@ -23,6 +27,8 @@ from tunesmith.models.load import facts_of
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+    from tunesmith.data.prepare import PreparedData
 
 __all__ = [
     "arguments_of",
@@ -35,17 +41,22 @@ __all__ = [
 ]
 
 # How a new adapter starts: no property of one that is there already.
-_STARTS = ("random_state", "init_lora_weights")
+_STARTS = ("random_state", "init_lora_weights", "loftq_config")
+
+_log = logging.getLogger(__name__)
 
 
-def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings) -> PeftModel:
+def inject_adapter(
+    model: PreTrainedModel | PeftModel, settings: AdapterSettings, rows: PreparedData | None = None
+) -> PeftModel:
     """Return ``model`` with a new trainable LoRA adapter; A and B are float32, whatever the base is.
 
     A model that already carries an adapter with the same settings keeps it, and only its checkpointing is set.
+    ``rows`` are what eva, corda and lora_ga start from.
 
     Raises:
         AdapterError: a target or pattern matches nothing, layers are asked for that do not exist, settings exclude
-            each other, or the model already has an adapter with other settings.
+            each other, rows are missing or useless, or the model already has an adapter with other settings.
         SettingsError: see :func:`set_checkpointing`.
         OutputError: ``temporary_location`` is a file or cannot be written.
     """
@@ -55,23 +66,76 @@ def inject_adapter(model: PreTrainedModel | PeftModel, settings: AdapterSettings
     _set_location(model, settings.temporary_location)
     facts = facts_of(model)
     if isinstance(model, PeftModel):
-        _refuse_second(model, settings)
+        _refuse_second(model, settings, rows)
         set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
-    if settings.takes_from_base:
+    if settings.takes_from_base or settings.rounds_base:
         refuse_quantized(model)
+    if facts.task != CAUSAL_LM and (settings.needs_rows or settings.rounds_base):
+        raise NotSupportedYetError(
+            f"init_lora_weights={settings.init_lora_weights!r} with task_type={facts.task!r} is not supported yet. Use "
+            "True, 'gaussian', 'orthogonal', 'pissa' or 'olora'."
+        )
     with _as_adapter_error(model):
         config = _lora_config(model, settings)
         has_values = not model.get_input_embeddings().weight.is_meta
-        if not has_values:
+        if has_values:
+            _check_rows(settings, rows)
+        else:
             config.init_lora_weights = True  # shapes alone are wanted
-        with _seeded(settings.random_state):
+        with seeded(settings.random_state):
+            if rows is not None and settings.takes_from_base:
+                look_before(model, config, rows, _ranks(model, config))
             adapted = get_peft_model(model, config)
-    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values)
-    facts.adapter = {**arguments_of(config), **{name: getattr(settings, name) for name in _STARTS}}
+            if rows is not None and not settings.takes_from_base:
+                start_eva(adapted, rows)
+    # PEFT adds the names of heads to those that are there.
+    config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
+    if settings.loftq_config is not None:
+        _start_loftq(adapted, settings.loftq_config, has_values=has_values)
+    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=settings.rounds_base)
+    facts.adapter = {**arguments_of(config), **_start_of(settings, rows)}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)
     return adapted
+
+
+def _start_of(settings: AdapterSettings, rows: PreparedData | None) -> dict[str, Any]:
+    """Return what a new adapter starts from, as comparable values."""
+    own = {name: getattr(settings, name) for name in _STARTS}
+    return {**own, "init_data": None if rows is None else rows.fingerprint()}
+
+
+def _check_rows(settings: AdapterSettings, rows: PreparedData | None) -> None:
+    if settings.needs_rows and rows is None:
+        raise AdapterError(
+            f"init_lora_weights={settings.init_lora_weights!r} starts from rows of data: give init_data, best the "
+            "training rows."
+        )
+    if rows is not None and not settings.needs_rows:
+        raise AdapterError(
+            "init_data is looked at by eva, corda and lora_ga, and not by init_lora_weights="
+            f"{settings.init_lora_weights!r}. Leave it out."
+        )
+
+
+def _ranks(model: Any, config: LoraConfig) -> dict[str, int]:
+    """Return the names of the layers that get an adapter, with their ranks."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    names = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    pattern = config.rank_pattern
+    return {name: pattern.get(get_pattern_key(pattern.keys(), name), config.r) for name in names}
+
+
+def _start_loftq(model: Any, chosen: dict[str, int], *, has_values: bool) -> None:
+    """Round the base of ``model`` and say what that cost."""
+    if has_values:
+        _log.warning("%s", round_base(model, bits=chosen["loftq_bits"], iterations=chosen["loftq_iter"]))
+    # PEFT was told nothing of it: its own needs a package more and a GPU. A checkpoint of the run says how it started.
+    model.peft_config["default"].init_lora_weights = "loftq"
+    model.peft_config["default"].loftq_config = dict(chosen)
 
 
 def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterable[str]) -> dict[str, Any]:
@@ -106,6 +170,7 @@ def arguments_of(config: LoraConfig) -> dict[str, Any]:
         # PEFT keeps 16 and 16.0 as they were given.
         "lora_alpha": float(config.lora_alpha),
         "target_modules": _sorted(config.target_modules),
+        "target_parameters": _sorted(config.target_parameters) or None,
         # Tied ones PEFT adds by their whole name.
         "modules_to_save": sorted({name.rsplit(".", 1)[-1] for name in config.modules_to_save or ()}) or None,
         "exclude_modules": _sorted(config.exclude_modules),
@@ -189,6 +254,11 @@ def _set_location(model: Any, folder: str | None) -> None:
     engine = engine_of(model)
     if engine is not None:
         engine.store.move_to(folder)
+    elif folder is not None:
+        raise SettingsError(
+            f"temporary_location={folder!r} is where fused layers put their inputs, and the engine is not installed on "
+            "this model. Leave it out, or load the model with from_pretrained."
+        )
 
 
 def trainable_share(model: Any) -> tuple[int, int]:
@@ -202,6 +272,7 @@ def trainable_share(model: Any) -> tuple[int, int]:
 def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfig:
     """Return PEFT's config for ``settings``, every name in it checked against the modules of ``model``."""
     from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
     from tunesmith.engine.lora import fused_lora
@@ -213,20 +284,27 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,
         target_modules=targets,
+        target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
-        modules_to_save=_checked_modules(model, settings.modules_to_save),
+        # loftq and eva start an adapter that is there already.
+        init_lora_weights=True if settings.init_lora_weights in ("loftq", "eva") else settings.init_lora_weights,
+        corda_config=CordaConfig() if settings.init_lora_weights == "corda" else None,
+        lora_ga_config=LoraGAConfig() if settings.init_lora_weights == "lora_ga" else None,
+        modules_to_save=_whole_modules(model, settings.modules_to_save),
         layers_to_transform=layers,
         layers_pattern=settings.layers_pattern,
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
-        exclude_modules=resolve_exclusions(model, settings.exclude_modules),
+        exclude_modules=_exclusions(model, settings.exclude_modules),
         ensure_weight_tying=settings.ensure_weight_tying,
-        task_type="CAUSAL_LM",
+        task_type=facts_of(model).task,
     )
     matched = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
     _check_tying(model, settings, matched)
+    if settings.target_parameters:
+        _check_expert_settings(settings)
+        matched += expert_tensors(model, settings.target_parameters)
     # Without a target there is nothing that a pattern could match, and PEFT says why.
     if matched:
         check_patterns("rank_pattern", config.rank_pattern, matched)
@@ -237,11 +315,28 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
 def _targets(model: Any, settings: AdapterSettings) -> tuple[list[str] | str, list[int] | int | None]:
     """Return what PEFT gets as ``target_modules`` and ``layers_to_transform``."""
     layers = _layers(model, settings)
+    is_for_experts_alone = settings.target_modules == [] and settings.target_parameters
     if not is_multimodal(model):
         check_text_filters(model, settings.filters)
-        return resolve_targets(model, settings.target_modules), layers
+        return [] if is_for_experts_alone else resolve_targets(model, settings.target_modules), layers
     layers = [layers] if isinstance(layers, int) else layers
     return filtered_targets(model, settings.target_modules, settings.filters, layers), None
+
+
+def _check_expert_settings(settings: AdapterSettings) -> None:
+    """Refuse with target_parameters what PEFT cannot do there, or would pass over in silence."""
+    layers = settings.layers_to_transform is not None or settings.finetune_last_n_layers is not None
+    problems = {
+        "lora_dropout": (settings.lora_dropout > 0, "the adapter is added to the tensor before an input meets it"),
+        "use_dora": (settings.use_dora, "PEFT has no DoRA for them"),
+        "init_lora_weights": (
+            settings.init_lora_weights not in (True, False, "gaussian"), "they start with true, false or gaussian"
+        ),
+        "layers_to_transform": (layers, "name the tensors of these layers in full, model.layers.0.mlp.experts..."),
+    }  # fmt: skip
+    for name, (is_given, reason) in problems.items():
+        if is_given:
+            raise AdapterError(f"{name} does not go with target_parameters: {reason}. Leave one of them out.")
 
 
 @contextmanager
@@ -255,7 +350,7 @@ def _as_adapter_error(model: Any) -> Iterator[None]:
         raise AdapterError(f"the adapter does not fit {type(model).__name__}: {error}") from error
 
 
-def _changes(model: PeftModel, settings: AdapterSettings) -> dict[str, str]:
+def _changes(model: PeftModel, settings: AdapterSettings, rows: PreparedData | None = None) -> dict[str, str]:
     """Return a phrase such as ``"r: 4 -> 8"`` for each setting in which ``settings`` differ from the model's adapter.
 
     Layers are compared as numbers, whichever of the two settings chose them.
@@ -263,7 +358,7 @@ def _changes(model: PeftModel, settings: AdapterSettings) -> dict[str, str]:
     base = model.get_base_model()
     with _as_adapter_error(base):
         wanted = arguments_of(_lora_config(base, settings))
-    wanted.update({name: getattr(settings, name) for name in _STARTS})
+    wanted.update(_start_of(settings, rows))
     own = facts_of(model).adapter or {}
     changes = {name: f"{name}: {value!r} -> {wanted[name]!r}" for name, value in own.items() if value != wanted[name]}
     if settings.finetune_last_n_layers is not None and "layers_to_transform" in changes:
@@ -271,12 +366,12 @@ def _changes(model: PeftModel, settings: AdapterSettings) -> dict[str, str]:
     return changes
 
 
-def _refuse_second(model: PeftModel, settings: AdapterSettings) -> None:
+def _refuse_second(model: PeftModel, settings: AdapterSettings, rows: PreparedData | None) -> None:
     if facts_of(model).adapter is None:
         raise AdapterError(
             "the model already carries an adapter. Train it as it is, or add another: model.add_adapter(name, config)."
         )
-    changes = _changes(model, settings)
+    changes = _changes(model, settings, rows)
     if changes:
         raise AdapterError(
             f"the model already carries an adapter with other settings ({', '.join(changes.values())}). "
@@ -287,6 +382,21 @@ def _refuse_second(model: PeftModel, settings: AdapterSettings) -> None:
 def _sorted(names: set[str] | list[str] | str | None) -> list[str] | str | None:
     """PEFT keeps names as a set; sorted they compare and print the same each time."""
     return names if names is None or isinstance(names, str) else sorted(names)
+
+
+def _whole_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
+    """Return what trains whole: what is asked for, the head of the task, and all else that the files did not hold."""
+    facts = facts_of(model)
+    heads = TASKS[facts.task].heads  # PEFT adds them too, both names of a classifier whichever is there
+    return sorted({*(_checked_modules(model, wanted) or ()), *heads, *facts.new_modules}) or None
+
+
+def _exclusions(model: Any, wanted: list[str] | str | None) -> list[str] | str | None:
+    """Return the layers without an adapter: those asked for, and a pooler where no loss comes through it."""
+    if wanted is None and facts_of(model).task == "FEATURE_EXTRACTION":
+        poolers = [name for name, _ in model.named_modules() if name.endswith("pooler.dense")]
+        return poolers or None
+    return resolve_exclusions(model, wanted)
 
 
 def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
@@ -317,7 +427,7 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
             f"modules_to_save {sorted(whole)}: embedding and output head of this model are one tensor, and training "
             "one copy would part them. Give ensure_weight_tying=True to keep them one, or name both to let them part."
         )
-    if settings.takes_from_base and adapted:
+    if (settings.takes_from_base or settings.rounds_base or settings.needs_rows) and adapted:
         raise AdapterError(
             f"init_lora_weights={settings.init_lora_weights!r} with target_modules {sorted(adapted)}: embeddings and "
             "heads do not start in this way. Leave them out of target_modules."
@@ -340,19 +450,3 @@ def _layers(model: Any, settings: AdapterSettings) -> list[int] | int | None:
     if outside:
         raise AdapterError(f"layers_to_transform {outside}: the model has layers 0 to {count - 1}.")
     return chosen
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and random for the block and give them back their states."""
-    import numpy as np
-    import torch
-
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

@@ -1,28 +1,43 @@
 """A PEFT model that saves what its adapter needs to answer as it was trained.
 
 Beside a plain PEFT folder it writes ``base.json`` where the base was not as its files have it (4 or 8 bits, a longer
-window), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves adapters that took
-something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a weight into A and B
-and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was is
-s (B A - B0 A0), a plain adapter of twice the rank:
+window, a head with labels), so that :func:`tunesmith.adapters.state.load_source` loads it in the same way. And it saves
+adapters that took something out of the base for the base as it was: PiSSA and OLoRA put the largest directions of a
+weight into A and B and take them out of the base, W_res = W - s B0 A0. What such an adapter adds to the base as it was
+is s (B A - B0 A0), a plain adapter of twice the rank:
 
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
+
+What LoftQ does to the base is not of low rank: there the base itself is saved in the folder ``base/`` of the adapter,
+which is found again wherever the adapter's folder is moved to.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModelForCausalLM
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from peft.utils.other import ModulesToSaveWrapper
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.core.files import lasting_path, require_space, whole_folder
+from tunesmith.core.tasks import TASKS
 from tunesmith.engine.read import is_quantized
+from tunesmith.models.heads import labels_of
 from tunesmith.models.load import ModelFacts, facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
@@ -30,9 +45,21 @@ from tunesmith.models.settings import Width
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterModel", "as_adapter_model", "raw_weights", "refuse_quantized", "trained_on"]
+__all__ = [
+    "AdapterModel",
+    "CausalAdapter",
+    "TrainedOn",
+    "as_adapter_model",
+    "base_beside",
+    "base_bytes_beside",
+    "raw_weights",
+    "refuse_quantized",
+    "trained_on",
+]
 
 _WEIGHTS, _CONFIG, _BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+_BESIDE = "base"
+_log = logging.getLogger(__name__)
 
 
 def refuse_quantized(model: Any) -> None:
@@ -48,13 +75,15 @@ def refuse_quantized(model: Any) -> None:
         )
 
 
-def as_adapter_model(model: Any, *, takes_from_base: bool = False) -> AdapterModel:
+def as_adapter_model(model: Any, *, takes_from_base: bool = False, keeps_base: bool = False) -> AdapterModel:
     """Return ``model``, a PEFT model, as an :class:`AdapterModel`.
 
-    ``takes_from_base``: its adapter is new, and its start has just changed the base.
+    ``takes_from_base``: its adapter is new, and its start has just taken something out of the base. ``keeps_base``: it
+    has replaced the base by one that belongs to the adapter.
     """
-    model.__class__ = AdapterModel
-    model.saves_raw, model.started = False, {}
+    if not isinstance(model, AdapterModel):
+        model.__class__ = _CLASSES.get(type(model), CausalAdapter)  # an adapter without a task_type: PeftModel
+    model.saves_raw, model.started, model.keeps_base = False, {}, keeps_base
     if takes_from_base:
         model.started = {name: value.detach().to("cpu", copy=True) for name, value in _adapter_weights(model).items()}
     return model
@@ -73,35 +102,89 @@ def raw_weights(model: Any) -> Iterator[None]:
             model.saves_raw = False
 
 
-def trained_on(adapter: Path) -> tuple[Width | None, Stretch | None]:
-    """Return how the base of a saved adapter was quantized and stretched when it was trained; None where it was not.
+def base_bytes_beside(model: Any) -> int:
+    """Return the bytes of the base that :meth:`AdapterModel.save_pretrained` writes beside the adapter, 0 for none."""
+    if not (isinstance(model, AdapterModel) and model.keeps_base):
+        return 0
+    return sum(value.nbytes for value in _base_weights(model).values())
+
+
+def base_beside(adapter: Path) -> Path | None:
+    """Return the folder of the base that was saved with an adapter, None where its base lies elsewhere.
+
+    Raises:
+        AdapterError: base.json is not what this library writes, or the base is not there.
+    """
+    folder = _record(adapter).get("base")
+    if folder is None:
+        return None
+    if not (adapter / str(folder) / "config.json").is_file():
+        raise AdapterError(
+            f"adapter {adapter}: its base was saved with it in {folder}/, which is not there. Copy the whole folder "
+            "again."
+        )
+    return adapter / str(folder)
+
+
+def _record(adapter: Path) -> dict[str, Any]:
+    """Return what base.json of an adapter says, nothing where there is none."""
+    file = adapter / _BASE
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+        raise ValueError(f"a {type(record).__name__}")
+    except ValueError as error:
+        raise _not_ours(file, error) from None
+
+
+def _not_ours(file: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"{file} is not what tunesmith writes ({error!r}). Copy the adapter again.")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedOn:
+    """How the base of a saved adapter was loaded when it was trained; None where it was as its files have it."""
+
+    width: Width | None = None
+    stretch: Stretch | None = None
+    labels: tuple[str, ...] | None = None
+
+
+def trained_on(adapter: Path) -> TrainedOn:
+    """Return how the base of a saved adapter was quantized, stretched and labelled when it was trained.
 
     Raises:
         AdapterError: base.json is there and is not what this library writes.
     """
-    file = adapter / _BASE
-    if not file.is_file():
-        return None, None
+    record = _record(adapter)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        width, rope = record.get("width"), record.get("stretch")
-        return _WIDTHS[width], None if rope is None else Stretch(rope["scaling"], rope["window"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file} is not what tunesmith writes ({error!r}). Copy the adapter again.") from None
+        rope, labels = record.get("stretch"), record.get("labels")
+        return TrainedOn(
+            _WIDTHS[record.get("width")],
+            None if rope is None else Stretch(rope["scaling"], rope["window"]),
+            None if labels is None else tuple(map(str, labels)),
+        )
+    except (KeyError, TypeError) as error:
+        raise _not_ours(adapter / _BASE, error) from None
 
 
 _WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
 
 
-class AdapterModel(PeftModelForCausalLM):
-    """A PEFT model that saves what belongs to its adapter.
+class AdapterModel(PeftModel):
+    """A PEFT model that saves what belongs to its adapter. One class a task, as in PEFT, at the end of this file.
 
     Attributes:
-        started: A0 and B0 by name, where the start of the first adapter changed the base.
+        started: A0 and B0 by name, where the start of the first adapter took them out of the base.
+        keeps_base: whether the start of the first adapter replaced the base, which is saved with it.
         saves_raw: see :func:`raw_weights`.
     """
 
     started: dict[str, torch.Tensor]
+    keeps_base: bool
     saves_raw: bool
 
     def save_pretrained(
@@ -118,6 +201,7 @@ class AdapterModel(PeftModelForCausalLM):
 
         Raises:
             AdapterError: an adapter that took something out of the base cannot be saved in the way that is asked for.
+            OutputError: there is no room for the base of an adapter that needs its own.
         """
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         converts = bool(self.started) and not self.saves_raw and "default" in names
@@ -126,6 +210,9 @@ class AdapterModel(PeftModelForCausalLM):
                 "this adapter is saved for the base as it was, as safetensors: leave safe_serialization and "
                 "path_initial_model_for_weight_conversion out."
             )
+        keeps = self.keeps_base and not self.saves_raw and "default" in names
+        if keeps and is_main_process:
+            _save_base(self, Path(save_directory) / _BESIDE)
         super().save_pretrained(
             save_directory,
             safe_serialization=safe_serialization,
@@ -140,11 +227,16 @@ class AdapterModel(PeftModelForCausalLM):
         if converts:
             _convert(Path(save_directory), self.started)
         for name in names:
-            _write_base(Path(save_directory) / ("" if name == "default" else name), facts_of(self))
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            _write_base(folder, facts_of(self), labels_of(self.config))
+        if keeps:
+            _point_to_base(Path(save_directory))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Answer as the base for the block; where the adapter took something out of it, as the base was.
+
+        The base of a LoftQ adapter is the rounded one, here and after a reload alike.
 
         Raises:
             AdapterError: what was taken out is not known, because the adapter was loaded.
@@ -186,19 +278,69 @@ class AdapterModel(PeftModelForCausalLM):
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def _refuse_beside(self, name: str) -> None:
-        if self.__dict__.get("started") and name != "default":
+        if name == "default":
+            return
+        if self.__dict__.get("started"):
             raise AdapterError(
                 f"adapter {name!r} would stand on what the first one left of the base. Save the first one and load "
                 "both on the base as it was."
             )
+        if self.__dict__.get("keeps_base"):
+            raise AdapterError(
+                f"adapter {name!r} would stand on the base that LoftQ rounded for the first one. Save the first one "
+                "and load it again: then that base is one like any other."
+            )
 
 
-def _write_base(folder: Path, facts: ModelFacts) -> None:
+def _write_base(folder: Path, facts: ModelFacts, labels: tuple[str, ...]) -> None:
     """Say in the folder of an adapter how its base was loaded, where that is not as its files have it."""
+    record = {
+        "width": facts.width,
+        "stretch": None if facts.stretch is None else asdict(facts.stretch),
+        "labels": list(labels) if TASKS[facts.task].has_labels else None,
+    }
     (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    if facts.width is not None or facts.stretch is not None:
-        record = {"width": facts.width, "stretch": None if facts.stretch is None else asdict(facts.stretch)}
+    record = {name: value for name, value in record.items() if value is not None}
+    # An adapter that goes on training beside its own base is saved there again.
+    named = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if named and Path(named) == lasting_path(folder) / _BESIDE:
+        record["base"] = _BESIDE
+    if record:
         (folder / _BASE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _base_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of the base below its adapters, by the names that they have without them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in model.get_base_model().state_dict().items():
+        parts = name.split(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+            continue
+        found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = value
+    return found
+
+
+def _save_base(model: Any, folder: Path) -> None:
+    """Write the base below the adapter to ``folder``, whole or not at all, as transformers saves a model."""
+    size, facts = base_bytes_beside(model), facts_of(model)
+    require_space(folder.parent, size, "the base that LoftQ rounded, saved beside its adapter,")
+    with whole_folder(folder) as temporary:
+        model.get_base_model().save_pretrained(temporary, state_dict=_base_weights(model))
+        if facts.tokenizer is not None:
+            facts.tokenizer.save_pretrained(temporary)
+    _log.warning(
+        "LoftQ: the rounded base (%.0f MiB) is saved with its adapter in %s", size / 2**20, lasting_path(folder)
+    )
+
+
+def _point_to_base(folder: Path) -> None:
+    """Make the adapter saved in ``folder`` a plain one on the base that was saved with it."""
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config |= {"init_lora_weights": True, "loftq_config": {}}
+    config["base_model_name_or_path"] = str(lasting_path(folder / _BESIDE))
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Its config.json has the longer window already.
+    (folder / _BASE).write_text(json.dumps({"base": _BESIDE}) + "\n", encoding="utf-8")
 
 
 def _adapter_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -223,6 +365,37 @@ def _convert(folder: Path, started: dict[str, torch.Tensor]) -> None:
     # alpha / r and alpha / sqrt(r) stay what they were at twice the rank.
     factor = 2**0.5 if config.get("use_rslora") else 2
     config |= {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
+    config |= {"corda_config": None, "lora_ga_config": None}
     for name, times in (("rank_pattern", 2), ("alpha_pattern", factor)):
         config[name] = {key: times * value for key, value in (config.get(name) or {}).items()}
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class CausalAdapter(AdapterModel, PeftModelForCausalLM):
+    """One on a causal language model."""
+
+
+class _SequenceAdapter(AdapterModel, PeftModelForSequenceClassification):
+    pass
+
+
+class _TokenAdapter(AdapterModel, PeftModelForTokenClassification):
+    pass
+
+
+class _Seq2SeqAdapter(AdapterModel, PeftModelForSeq2SeqLM):
+    pass
+
+
+class _QuestionAdapter(AdapterModel, PeftModelForQuestionAnswering):
+    pass
+
+
+class _FeatureAdapter(AdapterModel, PeftModelForFeatureExtraction):
+    pass
+
+
+_CLASSES: dict[type, type[AdapterModel]] = {
+    kind.__bases__[1]: kind
+    for kind in (CausalAdapter, _SequenceAdapter, _TokenAdapter, _Seq2SeqAdapter, _QuestionAdapter, _FeatureAdapter)
+}

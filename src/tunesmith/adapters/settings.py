@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import Guide, Settings
@@ -22,13 +22,9 @@ FILTERS = (
 """The settings that choose parts of a multimodal model."""
 
 _PLAIN_STARTS = ("gaussian", "orthogonal")
-_TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?")
-_OTHER_STARTS = {
-    "eva": "starts from rows of data",
-    "corda": "starts from rows of data",
-    "lora_ga": "starts from rows of data",
-    "loftq": "quantizes the base",
-}
+_TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?|corda|lora_ga")
+_ROW_STARTS = ("eva", "corda", "lora_ga")
+_LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 
 
 class AdapterSettings(Settings):
@@ -53,6 +49,10 @@ class AdapterSettings(Settings):
     ] = None
     """Which linear layers get an adapter: names, "all-linear" or a regular expression; none means q, k, v, o, gate,
     up and down projections or the family's equivalents."""
+
+    target_parameters: list[str] | None = None
+    """Tensors of experts that get an adapter beside target_modules, where a mixture of experts keeps them in one:
+    for example ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. target_modules [] adapts these alone."""
 
     lora_alpha: Annotated[
         float,
@@ -99,8 +99,19 @@ class AdapterSettings(Settings):
     init_lora_weights: bool | str = True
     """Start of A and B: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (two subspaces, B A is
     zero), "pissa" or "pissa_niter_N" (the largest singular directions of each weight; N is the number of iterations of
-    the quick form), "olora" (from a QR decomposition), False (both random, for tests). pissa and olora take what they
-    start with out of the base; the saved adapter belongs on the base as it was and has twice the rank."""
+    the quick form), "olora" (from a QR decomposition), "loftq" (see loftq_config), "eva" (directions of what goes into
+    each layer), "corda" (of each weight, as far as inputs reach it), "lora_ga" (of the gradient), all three from
+    init_data; False (both random, for tests). pissa, olora, corda and lora_ga take what they start with out of the
+    base; the saved adapter belongs on the base as it was and has twice the rank."""
+
+    init_data: str | None = None
+    """Rows that eva, corda and lora_ga start from, read as data is: a file, a folder or a hub id, and best the training
+    rows. The first 256 are looked at."""
+
+    loftq_config: dict[str, int] | None = None
+    """LoftQ (Li et al. 2023, arXiv:2310.08659): the base is rounded to loftq_bits (2: normal float in blocks of 64, 4:
+    NF4, 8: LLM.int8; default 4) and A and B start with what that lost, in loftq_iter rounds (default 1). The rounded
+    base is saved beside the adapter, in its folder base/, and belongs to it."""
 
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter: embed_tokens and lm_head, a classifier head."""
@@ -141,25 +152,65 @@ class AdapterSettings(Settings):
     finetune_audio_layers: bool = False
     """Multimodal models: adapters on what hears."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_config_of_loftq_sets_the_start(cls, values: Any) -> Any:
+        start, config = values.get("init_lora_weights", True), values.get("loftq_config")
+        if config and str(start).lower() == "true":
+            return {**values, "init_lora_weights": "loftq"}
+        return {**values, "loftq_config": _LOFTQ} if start == "loftq" and not config else values
+
+    @field_validator("loftq_config", mode="before")
+    @classmethod
+    def _known_keys_and_bits(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            return value or None
+        for name, number in value.items():
+            if name not in _LOFTQ:
+                raise ValueError(f"unknown key {name!r}; these are {', '.join(_LOFTQ)}.{did_you_mean(name, _LOFTQ)}")
+            if name == "loftq_bits" and str(number) not in ("2", "4", "8"):
+                raise ValueError(f"loftq_bits={number!r} must be 2, 4 or 8")
+            if name == "loftq_iter" and (isinstance(number, bool) or not str(number).isdigit() or int(number) < 1):
+                raise ValueError(f"loftq_iter={number!r} must be a whole number of at least 1")
+        return {**_LOFTQ, **value}
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.loftq_config is not None and self.init_lora_weights != "loftq":
+            raise ValueError(
+                f"loftq_config and init_lora_weights={self.init_lora_weights!r} both say how the adapter starts. Give "
+                "one of them."
+            )
+        return self
+
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _a_known_start(cls, value: Any) -> Any:
         # A flag is text.
         start = {"true": True, "false": False}.get(str(value).lower(), value)
-        if isinstance(start, bool) or start in _PLAIN_STARTS or _TAKING_STARTS.fullmatch(str(start)):
+        named = (*_PLAIN_STARTS, "loftq", *_ROW_STARTS)
+        if isinstance(start, bool) or start in named or _TAKING_STARTS.fullmatch(str(start)):
             return start
-        if start in _OTHER_STARTS:
-            raise ValueError(f"init_lora_weights={start!r} {_OTHER_STARTS[start]}, which is not supported yet.")
-        known = (*_PLAIN_STARTS, "olora", "pissa", "pissa_niter_16", *_OTHER_STARTS)
+        known = (*named, "olora", "pissa", "pissa_niter_16")
         raise ValueError(
             f"init_lora_weights={start!r} is not known. Use true, false, gaussian, orthogonal, pissa, pissa_niter_N "
-            f"(with a number) or olora.{did_you_mean(str(start), known)}"
+            f"(with a number), olora, loftq, eva, corda or lora_ga.{did_you_mean(str(start), known)}"
         )
 
     @property
     def takes_from_base(self) -> bool:
-        """Whether the start changes the weights of the base."""
+        """Whether the start takes something out of the base, which the saved adapter has to hold."""
         return isinstance(self.init_lora_weights, str) and _TAKING_STARTS.fullmatch(self.init_lora_weights) is not None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the start looks at rows of data."""
+        return self.init_lora_weights in _ROW_STARTS
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether the start replaces the base by one that is saved beside the adapter."""
+        return self.init_lora_weights == "loftq"
 
     @property
     def filters(self) -> dict[str, bool]:

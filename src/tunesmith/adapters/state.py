@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.inject import arguments_of
-from tunesmith.adapters.model import as_adapter_model, refuse_quantized, trained_on
+from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_on
 from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
+from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.load import (
     DEFAULT_WINDOW,
     empty_causal_lm,
     facts_of,
-    load_causal_lm,
+    load_model,
     load_tokenizer,
     load_window,
 )
@@ -43,6 +46,13 @@ _LOST_BASES = {
     "corda": "changed the base by statistics of the training data",
     "loftq": "rounded the base to few bits",
 }
+_REMEDY = (
+    "Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
+    "path_initial_model_for_weight_conversion."
+)
+_REMEDIES = {
+    "loftq": "Take the adapter that the finished run saved with its base, or resume the run from this checkpoint."
+}
 
 
 def load_source(
@@ -57,6 +67,7 @@ def load_source(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    head: Head | None = None,
     trainable: bool = True,
     with_processor: bool = False,
     **hub: Any,
@@ -68,18 +79,21 @@ def load_source(
         width: how the base is quantized; None: as the adapter was trained, else not at all.
         whole: not quantized, whatever the adapter was trained on.
         stretched: how the window is made longer; None: as the adapter was trained, else not at all.
+        head: task and labels; None: as the adapter was trained, else as the files have them.
         trainable: whether the adapter's weights take gradients.
         with_processor: give the processor of a vision-language model in place of its tokenizer.
-        hub: see :func:`tunesmith.models.load.load_causal_lm`, as the other arguments.
+        hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
     Raises:
         ModelError: the model or the adapter's base cannot be found or loaded.
-        AdapterError: ``adapter`` is none, ``name`` is one already, or it does not fit its base.
+        AdapterError: ``adapter`` is none, ``name`` is one already, was trained for another task, or it does not fit
+            its base.
     """
     base, folder = _parts(name, adapter)
+    head = _head_as_trained(folder, head or Head())
     width, stretched, max_seq_length = _as_trained(folder, width, whole, stretched, max_seq_length)
     has_own_tokenizer = folder is not None and _has_tokenizer(folder)
-    model, tokenizer = load_causal_lm(
+    model, tokenizer = load_model(
         base,
         max_seq_length=max_seq_length,
         dtype=dtype,
@@ -90,6 +104,7 @@ def load_source(
         width=width,
         whole=whole,
         stretched=stretched,
+        head=head,
         with_processor=with_processor,
         **hub,
     )
@@ -99,6 +114,9 @@ def load_source(
         sees = with_processor and has_vision(model.config)
         owner = folder if not sees or _has_processor(folder) else base
         tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
+        facts_of(model).tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
+            give_padding(model, tokenizer)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 
 
@@ -152,7 +170,8 @@ def _as_trained(
     """Return how the base of an adapter is quantized and stretched and its window, where nothing else is asked for."""
     if folder is None:
         return width, stretched, window
-    own_width, own_stretch = trained_on(Path(folder.path))
+    own = trained_on(Path(folder.path))
+    own_width, own_stretch = own.width, own.stretch
     if own_width is not None and width is None and not whole:
         width = own_width
         _log.warning(
@@ -164,6 +183,19 @@ def _as_trained(
         stretched = own_stretch
         window = own_stretch.window if window is DEFAULT_WINDOW else window
     return width, stretched, window
+
+
+def _head_as_trained(folder: ModelSource | None, head: Head) -> Head:
+    """Return ``head`` with the task and the labels of the adapter in ``folder``, and refuse others."""
+    if folder is None:
+        return head
+    task = _config(Path(folder.path)).get("task_type") or CAUSAL_LM
+    labels = trained_on(Path(folder.path)).labels
+    if head.task not in (None, task):
+        raise AdapterError(f"adapter {folder.name} was trained for {task}, not for {head.task}. Ask for {task}.")
+    if labels is not None and head.labels not in (None, labels) and not head.gives_way:
+        raise AdapterError(f"adapter {folder.name} was trained with the labels {', '.join(labels)}. Leave others out.")
+    return replace(head, task=task, labels=labels or head.labels)
 
 
 def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | None]:
@@ -198,6 +230,9 @@ def base_of(adapter: Path) -> ModelSource:
     config = _config(adapter)
     if not (adapter / _WEIGHTS).is_file():
         raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
+    own = base_beside(adapter)
+    if own is not None:
+        return ModelSource("folder", str(own), str(own))
     file, base = adapter / _CONFIG, config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise AdapterError(f"{file} names no base model. Load the base and give the adapter beside it.")
@@ -229,6 +264,9 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     try:
         # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        own = base_beside(adapter)
+        if own is not None:
+            config.base_model_name_or_path = str(own.absolute())  # wherever the folder has been moved to
         if str(config.init_lora_weights).startswith(("pissa", "olora")):
             refuse_quantized(model)
         adapted = PeftModel.from_pretrained(model, str(adapter), config=fused_lora(config), is_trainable=trainable)
@@ -264,8 +302,7 @@ def _refuse_lost_base(adapter: Path) -> None:
     if reason is not None:
         raise AdapterError(
             f"adapter {adapter} started with init_lora_weights={start!r}, which {reason}: on the base as it is its "
-            "answers would be wrong. Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion."
+            f"answers would be wrong. {_REMEDIES.get(start, _REMEDY)}"
         )
 
 
@@ -284,6 +321,12 @@ def _refuse_foreign_keys(adapter: Path, adapted: PeftModel) -> None:
 
 
 def _alias_of(base: str) -> str | None:
-    """Return the built-in name whose converted folder ``base`` was, when the cache has been emptied since."""
-    folder = Path(base).name
-    return next((name for name, packaged in ALIASES.items() if folder.startswith(Path(packaged.file).stem)), None)
+    """Return the built-in name whose folder ``base`` was, when the cache was emptied or the package moved since."""
+    place = Path(base)
+    for name, packaged in ALIASES.items():
+        file = Path(packaged.file)
+        if file.suffix and place.name.startswith(file.stem):
+            return name
+        if not file.suffix and place.parts[-2:] == (packaged.module, packaged.file):
+            return name
+    return None

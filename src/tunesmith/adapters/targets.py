@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
     "check_patterns",
+    "expert_tensors",
     "linear_layers",
     "linear_names",
     "matching_names",
@@ -23,8 +25,11 @@ __all__ = [
 ]
 
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Fused projections of families that have no separate ones: phi-3, and the plain MLP of phi and gpt-neox.
-_EQUIVALENTS = ("qkv_proj", "gate_up_proj", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
+# Fused projections of families that have no separate ones: phi-3, the plain MLP of phi and gpt-neox; BERT's names.
+_EQUIVALENTS = (
+    "qkv_proj", "gate_up_proj", "query_key_value", "query", "key", "value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    "fc1", "fc2",
+)  # fmt: skip
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -35,6 +40,7 @@ def linear_layers(model: nn.Module) -> list[str]:
     from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = tuple(name for task in TASKS.values() for name in task.heads)
     layers = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
     adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     return [
@@ -42,7 +48,7 @@ def linear_layers(model: nn.Module) -> list[str]:
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
         and layer is not head
-        and not name.endswith(("score", "classifier"))
+        and not any(part.endswith(heads) for part in name.split("."))
         and not name.startswith(adapted)
     ]
 
@@ -58,7 +64,9 @@ def usual_names(existing: Iterable[str]) -> list[str]:
     The seven projections of llama-like models, or the family's equivalents.
     """
     there = list(dict.fromkeys(existing))
-    return [name for name in (*_SEVEN, *_EQUIVALENTS) if name in there] or there
+    # Where there is a q_proj, BART and OPT call the o_proj so; elsewhere it is something else.
+    output = ("out_proj",) if "q_proj" in there else ()
+    return [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in there] or there
 
 
 def matching_names(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
@@ -98,6 +106,28 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
                 'Use target_modules="all-linear" for every linear layer except the output head.'
             )
     return list(asked)
+
+
+def expert_tensors(model: nn.Module, asked: Sequence[str]) -> list[str]:
+    """Return the whole names of the expert tensors that ``asked`` names: 3-D parameters, one matrix for each expert.
+
+    Raises:
+        AdapterError: a name matches none; the message lists those that exist and the nearest one.
+    """
+    # Below an adapter they are what they were.
+    existing = [name.replace(".base_layer", "") for name, value in model.named_parameters() if value.ndim == 3]
+    short = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in existing))
+    found: list[str] = []
+    for wanted in asked:
+        matched = [name for name in existing if name == wanted or name.endswith("." + wanted)]
+        if not matched:
+            there_are = f"It has: {', '.join(short)}.{did_you_mean(wanted, short)}" if short else "It has none."
+            raise AdapterError(
+                f"target_parameters {wanted!r} matched no tensor of experts of {type(model).__name__}. {there_are} "
+                "Linear layers are named in target_modules."
+            )
+        found += matched
+    return found
 
 
 def resolve_exclusions(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str | None:

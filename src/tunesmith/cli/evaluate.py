@@ -15,6 +15,7 @@ from tunesmith.cli.console import console, print_lines
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.files import write_text
+from tunesmith.core.tasks import CAUSAL_LM
 
 if TYPE_CHECKING:
     from tunesmith.evaluation import Report, Side
@@ -29,9 +30,13 @@ def command(
         str, typer.Option(help="Rows with answers; of a folder the test, valid or train file.", show_default=False)
     ],
     metric: Annotated[
-        str,
-        typer.Option(help="exact_match, json_match, contains, regex, label_f1 or perplexity.", show_default=False),
-    ],
+        str | None,
+        typer.Option(
+            help="exact_match, json_match, contains, regex, label_f1 or perplexity; a model for another task than "
+            "CAUSAL_LM has figures of its own.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="Adapter folder or run to put on the model.", show_default=False)
     ] = None,
@@ -55,12 +60,32 @@ def command(
     if metric == "perplexity" and temperature:
         raise SettingsError("--temperature has no effect on perplexity, which generates nothing. Leave it out.")
     from tunesmith.cli.loading import load_for_answers
+    from tunesmith.cli.task_scores import print_scores, score_task
     from tunesmith.evaluation import evaluate
-    from tunesmith.evaluation.metrics import get_metric
+    from tunesmith.evaluation.metrics import METRICS, get_metric
+    from tunesmith.models.load import facts_of
 
-    get_metric(metric)
+    if metric is not None:
+        get_metric(metric)
     loading = {name: value for name, value in given.items() if name != "map"}
-    loaded, tokenizer = load_for_answers(model, adapter, **loading)
+    loaded, tokenizer = load_for_answers(model, adapter, any_task=True, **loading)
+    if facts_of(loaded).task != CAUSAL_LM:
+        typed = {"--metric": metric, "--temperature": temperature, "--max-new-tokens": max_new_tokens != 256}
+        idle = [flag for flag, value in typed.items() if value]
+        if idle:
+            raise SettingsError(f"{', '.join(idle)}: without effect on {facts_of(loaded).task}. Leave it out.")
+        with AnswerProgress() as progress:
+            scores = score_task(
+                loaded, tokenizer, data, given.get("map"), limit=limit, batch_size=batch_size, base=base,
+                progress=progress,
+            )  # fmt: skip
+        print_scores(scores)
+        if output is not None:
+            figures = {"model_name": model, "adapter": adapter, "data": data, **scores.as_dict()}
+            _write(output, figures)
+        return
+    if metric is None:
+        raise SettingsError(f"--metric is missing. Metrics are: {', '.join(METRICS)}.")
     with AnswerProgress() as progress:
         report = evaluate(
             loaded,
@@ -79,9 +104,12 @@ def command(
     _print_report(report)
     if output is not None:
         about = {"model_name": model, "adapter": adapter, "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
-        figures = {**about, **report.as_dict(), "rows": list(report.row_dicts())}
-        write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
-        print_lines([f"written: {output}"])
+        _write(output, {**about, **report.as_dict(), "rows": list(report.row_dicts())})
+
+
+def _write(output: Path, figures: dict[str, Any]) -> None:
+    write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+    print_lines([f"written: {output}"])
 
 
 class AnswerProgress:

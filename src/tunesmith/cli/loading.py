@@ -7,7 +7,10 @@ from typing import Any
 from tunesmith.adapters.state import load_source
 from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
+from tunesmith.core.errors import ModelError
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import find_model
+from tunesmith.models.load import facts_of
 from tunesmith.models.settings import choose_width
 
 __all__ = ["load_for_answers"]
@@ -22,11 +25,14 @@ def load_for_answers(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     load_in_16bit: bool = False,
+    any_task: bool = False,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), ready to generate, with the libraries below silenced.
 
+    ``any_task``: also a model that does not write text.
+
     Raises:
-        ModelError: nothing usable is at ``model``.
+        ModelError: nothing usable is at ``model``, or it does not write text.
         SettingsError: more than one ``load_in_*``.
         AdapterError: ``adapter`` is no adapter, does not fit, or ``model`` has one already.
     """
@@ -47,4 +53,9 @@ def load_for_answers(
         chat_template=chat_template,
         trainable=False,
     )
+    task = facts_of(loaded).task
+    if task != CAUSAL_LM and not any_task:
+        raise ModelError(
+            f"model {model} was trained for {task} and is no language model. `tunesmith evaluate` uses it."
+        )
     return FastLanguageModel.for_inference(loaded), tokenizer

@@ -24,6 +24,8 @@ COMMANDS = {
     "plan": ("tunesmith.cli.plan", "Predict memory, disk and speed of a run, and say what it would do to fit."),
     "inspect": ("tunesmith.cli.inspect", "Show what would be trained on: the ledger and the trained tokens."),
     "evaluate": ("tunesmith.cli.evaluate", "Score a model on rows, with the base beside the tuned model."),
+    "export": ("tunesmith.cli.export", "Write a run as a folder for other programs, and compare it with the run."),
+    "check-adapter": ("tunesmith.cli.check_adapter", "Check an adapter folder against its base and against servers."),
     "chat": ("tunesmith.cli.chat", "Talk to a model or a trained run."),
     "generate": ("tunesmith.cli.generate", "Answer one prompt and print only the answer."),
     "explain": ("tunesmith.cli.explain", "Say what a setting means, and what too little or too much of it does."),

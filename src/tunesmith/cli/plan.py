@@ -12,7 +12,9 @@ from rich.text import Text
 from tunesmith.cli.console import console, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.cli.words import amount, bytes_in_words, duration
+from tunesmith.core.errors import NotSupportedYetError
 from tunesmith.core.memory import parse_bytes
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
 
@@ -58,6 +60,8 @@ def command(
     """
     size = None if memory is None else parse_bytes(memory)
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
+    if settings.task != CAUSAL_LM:
+        raise NotSupportedYetError(f"a plan for {settings.task} is not supported yet: memory is planned for CAUSAL_LM.")
     print_lines(aliases)
     # A mistyped name is said at once, not after the seconds that the libraries take to load.
     find_model(settings.model)

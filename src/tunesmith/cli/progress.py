@@ -67,8 +67,10 @@ class StepProgress(TrainerCallback):
         """Show a line of training metrics, or one of an evaluation."""
         logs = logs or {}
         if "eval_loss" in logs:
-            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
-            self._print(f"eval  step {state.global_step}  loss {loss:.4f}  perplexity {perplexity:.4g}")
+            named = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+            loss = named.pop("loss")
+            others = [f"{name} {value:.4g}" for name, value in named.items() if name not in ("runtime", "tokens")]
+            self._print("  ".join([f"eval  step {state.global_step}", f"loss {loss:.4f}", *others]))
         elif "loss" in logs:
             self._show_step(state, logs)
 

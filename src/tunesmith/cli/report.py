@@ -15,13 +15,16 @@ from tunesmith.adapters.inject import trainable_share
 from tunesmith.cli.console import console, plain, print_lines
 from tunesmith.cli.words import amount, bytes_in_words, duration
 from tunesmith.core.device import describe_device
+from tunesmith.core.tasks import TASKS
 from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
+    from tunesmith.data.tasks import TaskLedger
     from tunesmith.memory.plan import TrainingPlan
     from tunesmith.training.run import RunResult
     from tunesmith.training.sft import SFTTrainer
+    from tunesmith.training.tasks.trainer import TaskTrainer
 
 __all__ = [
     "facts_table",
@@ -34,14 +37,14 @@ __all__ = [
 ]
 
 
-def print_ledger(ledger: Ledger) -> None:
+def print_ledger(ledger: Ledger | TaskLedger) -> None:
     """Print what happened to every row."""
     out = console()
     out.rule("data", align="left", style="dim")
     print_lines(ledger.lines(width=out.width))
 
 
-def print_banner(trainer: SFTTrainer) -> None:
+def print_banner(trainer: SFTTrainer | TaskTrainer) -> None:
     """Print the data ledger, then everything that was decided for this run, each with its reason."""
     print_ledger(trainer.ledger)
     console().rule("run", align="left", style="dim")
@@ -65,6 +68,7 @@ def result_facts(result: RunResult) -> list[tuple[str, str]]:
     if numbers["best_eval_loss"] is not None:
         kept = f", step {numbers['best_step']:,}, is kept" if numbers["best_step"] else ""
         rows.append(("eval loss", f"{numbers['best_eval_loss']:.4f} at best{kept}"))
+    rows += [(name.removeprefix("eval_"), f"{numbers[name]:.4f}") for name in numbers if name.startswith("eval_")]
     if numbers["tokens_per_s"]:
         rows.append(("speed", f"{amount(numbers['tokens_per_s'])} tokens/s"))
     return [*rows, ("peak memory", _peaks(numbers)), ("folder", str(result.folder))]
@@ -100,25 +104,45 @@ _WIDTHS = {
 }
 
 
-def _banner(trainer: SFTTrainer) -> list[tuple[str, str]]:
+def _banner(trainer: SFTTrainer | TaskTrainer) -> list[tuple[str, str]]:
     args, facts = trainer.args, facts_of(trainer.model)
     trainable, total = trainable_share(trainer.model)
     steps = _steps(trainer)
     rows = [
         ("model", facts.name),
+        *_task_rows(trainer),
         ("device", _devices(trainer)),
         ("dtype", f"{facts.dtype.name} ({facts.dtype.reason}){_WIDTHS[facts.width]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
         *_adapters(trainer.model),
         ("rows", _row_counts(trainer)),
-        ("trained on", _trained_tokens(trainer)),
         ("batch", _batch(args)),
-        ("per step", _per_step(trainer, steps)),
-        ("memory", plan_in_short(trainer.plan)),
+        *_language_rows(trainer, steps),
         ("steps", f"{steps:,} an epoch, {_total_steps(args, steps):,} in all"),
         ("folder", str(args.output_dir)),
     ]
-    return [*rows, *(("note", note) for note in [*trainer.head.reasons, *facts.notes])]
+    reasons = [] if trainer.plan is None else trainer.head.reasons
+    return [*rows, *(("note", note) for note in [*reasons, *facts.notes])]
+
+
+def _task_rows(trainer: SFTTrainer | TaskTrainer) -> list[tuple[str, str]]:
+    facts = facts_of(trainer.model)
+    if trainer.plan is not None:
+        return []
+    labels = trainer.recipe.labels if TASKS[facts.task].has_labels else ()
+    names = f": {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}" if labels else ""
+    new = f"; new, from chance: {', '.join(facts.new_modules)}" if facts.new_modules else ""
+    return [("task", f"{facts.task}{names}{new}")]
+
+
+def _language_rows(trainer: SFTTrainer | TaskTrainer, steps: int) -> list[tuple[str, str]]:
+    if trainer.plan is None:
+        return []
+    return [
+        ("trained on", _trained_tokens(trainer)),
+        ("per step", _per_step(trainer, steps)),
+        ("memory", plan_in_short(trainer.plan)),
+    ]
 
 
 def plan_in_short(plan: TrainingPlan) -> str:
@@ -130,7 +154,7 @@ def plan_in_short(plan: TrainingPlan) -> str:
     return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); together: {plan.together()}{warning}"
 
 
-def _devices(trainer: SFTTrainer) -> str:
+def _devices(trainer: SFTTrainer | TaskTrainer) -> str:
     described = describe_device(trainer.args.device)
     return described if trainer.args.world_size == 1 else f"{trainer.args.world_size} x {described}"
 
@@ -140,6 +164,7 @@ def _adapters(model: Any) -> list[tuple[str, str]]:
     for config in getattr(model, "peft_config", {}).values():
         targets = config.target_modules
         named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        named = ", ".join(filter(None, [named, *sorted(config.target_parameters or ())]))
         variants = [name for name, on in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if on]
         extra = f", dropout {config.lora_dropout:g}" if config.lora_dropout else ""
         name = " + ".join(["LoRA", *variants])
@@ -147,7 +172,7 @@ def _adapters(model: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _row_counts(trainer: SFTTrainer) -> str:
+def _row_counts(trainer: SFTTrainer | TaskTrainer) -> str:
     evaluated = "none for evaluation"
     if trainer.eval_data is not None:
         evaluated = f"{len(trainer.eval_data.rows):,} for evaluation every {trainer.args.eval_steps:,} steps"
@@ -170,7 +195,7 @@ def _batch(args: Any) -> str:
     return f"{size * accumulation * devices} {unit} = {parts}"
 
 
-def _steps(trainer: SFTTrainer) -> int:
+def _steps(trainer: SFTTrainer | TaskTrainer) -> int:
     """Return the optimizer steps of an epoch, counted as transformers' Trainer does."""
     return max(1, math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps))
 

@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.console import print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
 
@@ -85,6 +86,8 @@ def _introduce(trainer: Any) -> None:
 
 def _next_commands(settings: RunSettings, result: RunResult) -> list[str]:
     folder, data = shlex.quote(str(result.folder)), shlex.quote(settings.eval_data or "ROWS")
+    if settings.task != CAUSAL_LM:
+        return [f"tunesmith evaluate --model {folder} --data {data}"]
     return [
         f"tunesmith chat {folder}",
         f"tunesmith evaluate --model {folder} --data {data} --metric exact_match",

@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EvaluationError",
+    "ExportError",
     "ModelError",
     "NotSupportedYetError",
     "OutputError",
@@ -53,6 +54,10 @@ class OutputError(TunesmithError, OSError):
 
 class EvaluationError(TunesmithError, ValueError):
     """A metric cannot be computed on what it was given."""
+
+
+class ExportError(TunesmithError, RuntimeError):
+    """What was exported cannot be loaded, or answers otherwise than the model that it was made of."""
 
 
 class ShapeError(TunesmithError, ValueError):

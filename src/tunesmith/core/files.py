@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "as_output_error",
     "damage",
     "free_bytes",
+    "lasting_path",
     "lock",
     "make_folder",
     "require_space",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_PARTIAL = re.compile(r"\.(.+)\.partial-\d+")
 
 
 def sha256(path: Path) -> str:
@@ -134,6 +137,12 @@ def whole_folder(path: Path) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def lasting_path(path: Path) -> Path:
+    """Return the absolute path that a file or folder will have when every :func:`whole_folder` around it is done."""
+    parts = [match[1] if (match := _PARTIAL.fullmatch(part)) else part for part in path.absolute().parts]
+    return Path(*parts)
 
 
 def damage(folder: Path) -> str | None:

@@ -26,7 +26,8 @@ class DataSettings(Settings):
     """Share of rows set apart for evaluation when there is no eval_data, at most 500 rows; 0 for none."""
 
     map: dict[str, str] | None = None
-    """Column names and what they hold, for example {"question": "user", "answer": "assistant"}."""
+    """Column names and what they hold, for example {"question": "user", "answer": "assistant"}; with another task than
+    CAUSAL_LM {"headline": "text", "is_sarcastic": "label"}."""
 
     train_on: Annotated[
         Literal["assistant", "all", "last"] | None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.core.tasks import CAUSAL_LM, TASKS
+
 __all__ = ["model_card"]
 
 
@@ -12,6 +14,7 @@ def model_card(
     *,
     base: str,
     is_adapter: bool = True,
+    task: str = CAUSAL_LM,
     settings: Mapping[str, Any],
     ledger: Mapping[str, Any],
     result: Mapping[str, Any],
@@ -22,6 +25,7 @@ def model_card(
     Args:
         base: the name of the base model.
         is_adapter: whether the folder holds an adapter, and not all weights.
+        task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
         settings: the resolved settings of the run.
         ledger: counts of the data, plain values.
         result: final numbers (steps, losses, seconds), plain values.
@@ -31,7 +35,9 @@ def model_card(
 
     library, tags = ("peft", ["lora", "sft"]) if is_adapter else ("transformers", ["sft"])
     head = yaml.safe_dump({"base_model": base, "library_name": library, "tags": [*tags, "tunesmith"]}, sort_keys=False)
-    other = "peft.AutoPeftModelForCausalLM" if is_adapter else "transformers.AutoModelForCausalLM"
+    auto = TASKS[task].auto
+    theirs = "ForFeatureExtraction" if auto == "AutoModel" else auto.removeprefix("AutoModel")
+    other = f"peft.AutoPeftModel{theirs}" if is_adapter else f"transformers.{auto}"
     parts = [
         f"---\n{head}---",
         f"# LoRA adapter for {base}" if is_adapter else f"# {base}, all weights trained",

@@ -74,6 +74,7 @@ class MemoryShape:
         kind: "cpu" or "cuda".
         load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
         written_out: entries of the largest group of quantized weights, dense while a product reads them.
+        rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
     """
 
     hidden: int
@@ -93,6 +94,7 @@ class MemoryShape:
     head_dim: int = 1
     softcap: bool = False
     written_out: int = 0
+    rebuilt: int = 0
 
     @property
     def wide(self) -> int:
@@ -193,6 +195,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
+        rebuilt=sum(module.get_param().nbytes for module in model.modules() if hasattr(module, "get_param")) // count,
         written_out=max((_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)), default=0),
     )
 
@@ -324,7 +327,7 @@ def kept_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Policy]) 
     tokens, size = part.tokens, shape.itemsize
     if not shape.layers:
         # transformers' layers keep everything, or their inputs and, while one is computed again, all of that one.
-        whole = tokens * eager_bytes(shape)
+        whole = tokens * eager_bytes(shape) + shape.rebuilt
         is_kept = [policy is Policy.NONE for policy in policies]
         inputs = tokens * shape.hidden * size * (len(is_kept) - sum(is_kept))
         return whole * sum(is_kept) + inputs + (whole if not all(is_kept) else 0)
@@ -370,7 +373,7 @@ def _scratch_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Polic
 def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:
     """Return what one layer's backward allocates and gives back: attention's grids and scores, gradients of weights."""
     if not shape.layers:
-        return part.tokens * eager_bytes(shape)
+        return part.tokens * eager_bytes(shape) + shape.rebuilt
     size, wide = shape.itemsize, shape.wide
     own = 2 * 4 * shape.trained // max(1, shape.count) + 2 * part.tokens * shape.hidden * size
     if shape.kind == "cuda":

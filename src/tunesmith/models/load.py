@@ -1,4 +1,4 @@
-"""Load a language model, with or without eyes, and its tokenizer or processor from any source that a name can mean.
+"""Load a model, by default a language model with or without eyes, and its tokenizer or processor from any source.
 
 Reads local files first and asks the network only for hub ids. The dtype comes with its reason. Read next:
 ``aliases.py`` (what a name means), ``gguf_cache.py`` (GGUF files), ``adapters/state.py`` (adapter folders).
@@ -7,6 +7,7 @@ Reads local files first and asks the network only for hub ids. The dtype comes w
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
 from tunesmith.core.errors import ModelError, NotSupportedYetError, TunesmithError
 from tunesmith.core.memory import trim_heap
+from tunesmith.core.seeds import seeded
+from tunesmith.core.tasks import CAUSAL_LM, task_of
 from tunesmith.models.aliases import ALIASES, ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
+from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.quantize import (
     keep_activations,
     make_quantized,
@@ -25,7 +29,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     width_of,
 )
-from tunesmith.models.rope import Stretch, stretch
+from tunesmith.models.rope import Stretch, automatic, stretch
 from tunesmith.models.settings import Width
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 
@@ -38,12 +42,16 @@ __all__ = [
     "ModelFacts",
     "empty_causal_lm",
     "facts_of",
-    "load_causal_lm",
+    "load_model",
     "load_tokenizer",
     "load_window",
+    "local_place",
     "native_window",
     "stored_bytes",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 class _DefaultWindow(int):
@@ -51,6 +59,9 @@ class _DefaultWindow(int):
 
 
 DEFAULT_WINDOW: int = _DefaultWindow(2048)
+
+# Where nothing is said, transformers asks on the terminal whether to run a model's own code.
+_NO_CODE = {"trust_remote_code": False}
 
 
 @dataclass(slots=True)
@@ -67,6 +78,9 @@ class ModelFacts:
         width: of the quantized layers of the base, None where it is not quantized.
         full_finetuning: whether all weights train.
         stretch: how the window was made longer than the model's own, or None.
+        tokenizer: the one that was loaded with the model, None where another library loaded it.
+        task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
+        new_modules: modules that the files did not hold: random until they are trained.
     """
 
     name: str
@@ -78,6 +92,9 @@ class ModelFacts:
     width: Width | None = None
     full_finetuning: bool = False
     stretch: Stretch | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    task: str = CAUSAL_LM
+    new_modules: tuple[str, ...] = ()
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -88,10 +105,13 @@ def facts_of(model: Any) -> ModelFacts:
     dtype = model.get_input_embeddings().weight.dtype
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     window = min(native_window(model.config) or DEFAULT_WINDOW, DEFAULT_WINDOW)
-    return ModelFacts(name, DtypeChoice(dtype, "as loaded by the caller"), window, width=width_of(model.config))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task = task_of(type(base).__name__, model.config)
+    choice = DtypeChoice(dtype, "as loaded by the caller")
+    return ModelFacts(name, choice, window, width=width_of(model.config), task=task)
 
 
-def load_causal_lm(
+def load_model(
     source: ModelSource,
     *,
     max_seq_length: int | None = DEFAULT_WINDOW,
@@ -103,6 +123,7 @@ def load_causal_lm(
     whole: bool = False,
     stretched: Stretch | None = None,
     with_processor: bool = False,
+    head: Head | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a "folder", "gguf" or "hub" source, and its tokenizer.
@@ -110,19 +131,37 @@ def load_causal_lm(
     The model carries its :class:`ModelFacts`. ``hub`` are the keywords of transformers that choose a repository
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
     ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
-    the window longer. A vision-language model comes with its processor where ``with_processor`` asks for that.
+    the window longer. ``head`` says what the model is for; None leaves it to the files. A vision-language model comes
+    with its processor where ``with_processor`` asks for that.
 
     Raises:
-        ModelError: files are missing or corrupt, the architecture is no language model that generates,
-            ``max_seq_length`` is above the model's own window, or the files are quantized in another ``width``.
+        ModelError: files are missing or corrupt, the architecture does not serve the task,
+            ``max_seq_length`` is above what its window can be stretched to, or the files are quantized in another
+            ``width``.
+        NotSupportedYetError: ``width`` or ``stretched`` for another task than causal language modelling.
     """
+    import transformers
+
+    head = head or Head()
     device = choose_device()
     choice = choose_dtype(dtype, device)
-    place = _local_place(source)
-    config = _config(source, hub, stretched)
-    with_processor = with_processor and has_vision(config)
-    tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor, **hub)
-    arguments: dict[str, Any] = {"dtype": choice.dtype, **hub}
+    place = local_place(source)
+    own = _config(source, hub)
+    task = head.task_for(own)
+    is_other = task.name != CAUSAL_LM
+    sees = has_vision(own) and not is_other
+    tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor and sees, **hub)
+    arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
+    if is_other:
+        _refuse_elsewhere(task.name, width or width_of(own), stretched)
+    config, how = _stretched_config(source, hub, stretched, max_seq_length)
+    if is_other:
+        _refuse_elsewhere(task.name, None, how)
+    if sees and how is not None:
+        raise NotSupportedYetError(
+            f"the window of a vision-language model is not stretched yet: use at most {native_window(own)} positions."
+        )
+    arguments |= head.arguments(own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if device_map is not None or width is not None:
@@ -130,26 +169,34 @@ def load_causal_lm(
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
         _refuse_other_width(source, width, hub)
-        beside = outside_decoder(config) if has_vision(config) else None
+        beside = outside_decoder(own) if sees else None
         arguments["quantization_config"] = quantization_config(width, choice.dtype, leave_out=beside)
-    if whole and width_of(config) is not None:
+    if whole and width_of(own) is not None:
         raise ModelError(
             f"load_in_16bit=True, but the files of model {source.name} are quantized. Take the model in 16 bits, or "
             "leave load_in_16bit out."
         )
-    if stretched is not None:
+    if how is not None:
         arguments["config"] = config
-    with _readable_errors(source):
-        model, info = auto_class(config).from_pretrained(place, output_loading_info=True, **arguments)
-    _refuse_missing_weights(source, info)
+    kind = head.auto_model or (auto_class(own) if sees else getattr(transformers, task.auto))
+    with _readable_errors(source), seeded(head.seed):
+        model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
+    new = head.new_modules(model, own, set(info.get("missing_keys", ())))
+    _refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
     if "device_map" not in arguments:
         model.to(device)
     if width is not None:
         _leave_files(model)
     protect_gradients(model)
     keep_activations(model)
-    _fit_out(model, source, choice, max_seq_length, attn_implementation)
-    facts_of(model).stretch = stretched
+    _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
+    facts = facts_of(model)
+    facts.stretch, facts.tokenizer = how, getattr(tokenizer, "tokenizer", tokenizer)
+    facts.new_modules = tuple(sorted(new)) if task.heads else ()
+    if how is not None and stretched is None:
+        _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
+    if is_other and tokenizer.pad_token_id is not None:
+        give_padding(model, tokenizer)
     return model, tokenizer
 
 
@@ -163,10 +210,10 @@ def empty_causal_lm(
     stretched: Stretch | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
-    """Return what :func:`load_causal_lm` would, with shapes and no values: on the meta device, from config.json alone.
+    """Return what :func:`load_model` would, with shapes and no values: on the meta device, from config.json alone.
 
     Raises:
-        ModelError: as :func:`load_causal_lm`, as far as the config shows it.
+        ModelError: as :func:`load_model`, as far as the config shows it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -177,7 +224,7 @@ def empty_causal_lm(
         arguments["attn_implementation"] = attn_implementation
     if hub.get("trust_remote_code"):
         arguments["trust_remote_code"] = True
-    config = _config(source, hub, stretched)
+    config, _ = _stretched_config(source, hub, stretched, max_seq_length)
     if has_vision(config):
         raise NotSupportedYetError(f"{source.name} is a vision-language model: its memory cannot be predicted yet.")
     with _readable_errors(source), torch.device("meta"):
@@ -194,7 +241,7 @@ def stored_bytes(source: ModelSource) -> dict[str, int]:
     Names are those of safetensors ("F32", "BF16", "I8" ...). Empty where no file is here: a hub model that was never
     downloaded, or weights of another format.
     """
-    folder = Path(_local_place(source))
+    folder = Path(local_place(source))
     found: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         for entry in _header(file).values():
@@ -218,23 +265,31 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _fit_out(
-    model: PreTrainedModel, source: ModelSource, choice: DtypeChoice, window: int | None, attention: str | None
+    model: PreTrainedModel,
+    source: ModelSource,
+    choice: DtypeChoice,
+    window: int | None,
+    attention: str | None,
+    *,
+    task: str = CAUSAL_LM,
 ) -> None:
     """Give a model our attention and fused layers where it takes them, and the facts about it."""
     from tunesmith.engine.attention import use_document_attention
     from tunesmith.engine.install import install
 
-    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config))
+    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config), task=task)
+    model.tunesmith_facts = facts  # type: ignore[assignment]
+    if task != CAUSAL_LM:
+        facts.notes.append("batches are padded and layers are transformers' own: fused ones are for CAUSAL_LM")
+        return
     if has_vision(model.config):
         facts.notes.append(NOT_FUSED)
-        model.tunesmith_facts = facts  # type: ignore[assignment]
         return
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
             facts.notes.append(f"attention per document is off: {reason}")
     facts.notes += install(model).plan.reasons
-    model.tunesmith_facts = facts  # type: ignore[assignment]
 
 
 def load_tokenizer(
@@ -251,7 +306,7 @@ def load_tokenizer(
 
     with _readable_errors(source):
         load = load_processor if with_processor else AutoTokenizer.from_pretrained
-        tokenizer = load(_local_place(source), **hub)
+        tokenizer = load(local_place(source), **{**_NO_CODE, **hub})
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer
@@ -260,22 +315,30 @@ def load_tokenizer(
 def load_window(
     source: ModelSource, asked: int | None = DEFAULT_WINDOW, *, stretched: Stretch | None = None, **hub: Any
 ) -> int:
-    """Return the window that :func:`load_causal_lm` would use the model with, from its config alone.
+    """Return the window that :func:`load_model` would use the model with, from its config alone.
 
     Raises:
-        ModelError: config.json is missing or corrupt, or ``asked`` is above the model's own window.
+        ModelError: config.json is missing or corrupt, or ``asked`` is above what the window can be stretched to.
     """
-    return _window(_config(source, hub, stretched), asked)
+    return _window(_stretched_config(source, hub, stretched, asked)[0], asked)
 
 
-def _config(source: ModelSource, hub: dict[str, Any], stretched: Stretch | None = None) -> Any:
+def _config(source: ModelSource, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     with _readable_errors(source):
-        config = AutoConfig.from_pretrained(_local_place(source), **hub)
-        if stretched is not None:
-            stretch(config, stretched)
-    return config
+        return AutoConfig.from_pretrained(local_place(source), **{**_NO_CODE, **hub})
+
+
+def _stretched_config(
+    source: ModelSource, hub: dict[str, Any], stretched: Stretch | None, asked: int | None
+) -> tuple[Any, Stretch | None]:
+    """Return the config with its window stretched as is said, or as far as is asked for, and how it was."""
+    config = _config(source, hub)
+    how = stretched or automatic(config, None if isinstance(asked, _DefaultWindow) else asked)
+    if how is not None:
+        stretch(config, how)
+    return config, how
 
 
 def native_window(config: Any) -> int | None:
@@ -287,14 +350,7 @@ def _window(config: Any, asked: int | None) -> int:
     native = native_window(config)
     if asked is None:
         return native or DEFAULT_WINDOW
-    if native is not None and asked > native:
-        if isinstance(asked, _DefaultWindow):
-            return native
-        raise ModelError(
-            f"max_seq_length={asked} is above this model's own window of {native} positions. Use at most {native}, or "
-            "say how to stretch it: rope_scaling is one of linear, dynamic, yarn and llama3."
-        )
-    return int(asked)
+    return int(asked) if native is None else min(native, int(asked))  # above it only where nobody asked for it
 
 
 def _leave_files(model: PreTrainedModel) -> None:
@@ -315,7 +371,8 @@ def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) 
         )
 
 
-def _local_place(source: ModelSource) -> str:
+def local_place(source: ModelSource) -> str:
+    """Return what transformers is told: a folder, the folder that a .gguf file was converted to, or a hub id."""
     return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
 
 
@@ -340,6 +397,11 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(_cannot_load(source, error)) from error
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {source.name} comes with Python code of its own, which is not run unasked. Read it, and give "
+                "trust_remote_code=True if you trust it."
+            ) from error
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 
@@ -359,9 +421,19 @@ def _first_sentence(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 
-def _refuse_missing_weights(source: ModelSource, info: dict[str, Any]) -> None:
-    """Transformers fills missing weights with random numbers and only warns: such a model must not train."""
-    missing = sorted(info.get("missing_keys", ()))
+def _refuse_elsewhere(task: str, width: Width | None, stretched: Stretch | None) -> None:
+    name = None if width is None else f"load_in_{width}"
+    name = name or (None if stretched is None else "rope_scaling")
+    if name is not None:
+        raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
+
+
+def _refuse_missing_weights(source: ModelSource, info: dict[str, Any], new: set[str]) -> None:
+    """Transformers fills missing weights with random numbers and only warns: such a model must not train.
+
+    ``new`` are those of a head that is to be trained.
+    """
+    missing = sorted(set(info.get("missing_keys", ())) - new)
     mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
     broken = missing + mismatched
     if broken:

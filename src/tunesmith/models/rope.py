@@ -11,12 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.core.errors import SettingsError
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 
-__all__ = ["SCHEMES", "Stretch", "stretch"]
+__all__ = ["AUTOMATIC", "SCHEMES", "Stretch", "automatic", "stretch"]
 
 SCHEMES = ("linear", "dynamic", "yarn", "llama3")
+
+AUTOMATIC = "yarn"
+"""The scheme of a longer window when none is asked for; chosen by ``python -m benchmarks.rope`` (docs/training.md)."""
+
+_LONGEST = 4  # times the model's own window that a scheme is chosen for unasked
 
 _FULL = "full_attention"
 _KEYS = (
@@ -63,7 +68,9 @@ def stretch(config: Any, how: Stretch) -> None:
     else:
         made = _given(scaling, own, native, _rotary_size(text, own))
         trained = made.get("original_max_position_embeddings", native)
-        reach = max(native, int(trained * scaling.get("factor", 1.0)))
+        if own.get("rope_type") == made["rope_type"] and "factor" in own:
+            trained = native / own["factor"]  # the same scheme, wider: its window grows with its factor
+        reach = max(native, round(trained * scaling.get("factor", 1.0)))
         if window is not None and window > reach:
             raise SettingsError(
                 f"max_seq_length={window} is above the {reach} positions that rope_scaling {scaling} gives a model of "
@@ -77,6 +84,35 @@ def stretch(config: Any, how: Stretch) -> None:
         text.validate_rope()
     except (KeyError, ValueError, TypeError) as error:
         raise SettingsError(f"rope_scaling={scaling}: transformers refuses it ({error.args[0]}).") from error
+
+
+def automatic(config: Any, window: int | None) -> Stretch | None:
+    """Return how a window that was asked for is reached where no scheme is: None where the model's own holds it.
+
+    A model with a scheme of its own keeps it, with a factor that is as much larger as the window.
+
+    Raises:
+        ModelError: the window is above four times the model's own, or cannot be stretched.
+    """
+    text = config.get_text_config()
+    native, whole = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    if window is None or native is None or window <= native:
+        return None
+    own = (whole or {}).get(_FULL, whole) or {}
+    kind = own.get("rope_type", "default")
+    if not whole or kind not in ("default", *SCHEMES):
+        raise ModelError(
+            f"max_seq_length={window} is above this model's own window of {native} positions, which we cannot stretch. "
+            f"Use at most {native}."
+        )
+    if window > _LONGEST * native:
+        raise ModelError(
+            f"max_seq_length={window} is above {_LONGEST} times this model's own window of {native} positions. Use at "
+            f"most {_LONGEST * native}, or say how to stretch it: rope_scaling is one of {', '.join(SCHEMES)}."
+        )
+    if kind == "default":
+        return Stretch(AUTOMATIC, window)
+    return Stretch({**own, "factor": own["factor"] * window / native}, window)
 
 
 def _scheme(name: str, own: dict[str, Any], native: int, window: int | None, size: int) -> dict[str, Any]:

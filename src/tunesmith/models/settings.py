@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunesmith.core.device import parse_dtype
-from tunesmith.core.errors import ModelError, SettingsError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.core.settings import Guide, Settings
+from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.models.rope import Stretch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelSettings", "Width", "choose_width"]
+__all__ = ["ModelSettings", "Width", "check_fast_inference", "check_fp8", "choose_width"]
 
 Width = Literal["4bit", "8bit"]
 """How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
@@ -45,16 +47,69 @@ def choose_width(
     return "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
 
 
+def check_fp8(mode: bool | str) -> None:
+    """Refuse ``load_in_fp8`` where the hardware does not compute in float8.
+
+    Raises:
+        SettingsError: no such mode.
+        ModelError: the hardware lacks it; the message says what is needed.
+        NotSupportedYetError: the hardware has it, and our layers do not use it yet.
+    """
+    if mode not in (False, True, "row", "block"):
+        raise SettingsError(f"load_in_fp8={mode!r}: allowed are False, True, 'row' and 'block'.")
+    if not mode:
+        return
+    import torch
+
+    from tunesmith.core.device import choose_device
+
+    device = choose_device()
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ModelError(
+            f"load_in_fp8={mode!r} needs a GPU that computes in float8 (compute capability 8.9 or newer), and this "
+            f"machine has none ({device.type}). load_in_8bit=True stores the base in as little memory."
+        )
+    raise NotSupportedYetError(f"load_in_fp8={mode!r} is not supported yet. load_in_8bit=True takes the same memory.")
+
+
+def check_fast_inference(asked: bool, **of_vllm: tuple[Any, Any]) -> None:
+    """Refuse ``fast_inference`` without vLLM; ``of_vllm`` are its arguments as (given, default).
+
+    Raises:
+        SettingsError: an argument of vLLM without ``fast_inference``.
+        ModelError: vLLM is not installed.
+        NotSupportedYetError: it is, and it is not used yet.
+    """
+    if not asked:
+        for name, (given, default) in of_vllm.items():
+            if given != default:
+                raise SettingsError(
+                    f"{name}={given!r} is an argument of vLLM, which fast_inference=True asks for. Leave it out."
+                )
+        return
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "fast_inference=True generates through vllm, and that package is not installed. Give fast_inference=False "
+            "to generate through transformers."
+        )
+    raise NotSupportedYetError("fast_inference=True is not supported yet. Give fast_inference=False.")
+
+
 class ModelSettings(Settings):
     """Which model, in which precision, with which window."""
 
     model: str
-    """Folder, .gguf file, hub id, adapter folder (base and adapter are loaded), or a built-in name (smollm2-135m)."""
+    """Folder, .gguf file, hub id, adapter folder (base and adapter are loaded), or a built-in name (smollm2-135m,
+    minilm-l6)."""
 
     max_seq_length: Annotated[
         int | None,
         Field(ge=1),
-        Guide("512 to 2048", "rows longer than it are dropped", "costs memory; above the model's own it is refused"),
+        Guide(
+            "512 to 2048",
+            "rows longer than it are dropped",
+            "costs memory; the model's own window is stretched, up to 4 times",
+        ),
     ] = None
     """Longest training row and generation window in tokens; none means 2048, or the model's own where that is less."""
 
@@ -64,9 +119,14 @@ class ModelSettings(Settings):
     ] = None
     """bfloat16, float16 or float32; none lets the hardware decide and prints the reason."""
 
+    task: str = CAUSAL_LM
+    """What the model is trained for: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS or FEATURE_EXTRACTION
+    (also in words: sequence_classification, token_classification, seq2seq, question_answering). Labels are those of the
+    training rows."""
+
     rope_scaling: str | dict[str, Any] | None = None
     """How to stretch the model's window to a longer max_seq_length: linear, dynamic, yarn, llama3, or a mapping of rope
-    parameters of transformers."""
+    parameters of transformers. None: the model's own scheme made wider, or yarn, up to 4 times the own window."""
 
     load_in_4bit: Annotated[
         bool,
@@ -103,6 +163,11 @@ class ModelSettings(Settings):
 
     attn_implementation: str | None = None
     """sdpa, eager or flash_attention_2 as in transformers; none uses the library's attention per document."""
+
+    @field_validator("task")
+    @classmethod
+    def _a_known_task(cls, value: str) -> str:
+        return find_task(value).name
 
     @property
     def width(self) -> Width | None:

@@ -64,6 +64,7 @@ ALIASES = {
     "early_stopping_steps": "early_stopping_patience",
     "column_map": "map",
     "optimizer": "optim",
+    "task_type": "task",
 }
 """Other tools' key -> ours."""
 

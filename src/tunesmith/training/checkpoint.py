@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import damage, require_space
 
@@ -104,8 +105,10 @@ def checkpoint_bytes(model: Any) -> int:
 
 
 def require_disk_space(model: Any, folder: Path) -> None:
-    """Raise :class:`OutputError` when the disk of ``folder`` has no room for the checkpoints of a run."""
-    require_space(folder, 3 * checkpoint_bytes(model), "keeping checkpoints")
+    """Raise :class:`OutputError` when the disk of ``folder`` has no room for what a run writes."""
+    beside = base_bytes_beside(model)
+    what = "keeping checkpoints" if beside == 0 else "keeping checkpoints and the base of the adapter"
+    require_space(folder, 3 * checkpoint_bytes(model) + beside, what)
 
 
 def remove_old_checkpoints(written: Path, *, keep: int | None, best: str | None) -> None:

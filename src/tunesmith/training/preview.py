@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.adapters.inject import continue_adapter, inject_adapter, train_all_weights, trainable_share
+from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import empty_source, load_source_tokenizer
 from tunesmith.core.device import choose_device
@@ -120,6 +121,8 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
             kept * checkpoint_bytes(model),
         "model" if settings.full_finetuning else "adapter": shape.trained_bytes,
     }  # fmt: skip
+    if base_bytes_beside(model):
+        disk["base beside the adapter"] = base_bytes_beside(model)
     if not settings.full_finetuning:
         disk["merged in 16 bit, where asked for"] = 2 * trainable_share(model)[1]
     return Preview(

@@ -26,29 +26,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.inject import (
-    check_checkpointing,
-    continue_adapter,
-    inject_adapter,
-    train_all_weights,
-    trainable_share,
-)
-from tunesmith.adapters.settings import AdapterSettings
-from tunesmith.adapters.state import load_source
+from tunesmith.adapters.inject import trainable_share
 from tunesmith.core.errors import DataError, OutputError
 from tunesmith.core.files import as_output_error, require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.data.vision import encoder_of
 from tunesmith.export.card import model_card
-from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.models.heads import Head
+from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import loss_plot
 from tunesmith.training.checkpoint import require_disk_space
 from tunesmith.training.config import config_of, dated_folder
+from tunesmith.training.loading import load_for_run
 from tunesmith.training.settings import RunSettings
 from tunesmith.training.sft import SFTTrainer
+from tunesmith.training.tasks.run import make_task_trainer
+from tunesmith.training.tasks.trainer import TaskTrainer
 
 __all__ = ["RunResult", "choose_folder", "make_trainer", "prepare_data", "run_training"]
 
@@ -69,7 +66,7 @@ class RunResult:
     folder: Path
     trained: Path | None
     numbers: dict[str, Any]
-    trainer: SFTTrainer
+    trainer: SFTTrainer | TaskTrainer
 
     @property
     def interrupted(self) -> bool:
@@ -148,9 +145,11 @@ def run_training(
 
 def make_trainer(
     settings: RunSettings, folder: Path, *, callbacks: Sequence[Any] = ()
-) -> tuple[SFTTrainer, RunSettings]:
+) -> tuple[SFTTrainer | TaskTrainer, RunSettings]:
     """Return the trainer of a run in ``folder``, and the settings, in which a loaded adapter stands as it is."""
-    model, tokenizer, settings = _load(settings)
+    if settings.task != CAUSAL_LM:
+        return make_task_trainer(settings, folder, callbacks=callbacks)
+    model, tokenizer, settings = load_for_run(settings, Head(CAUSAL_LM))
     train_data, eval_data = prepare_data(settings, tokenizer, facts_of(model).window)
     require_disk_space(model, folder)
     trainer = SFTTrainer(
@@ -207,33 +206,7 @@ def _has_valid(source: str) -> bool:
     return Path(source).is_dir() and "valid" in list_splits(source)
 
 
-def _load(settings: RunSettings) -> tuple[Any, Any, RunSettings]:
-    """Return model, tokenizer and the settings, in which an adapter that is trained on stands as it is."""
-    check_checkpointing(settings.use_gradient_checkpointing)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
-    model, tokenizer = load_source(
-        settings.model,
-        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
-        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
-        dtype=settings.dtype,
-        width=settings.width,
-        whole=settings.load_in_16bit,
-        chat_template=settings.chat_template,
-        attn_implementation=settings.attn_implementation,
-        with_processor=True,
-        **{name: value for name, value in hub.items() if value is not None},
-    )
-    if settings.full_finetuning:
-        train_all_weights(model, settings.use_gradient_checkpointing, settings.temporary_location)
-        return model, tokenizer, settings
-    wanted: AdapterSettings = settings.part(AdapterSettings)
-    if facts_of(model).adapter is None:
-        return inject_adapter(model, wanted), tokenizer, settings
-    own = continue_adapter(model, wanted, settings.model_fields_set)
-    return model, tokenizer, settings.replace(**own)
-
-
-def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> None:
+def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer | TaskTrainer) -> None:
     import yaml
 
     resolved = {**settings.resolved(), "output_dir": str(folder)}
@@ -242,15 +215,17 @@ def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer) -> Non
     if trainer.eval_data is not None:
         ledgers["eval"] = trainer.eval_data.ledger.as_dict()
     write_text(folder / "ledger.json", json.dumps(ledgers, indent=1) + "\n")
-    write_text(folder / "plan.json", json.dumps(trainer.plan.record(), indent=1) + "\n")
+    if trainer.plan is not None:
+        write_text(folder / "plan.json", json.dumps(trainer.plan.record(), indent=1) + "\n")
 
 
-def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
+def _numbers(trainer: SFTTrainer | TaskTrainer, seconds: float) -> dict[str, Any]:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     speeds = [entry["tokens_per_s"] for entry in history if "tokens_per_s" in entry]
     trainable, total = trainable_share(trainer.model)
     return {
+        **_best_figures(trainer),
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
@@ -259,19 +234,31 @@ def _numbers(trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "peak_bytes": peak_bytes(),
-        "predicted_peak_bytes": trainer.plan.peak or None,
+        "predicted_peak_bytes": None if trainer.plan is None else trainer.plan.peak or None,
         "trainable_parameters": trainable,
         "parameters": total,
     }
 
 
-def _save(trained: Path, settings: RunSettings, trainer: SFTTrainer, numbers: dict[str, Any]) -> None:
+def _best_figures(trainer: SFTTrainer | TaskTrainer) -> dict[str, float]:
+    """Return the figures of the evaluation of the step that is kept, where a task has some."""
+    if not isinstance(trainer, TaskTrainer):
+        return {}
+    step = trainer.state.best_global_step or trainer.state.global_step
+    kept = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    figures: dict[str, float] = kept[-1] if kept else {}
+    leave = ("eval_loss", "eval_runtime")
+    return {name: value for name, value in figures.items() if name.startswith("eval_") and name not in leave}
+
+
+def _save(trained: Path, settings: RunSettings, trainer: SFTTrainer | TaskTrainer, numbers: dict[str, Any]) -> None:
     with whole_folder(trained) as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
         card = model_card(
             base=settings.model,
             is_adapter=not settings.full_finetuning,
+            task=settings.task,
             settings=settings.resolved(),
             ledger=trainer.ledger.as_dict(),
             result=numbers,

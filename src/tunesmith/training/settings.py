@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.core.errors import NotSupportedYetError, TunesmithError
 from tunesmith.core.settings import Guide, Settings, check, complaint, read_yaml
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
 from tunesmith.training.aliases import translate
@@ -32,9 +33,10 @@ FULL_RATE = 2e-5
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
 _NOT_YET = (
-    "load_in_fp8", "qat_scheme", "loftq_config", "target_parameters", "resize_model_vocab", "offload_embedding",
-    "fast_inference", "task_type", "task",
+    "load_in_fp8", "qat_scheme", "resize_model_vocab", "offload_embedding", "fast_inference",
 )  # fmt: skip
+# Settings that mean nothing, or are not written yet, for other tasks than language modelling.
+_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data")
 
 
 class TrainingSettings(Settings):
@@ -158,6 +160,12 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
             raise ValueError("early_stopping_patience needs an evaluation: give eval_data or an eval_split above 0.")
         if self.max_length is not None and self.max_seq_length is not None and self.max_length > self.max_seq_length:
             raise ValueError(f"max_length={self.max_length} is above max_seq_length={self.max_seq_length}.")
+        if self.needs_rows != (self.init_data is not None):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} starts from rows of data: give init_data."
+                if self.needs_rows
+                else "init_data is looked at by init_lora_weights eva, corda and lora_ga alone. Leave it out."
+            )
         if self.finetune_last_n_layers is not None and self.layers_to_transform is not None:
             raise ValueError("finetune_last_n_layers and layers_to_transform both choose layers. Give one of them.")
         return self
@@ -171,6 +179,14 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
         idle = sorted(self.model_fields_set & set(self.of_adapters))
         if idle:
             raise ValueError(f"full_finetuning trains all weights and no adapter: leave out {', '.join(idle)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_task_takes(self) -> Self:
+        fields = type(self).model_fields
+        idle = [name for name in _LANGUAGE_ONLY if getattr(self, name) != fields[name].default]
+        if self.task != CAUSAL_LM and idle:
+            raise ValueError(f"{', '.join(idle)}: for CAUSAL_LM only, and the task is {self.task}. Leave it out.")
         return self
 
     @property

@@ -1,0 +1,189 @@
+"""Which scheme keeps a model readable beyond its own window? Perplexity at 1x, 2x and 4x, untrained and trained.
+
+    python -m benchmarks.rope [--reach 1 2 4] [--windows 4] [--train 0] [--minutes 60]
+    python -m benchmarks.rope --table
+
+For SmolLM2-135M-Instruct (window 8,192): the perplexity of the last 1,024 tokens of windows of real text that are 1, 2
+and 4 times as long as its own, unscaled and under each scheme of ``rope_scaling``. ``--train N`` then trains an adapter
+for N steps at 2x under the two schemes that are best there, and scores it at 4x. Every window is one line of
+``results/rope.jsonl``: what is there is not measured again, so that the command goes on where it stopped, and
+``--minutes`` ends it between two windows. The text is the language reference of Python and then help pages of its
+library, as the standard library carries them; windows do not overlap, and training uses other text than scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import RESULTS, append_record
+
+__all__ = ["measure", "scores", "table"]
+
+MODEL = "smollm2-135m"
+NATIVE = 8192
+SCORED = 1024
+"""Tokens at the end of a window whose perplexity counts: all of them see nearly the whole window."""
+
+PLAIN = "unscaled"
+
+PAGES = (
+    "argparse", "ast", "datetime", "decimal", "email.message", "fractions", "http.client", "inspect", "ipaddress",
+    "logging", "pathlib", "random", "socket", "statistics", "subprocess", "tarfile", "threading", "typing",
+    "unittest", "zipfile",
+)  # fmt: skip
+
+
+def tokens_of_text(tokenizer: Any) -> list[int]:
+    """Return the language reference, each section once, and the help pages of :data:`PAGES`, as one line of tokens."""
+    import pydoc
+    from pydoc_data.topics import topics
+
+    sections = dict.fromkeys(topics[name] for name in sorted(topics))
+    # A page ends with the path of its file on this machine.
+    pages = [pydoc.render_doc(name, renderer=pydoc.plaintext).partition("\nFILE\n")[0] for name in PAGES]
+    return tokenizer("\n\n".join([*sections, *pages]), add_special_tokens=False)["input_ids"]
+
+
+def load(scheme: str, reach: int) -> tuple[Any, Any]:
+    """Return model and tokenizer with ``reach`` times the model's own window."""
+    from tunesmith import FastLanguageModel
+
+    stretched: dict[str, Any] = {}
+    if reach > 1 and scheme != PLAIN:
+        stretched = {"max_seq_length": reach * NATIVE, "rope_scaling": scheme}
+    return FastLanguageModel.from_pretrained(MODEL, dtype="float32", **stretched)
+
+
+def perplexity(model: Any, tokens: list[int]) -> float:
+    """Return the perplexity of the last :data:`SCORED` of ``tokens``."""
+    from tunesmith.data.types import Document
+    from tunesmith.evaluation.likelihood import row_losses
+
+    trained = np.arange(len(tokens)) >= len(tokens) - SCORED
+    losses, counts = row_losses(model, [[Document(np.asarray(tokens, dtype=np.int32), trained, "window")]])
+    return math.exp(losses[0] / counts[0])
+
+
+def trained_model(scheme: str, tokens: list[int], steps: int) -> Any:
+    """Return a model stretched to 4x whose adapter was trained ``steps`` steps on windows of 2x of ``tokens``."""
+    from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
+
+    model, tokenizer = load(scheme, 4)
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
+    length = 2 * NATIVE
+    starts = np.linspace(0, len(tokens) - length, steps).astype(int)
+    rows = [{"text": tokenizer.decode(tokens[start : start + length - 16])} for start in starts]
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            output_dir=folder, max_steps=steps, max_length=length, on_too_long="truncate", eval_split=0,
+            per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=2e-4, report_to="none",
+        )  # fmt: skip
+        SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer).train()
+    return model
+
+
+def scores() -> dict[tuple[str, int, int, int], float]:
+    """Return (scheme, reach, window, trained steps) -> perplexity of what is recorded."""
+    file = RESULTS / "rope.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {
+        (line["scheme"], line["reach"], line["window"], line["steps"]): line["perplexity"]
+        for line in map(json.loads, lines)
+    }
+
+
+def _measurements(reaches: list[int], windows: int, steps: int) -> Iterator[tuple[str, int, int, int]]:
+    from tunesmith.models.rope import SCHEMES
+
+    for reach in reaches:
+        schemes = (PLAIN,) if reach == 1 else (PLAIN, *SCHEMES)
+        for window in range(windows):
+            yield from ((scheme, reach, window, 0) for scheme in schemes)
+    for scheme in _best(2) if steps else ():
+        yield from ((scheme, 4, window, steps) for window in range(windows))
+
+
+def _best(count: int) -> list[str]:
+    """Return the schemes with the lowest untrained perplexity at 2x."""
+    at_2x = {scheme: value for (scheme, reach, steps), value in _means().items() if (reach, steps) == (2, 0)}
+    return sorted((scheme for scheme in at_2x if scheme != PLAIN), key=at_2x.__getitem__)[:count]
+
+
+def _means() -> dict[tuple[str, int, int], float]:
+    """Return (scheme, reach, trained steps) -> geometric mean of the perplexities of its windows."""
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for (scheme, reach, _, steps), value in scores().items():
+        found.setdefault((scheme, reach, steps), []).append(math.log(value))
+    return {key: math.exp(statistics.fmean(values)) for key, values in found.items()}
+
+
+def measure(reaches: list[int], windows: int, steps: int, minutes: float) -> bool:
+    """Record every measurement that is not there yet; return False where ``minutes`` ended it before the last."""
+    end = time.monotonic() + 60 * minutes
+    loaded: tuple[Any, Any] = (None, None)
+    for key in _measurements(reaches, windows, steps):
+        scheme, reach, window, trained = key
+        if key in scores():
+            continue
+        if time.monotonic() > end:
+            return False
+        start = time.perf_counter()
+        if loaded[0] != (scheme, reach, trained):
+            model, tokenizer = load(scheme, reach)
+            tokens = tokens_of_text(tokenizer)
+            if trained:
+                # Scored windows lie in the first part, so that training starts behind them.
+                model = trained_model(scheme, tokens[windows * 4 * NATIVE :], trained)
+            loaded = ((scheme, reach, trained), (model, tokens))
+        model, tokens = loaded[1]
+        # All reaches score the same tokens: a window ends where the longest one does.
+        last = (window + 1) * 4 * NATIVE
+        if last > len(tokens):
+            raise SystemExit(f"the text holds {len(tokens) // (4 * NATIVE)} windows; --windows {windows} asks for more")
+        value = perplexity(model, tokens[last - reach * NATIVE : last])
+        record = {"scheme": scheme, "reach": reach, "window": window, "steps": trained, "perplexity": value,
+                  "seconds": time.perf_counter() - start}  # fmt: skip
+        print(append_record("rope", record), flush=True)
+    return True
+
+
+def table() -> str:
+    """Return what is recorded as a table in Markdown: mean perplexity, and how many windows it is over."""
+    means, counted = _means(), scores()
+    columns = sorted({(reach, steps) for _, reach, steps in means})
+    heads = [f"{reach}x{f', {steps} steps at 2x' if steps else ''}" for reach, steps in columns]
+    lines = [f"| scheme | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    for scheme in dict.fromkeys(scheme for scheme, _, _ in means):
+        cells = []
+        for reach, steps in columns:
+            windows = sum((s, r, t) == (scheme, reach, steps) for s, r, _, t in counted)
+            cells.append(f"{means[scheme, reach, steps]:.1f} ({windows})" if windows else "")
+        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, or print the table of what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reach", type=int, nargs="+", default=[1, 2, 4], choices=[1, 2, 4])
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--train", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table and not measure(args.reach, args.windows, args.train, args.minutes):
+        print(f"{args.minutes} minutes are over: run the command again to go on")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

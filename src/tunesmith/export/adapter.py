@@ -1,0 +1,53 @@
+"""Write an adapter folder and compare it, loaded by plain PEFT, with the live model; and check one without its base.
+
+Adapters whose base was quantized or stretched are loaded by this library, which reads ``base.json``: plain PEFT would
+put them on another base than they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import AdapterError, OutputError
+from tunesmith.core.files import whole_folder
+from tunesmith.export.merge import ExportReport, refuse_difference
+from tunesmith.export.verify import compare, reference_of
+from tunesmith.models.load import facts_of
+
+__all__ = ["ADAPTER_BAR", "export_adapter"]
+
+ADAPTER_BAR = 1e-6
+"""Mean KL divergence in nats above which an adapter folder has failed: nothing in it is rounded."""
+
+
+def export_adapter(model: Any, folder: Path, tokenizer: Any = None, *, prompts: Sequence[Any] = ()) -> ExportReport:
+    """Write the adapter of ``model`` to ``folder`` and compare what PEFT loads from it with the live model.
+
+    Args: see :func:`tunesmith.export.merge.merge_model`.
+    Raises:
+        AdapterError: the model carries no adapter.
+        OutputError: the folder is there already or cannot be written.
+        ExportError: what was saved answers otherwise than the live model; it is kept as ``<folder>-failed``.
+    """
+    if not hasattr(model, "peft_config"):
+        raise AdapterError("save_method='lora' saves an adapter, and this model carries none. Use 'merged_16bit'.")
+    if folder.exists():
+        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    start, facts = time.perf_counter(), facts_of(model)
+    runtime = "peft" if facts.width is None and facts.stretch is None else "tunesmith"
+    reference = reference_of(model, tokenizer, prompts)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
+        found = compare(reference, temporary, runtime=runtime)
+        report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
+                              {"adapter": found})  # fmt: skip
+        (temporary / "export_report.json").write_text(json.dumps(report.record(), indent=1) + "\n", encoding="utf-8")
+        refuse_difference(report, temporary, ADAPTER_BAR)
+    return report

@@ -1,0 +1,48 @@
+"""The model of a run: loaded as the settings say, with an adapter on it or all of its weights in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.adapters.inject import check_checkpointing, continue_adapter, inject_adapter, train_all_weights
+from tunesmith.adapters.rows import as_rows
+from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.state import load_source
+from tunesmith.models.heads import Head
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of
+from tunesmith.training.settings import RunSettings
+
+__all__ = ["load_for_run"]
+
+
+def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettings]:
+    """Return model, tokenizer and the settings, in which an adapter that is trained on stands as it is.
+
+    A vision-language model comes with its processor in place of a tokenizer.
+    """
+    check_checkpointing(settings.use_gradient_checkpointing)
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
+    model, tokenizer = load_source(
+        settings.model,
+        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
+        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
+        dtype=settings.dtype,
+        width=settings.width,
+        whole=settings.load_in_16bit,
+        chat_template=settings.chat_template,
+        head=head,
+        attn_implementation=settings.attn_implementation,
+        with_processor=True,
+        **{name: value for name, value in hub.items() if value is not None},
+    )
+    if settings.full_finetuning:
+        train_all_weights(model, settings.use_gradient_checkpointing, settings.temporary_location)
+        return model, tokenizer, settings
+    wanted: AdapterSettings = settings.part(AdapterSettings)
+    if facts_of(model).adapter is None:
+        rows = None
+        if settings.init_data is not None:
+            rows = as_rows(model, settings.init_data, mapping=settings.map, train_on=settings.train_on)
+        return inject_adapter(model, wanted, rows), tokenizer, settings
+    own = continue_adapter(model, wanted, settings.model_fields_set)
+    return model, tokenizer, settings.replace(**own)

@@ -1,0 +1,1 @@
+"""Training for tasks other than language modelling: recipes (batch, loss, prediction, score), the trainer, its runs."""

@@ -1,0 +1,332 @@
+"""Training for a task: transformers' Trainer on padded batches, with the checks and the checkpoints of ``SFTTrainer``.
+
+What is overridden, and why: the loss is the sum over all labels of an optimizer step over their number, however the
+step is split; non-finite values stop the run before they reach the weights; the first step proves that every lora_B
+learns; evaluation gives the figures of the task; checkpoints are whole or not there, and fit only their own run.
+
+One process trains. Layers are transformers' own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from tunesmith.adapters.model import raw_weights
+from tunesmith.core.errors import NotSupportedYetError, OutputError, SettingsError, TrainingError
+from tunesmith.core.files import make_folder, require_space, whole_folder
+from tunesmith.core.memory import peak_bytes
+from tunesmith.data.task_rows import read_records
+from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_rows
+from tunesmith.engine.modes import evaluation_mode
+from tunesmith.models.heads import give_padding
+from tunesmith.models.load import facts_of
+from tunesmith.training.callbacks import InterruptWatch, default_callbacks
+from tunesmith.training.checkpoint import (
+    RUN_FILE,
+    checkpoint_at,
+    checkpoint_bytes,
+    checkpoints_in,
+    find_checkpoint,
+    remove_old_checkpoints,
+    require_disk_space,
+)
+from tunesmith.training.config import SFTConfig
+from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
+from tunesmith.training.optimizer import give_embeddings_their_rate, optimizer_for
+from tunesmith.training.plan import (
+    check_precision,
+    check_purpose,
+    choose_cadence,
+    length_limit,
+    one_tokenizer,
+    try_out,
+)
+from tunesmith.training.settings import FULL_RATE, LORA_RATE
+from tunesmith.training.tasks.recipes import Recipe, recipe_for
+
+__all__ = ["TaskTrainer", "score_rows"]
+
+_log = logging.getLogger(__name__)
+
+
+class TaskTrainer(Trainer):
+    """Train a model that was loaded with a ``task_type`` on rows of that task.
+
+    Args:
+        model: from ``FastLanguageModel.get_peft_model``, or one with ``full_finetuning``.
+        args: an :class:`SFTConfig`; None uses its defaults.
+        train_dataset, eval_dataset: a ``datasets`` object, list of rows, path, hub id, or :class:`TaskData`. Which
+            columns a task has is in ``tunesmith.data.task_rows``.
+        processing_class: the tokenizer (``tokenizer=`` is the older name).
+        mapping: column -> what it holds, ``{"headline": "text"}``.
+
+    Attributes:
+        ledger: what happened to every row.
+        recipe: batch, loss and score of the task.
+        plan: None: memory is planned for causal language models only.
+    """
+
+    plan = None
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        mapping: Mapping[str, str] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = SFTConfig() if args is None else args
+        if not isinstance(args, SFTConfig):
+            raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        self._tokenizer = one_tokenizer(processing_class, tokenizer)
+        give_padding(model, self._tokenizer)
+        self.recipe = recipe_for(model, self._tokenizer)
+        _refuse_elsewhere(args, facts_of(model).task, self.recipe)
+        check_precision(args, model)
+        check_purpose(model)
+        if not hasattr(model, "peft_config") and type(args.learning_rate) is type(LORA_RATE):
+            args.learning_rate = FULL_RATE
+        args.max_length = length_limit(args.max_length, facts_of(model).window)
+        if train_dataset is None:
+            raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
+        self._mapping, self._task = mapping, facts_of(model).task
+        train_data = self._prepare(train_dataset, args)
+        train_data.ledger.check()
+        eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
+        if eval_data is None and args.eval_split:
+            train_data, eval_data = split_task_rows(train_data, fraction=args.eval_split, seed=args.seed)
+        if eval_data is not None:
+            eval_data.ledger.check()
+        self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
+        try_out(args, model, choose_cadence(args, len(train_data), has_eval=eval_data is not None))
+        make_folder(Path(args.output_dir))
+        self._interrupts = InterruptWatch()
+        # Old checkpoints are ours to remove: the Trainer's own sweep at the end would take the newest one too.
+        self._keep, args.save_total_limit = args.save_total_limit, None
+        self._smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.recipe.collate,
+            train_dataset=train_data,  # type: ignore[arg-type]
+            eval_dataset=eval_data,  # type: ignore[arg-type]
+            processing_class=self._tokenizer,
+            callbacks=[*default_callbacks(args), self._interrupts, *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=None if optimizers[0] is not None else optimizer_for(model, args),
+        )
+        # Our loss is already divided by the labels of the whole step; the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self._tokens_since_log, self._log_time = 0, time.perf_counter()
+        self._proved_gradients = False
+
+    def _prepare(self, rows: Any, args: SFTConfig) -> TaskData:
+        if isinstance(rows, TaskData):
+            return rows
+        records = read_records(rows, self._task, mapping=self._mapping)
+        common: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long}
+        return prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with a group of its own for embedding and output head where they train."""
+        has_one = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not has_one:
+            give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
+        elif self.args.embedding_learning_rate is not None:
+            raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
+        return optimizer
+
+    # ---- one step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """Return the micro-batches of one optimizer step and the number of labels in them."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._tokens_since_log += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return batches, max(1, sum(self.recipe.items(batch) for batch in batches))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the summed loss of a micro-batch over ``num_items_in_batch`` (its own labels if None)."""
+        total, outputs = self.recipe.loss(model, inputs, self._smoothing)
+        loss = total / (self.recipe.items(inputs) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; at the last one of a step, check the gradients."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("the loss")
+        if self.accelerator.sync_gradients:
+            self._check_gradients()
+        return loss
+
+    def _check_gradients(self) -> None:
+        grads = [(name, p.grad) for name, p in self.model.named_parameters() if p.requires_grad]
+        norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
+        if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
+            self._stop("a gradient")
+        if not self._proved_gradients:
+            dead = [name for name, grad in grads if "lora_B" in name and (grad is None or not grad.any())]
+            if dead:
+                raise TrainingError(
+                    f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
+                    "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
+                )
+            self._proved_gradients = True
+
+    def _stop(self, what: str) -> None:
+        """Keep the weights of the last good step."""
+        self.model.zero_grad()
+        saved = ""
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, None)
+            saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
+        raise TrainingError(
+            f"{what} is not finite in step {self.state.global_step + 1}: the run stops before it reaches the weights."
+            f"{saved} Start a new run with a lower learning_rate or max_grad_norm."
+        )
+
+    # ---- logging and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens per second and peak memory to every line of training metrics."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_s"] = self._tokens_since_log / max(now - self._log_time, 1e-9)
+            logs["peak_bytes"] = peak_bytes()
+            self._tokens_since_log, self._log_time = 0, now
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return and log the loss and the figures of the task over the evaluation rows."""
+        began = time.perf_counter()
+        rows = self.eval_dataset if eval_dataset is None else self._prepare(eval_dataset, self.args)
+        if rows is None:
+            raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
+        batch_size = self.args.per_device_eval_batch_size
+        figures, _ = score_rows(self.model, self.recipe, list(rows), batch_size=batch_size)  # type: ignore[arg-type]
+        if not math.isfinite(figures["loss"]) and self.is_in_train:
+            self._stop("the eval loss")
+        figures["runtime"] = time.perf_counter() - began
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # Time spent here is not training time.
+        self._log_time += time.perf_counter() - began
+        return metrics
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the last ``train()`` before its last step."""
+        return self._interrupts.interrupted
+
+    # ---- checkpoints ----
+
+    def run_fingerprint(self) -> dict[str, Any]:
+        """Return data, model and settings of this run as comparable values."""
+        data = {"train": self.train_data.fingerprint()}
+        if self.eval_data is not None:
+            data["eval"] = self.eval_data.fingerprint()
+        settings = {**settings_fingerprint(self.args, 1), "label_smoothing_factor": self._smoothing}
+        return {"data": data, "model": self._model_fingerprint, "settings": settings}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
+        was never interrupted; without one it starts from the beginning.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another run, or all are damaged.
+            OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
+            TrainingError: a loss or gradient is not finite, or a lora_B gets no gradient.
+        """
+        self._model_fingerprint = model_fingerprint(self.model)
+        folder = Path(self.args.output_dir)
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = find_checkpoint(folder, self.run_fingerprint())
+            _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
+        elif resume_from_checkpoint:
+            checkpoint = checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint())
+        elif checkpoints_in(folder):
+            raise OutputError(
+                f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
+                "or choose another output_dir."
+            )
+        require_disk_space(self.model, folder)
+        self._log_time = time.perf_counter()
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            # An error ends the run without on_train_end.
+            self._interrupts.release()
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write model, optimizer, scheduler, random states and trainer state into one folder, whole or not at all."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint_folder())
+        self.store_flos()
+        require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
+        with whole_folder(self._checkpoint_folder()) as folder:
+            with raw_weights(self.model):
+                self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / RUN_FILE).write_text(json.dumps(self.run_fingerprint(), indent=1), encoding="utf-8")
+        remove_old_checkpoints(self._checkpoint_folder(), keep=self._keep, best=self.state.best_model_checkpoint)
+
+
+def score_rows(
+    model: Any, recipe: Recipe, rows: Sequence[TaskRow], *, batch_size: int, progress: Any = None
+) -> tuple[dict[str, float], list[Any]]:
+    """Return ``loss``, a mean over labels, with the figures of the task over ``rows``, and an answer for each row.
+
+    ``progress`` is called with (rows done, all rows).
+    """
+    total, items, predicted = 0.0, 0, []
+    with torch.no_grad(), evaluation_mode(model):
+        for start in range(0, len(rows), batch_size):
+            made = recipe.collate(rows[start : start + batch_size])
+            batch = {name: value.to(model.device) for name, value in made.items()}
+            loss, outputs = recipe.loss(model, batch)
+            total, items = total + float(loss), items + recipe.items(batch)
+            predicted += recipe.predict(model, batch, outputs)
+            if progress is not None:
+                progress(min(start + batch_size, len(rows)), len(rows))
+    answers = recipe.answers(rows, predicted)
+    return {"loss": total / max(items, 1), **recipe.score(rows, answers)}, answers
+
+
+def _refuse_elsewhere(args: SFTConfig, task: str, recipe: Recipe) -> None:
+    """Refuse what has no effect on a task, or is not written yet."""
+    idle = [name for name in ("packing", "train_on", "dataset_text_field") if getattr(args, name)]
+    if args.label_smoothing_factor and not recipe.smooths:
+        idle.append("label_smoothing_factor")
+    if idle:
+        raise SettingsError(f"{', '.join(idle)}: without effect on {task}. Leave it out.")
+    if args.world_size > 1:
+        raise NotSupportedYetError(f"{task} on {args.world_size} processes is not supported yet. Start one.")

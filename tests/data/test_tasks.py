@@ -1,0 +1,258 @@
+"""Rows of tasks: columns, labels, pieces, places of answers, and what is left out or cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny, tiny_tasks
+
+from tunesmith.core.errors import DataError
+from tunesmith.data.task_rows import collect_labels, label_number, read_records
+from tunesmith.data.tasks import IGNORED, TaskData, prepare_records, split_task_rows
+
+
+def prepare(rows: Any, task: str, *, mapping: Any = None, tokenizer: Any = None, **changes: Any) -> TaskData:
+    own = {"labels": tiny_tasks.LABELS.get(task, ()), "max_length": 64, **changes}
+    records = read_records(rows, task, mapping=mapping)
+    return prepare_records(records, task, tokenizer or tiny_tasks.tokenizer(), **own)
+
+
+def shown(ids: list[int]) -> list[str]:
+    return tiny_tasks.tokenizer().convert_ids_to_tokens(ids)
+
+
+# ---- columns ----
+
+
+def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
+    usual = prepare([{"sentence": "ann", "labels": "warm", "id": 3}], "SEQ_CLS")
+    mapped = prepare([{"a": "ann", "b": "warm", "text": "x"}], "SEQ_CLS", mapping={"a": "text", "b": "label"})
+    assert usual.rows[0].features == mapped.rows[0].features
+    assert usual.rows[0].features["labels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("SEQ_CLS", {"txet": "a", "label": "warm"}, r"row 1: SEQ_CLS rows need text, label, .*no text.*mean 'txet'"),
+        ("SEQ_CLS", {"text": "a", "label": None}, "row 1: SEQ_CLS rows need text, label, and this one has no label"),
+        ("SEQ_CLS", {"text": " ", "label": "warm"}, "row 1: 'text' is empty; a text is needed"),
+        ("SEQ_CLS", {"text": 3, "label": "warm"}, "row 1: 'text' is a number; a text is needed"),
+        ("SEQ_CLS", {"text": "a", "label": [1]}, "row 1: 'label' is a list; a label is a text or a whole number"),
+        ("SEQ_CLS", {"text": "a", "label": "hot"}, "row 1: label 'hot' is none of the model's labels .cold, warm."),
+        ("SEQ_CLS", {"text": "a", "label": 2}, "row 1: label 2 is none of the model's labels"),
+        ("TOKEN_CLS", {"tokens": ["a", "b"], "tags": ["O"]}, "row 1: 2 words and 1 tags. Each word needs one tag"),
+        ("TOKEN_CLS", {"tokens": "a b", "tags": ["O", "O"]}, "row 1: 'tokens' is text; a list of words"),
+        ("TOKEN_CLS", {"tokens": ["a", ""], "tags": ["O", "O"]}, "row 1: 'tokens', word 2 is empty"),
+        ("TOKEN_CLS", {"tokens": ["a"], "tags": ["B-PRE"]}, "row 1: label 'B-PRE' .*Did you mean 'B-PER'"),
+        ("TOKEN_CLS", {"tokens": ["a"], "tags": "O"}, "row 1: 'tags' is text; a list of tags is needed"),
+        (
+            "QUESTION_ANS",
+            {"question": "a", "context": "ann", "answer": "bob"},
+            "row 1: the answer 'bob' does not stand",
+        ),
+        ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": "nn", "answer_start": 0}, "at character 0"),
+        ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": 3}, "row 1: 'answer' is a number; an answer is"),
+        ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": "ann", "answer_start": "0"}, "first character"),
+        ("SEQ_2_SEQ_LM", {"source": "a"}, "row 1: SEQ_2_SEQ_LM rows need source, target"),
+        ("FEATURE_EXTRACTION", {"anchor": "a"}, "row 1: FEATURE_EXTRACTION rows need anchor, positive"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_what_is_wrong(task: str, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare([row], task)
+
+
+def test_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "a", "label": "warm"}, {"text": "b", "label": "hot"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: label 'hot'"):
+        prepare(str(file), "SEQ_CLS")
+
+
+def test_mappings_that_fit_no_row() -> None:
+    with pytest.raises(DataError, match=r"makes 'a' the 'lable', which SEQ_CLS does not have.*Did you mean 'label'"):
+        prepare([{"a": "x"}], "SEQ_CLS", mapping={"a": "lable"})
+    with pytest.raises(DataError, match="two columns for 'text'"):
+        prepare([{"a": "x", "b": "y"}], "SEQ_CLS", mapping={"a": "text", "b": "text"})
+
+
+# ---- labels ----
+
+
+def test_labels_are_collected_from_the_rows() -> None:
+    assert collect_labels(read_records(tiny_tasks.colour_rows(50), "SEQ_CLS")) == ("cold", "warm")
+    assert collect_labels(read_records(tiny_tasks.tag_rows(5), "TOKEN_CLS")) == tiny_tasks.LABELS["TOKEN_CLS"]
+    numbers = [{"text": "a", "label": label} for label in (10, 9, 10, 2)]
+    assert collect_labels(read_records(numbers, "SEQ_CLS")) == ("2", "9", "10")
+    truths = [{"text": "a", "label": label} for label in (True, False)]
+    assert collect_labels(read_records(truths, "SEQ_CLS")) == ("false", "true")
+    with pytest.raises(DataError, match=r"the rows have 1 label \(x\)"):
+        collect_labels(read_records([{"text": "a", "label": "x"}], "SEQ_CLS"))
+
+
+def test_a_number_is_a_label_of_that_name_first() -> None:
+    assert label_number(3, ("1", "2", "3"), "row") == 2
+    assert label_number(1, ("no", "yes"), "row") == 1
+    with pytest.raises(DataError, match="label 0 is none of the model's labels"):
+        label_number(0, ("1", "2", "3"), "row")
+
+
+# ---- tags ----
+
+
+def test_the_first_piece_of_a_word_carries_its_tag() -> None:
+    row = {"tokens": ["Ann", "unhappily", "has", "3", "figs", "."],
+           "tags": ["B-PER", "O", "O", "B-THING", "I-THING", "O"]}  # fmt: skip
+    made = prepare([row], "TOKEN_CLS").rows[0].features
+    assert shown(made["input_ids"]) == [
+        "[CLS]", "ann", "un", "##happi", "##ly", "has", "3", "figs", ".", "[SEP]"
+    ]  # fmt: skip
+    x = IGNORED
+    assert made["labels"] == [x, 0, 3, x, x, 3, 1, 2, 3, x]
+
+
+def test_pieces_of_a_byte_level_tokenizer_are_found_too() -> None:
+    """Its pieces hold the space before a word."""
+    row = {"tokens": ["zebra", "cat", "qqq", "the"], "tags": ["B-PER", "O", "B-THING", "I-THING"]}
+    tokenizer = tiny.tiny_tokenizer()
+    made = prepare([row], "TOKEN_CLS", tokenizer=tokenizer).rows[0].features
+    labelled = [
+        (tokenizer.decode([i]).strip(), n) for i, n in zip(made["input_ids"], made["labels"], strict=True) if n >= 0
+    ]
+    assert [number for _, number in labelled] == [0, 3, 1, 2]
+    assert [text[:1] for text, _ in labelled] in (["z", "c", "q", "t"], ["z", "c", "", "t"])
+
+
+def test_a_word_that_the_tokenizer_drops_is_counted() -> None:
+    data = prepare([{"tokens": ["ann", "\u200d", "figs"], "tags": ["B-PER", "O", "I-THING"]}], "TOKEN_CLS")
+    assert [n for n in data.rows[0].features["labels"] if n >= 0] == [0, 2]
+    assert data.ledger.notes["word without a token of its own, so without its tag"] == 1
+    lost = prepare([{"tokens": ["\u200d"], "tags": ["O"]}], "TOKEN_CLS")
+    assert lost.ledger.dropped == {"no word is a token": 1}
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize(
+    "answer", ["3 red figs", ["3 red figs", "figs"], {"text": ["3 red figs"], "answer_start": [21]}]
+)
+def test_the_tokens_of_an_answer_are_found(answer: Any) -> None:
+    row = {"question": "what has ann ?", "context": "bob has 1 nut . Ann  3 red figs .", "answer": answer}
+    row["context"] = "bob has 1 nuts . ann " + "3 red figs ."
+    data = prepare([row], "QUESTION_ANS")
+    made = data.rows[0]
+    first, last = made.features["labels"]
+    assert shown(made.features["input_ids"])[first : last + 1] == ["3", "red", "figs"]
+    spans = made.reference["spans"]
+    assert made.reference["context"][spans[first][0] : spans[last][1]] == "3 red figs"
+    assert spans[0] is None and spans[2] is None  # [CLS] and the question
+    assert made.features["token_type_ids"][first] == 1
+
+
+def test_a_question_without_an_answer_points_to_the_first_token() -> None:
+    rows = [{"question": "a", "context": "ann", "answers": {"text": [], "answer_start": []}}]
+    made = prepare(rows, "QUESTION_ANS").rows[0]
+    assert (made.features["labels"], made.reference["answers"]) == ([0, 0], [""])
+
+
+def test_an_answer_that_stands_there_twice_is_said() -> None:
+    data = prepare([{"question": "a", "context": "ann bob ann", "answer": "ann"}], "QUESTION_ANS")
+    assert data.ledger.notes.total() == 1
+    assert data.rows[0].reference["spans"][data.rows[0].features["labels"][0]] == (0, 3)
+
+
+# ---- other tasks ----
+
+
+def test_a_target_ends_where_generation_stops() -> None:
+    made = prepare([{"source": "ann has", "target": "red figs"}], "SEQ_2_SEQ_LM", tokenizer=tiny.tiny_tokenizer())
+    assert made.rows[0].features["labels"][-1] == tiny.tiny_tokenizer().eos_token_id
+    twice = prepare([{"source": "ann has", "target": "red figs"}], "SEQ_2_SEQ_LM")
+    assert twice.rows[0].features["labels"].count(tiny_tasks.tokenizer().eos_token_id) == 1
+
+
+def test_pairs_and_triples() -> None:
+    rows = [{"query": "ann", "answer": "bob", "negative": "eve"}, {"query": "ann", "answer": "bob", "negative": None}]
+    data = prepare(rows, "FEATURE_EXTRACTION")
+    assert [sorted(row.features) for row in data.rows] == [["anchor", "negative", "positive"], ["anchor", "positive"]]
+    assert data.rows[0].reference == "bob"
+
+
+# ---- too long ----
+
+LONG = {
+    "SEQ_CLS": {"text": "ann has 3 red figs and the nuts", "label": "warm"},
+    "TOKEN_CLS": {"tokens": ["ann", "has", "3", "figs", "and", "the"], "tags": ["B-PER", "O", "O", "O", "O", "O"]},
+    "QUESTION_ANS": {"question": "what", "context": "ann has 3 red figs and the", "answer": "ann"},
+    "SEQ_2_SEQ_LM": {"source": "ann", "target": "ann has 3 red figs and the nuts"},
+    "FEATURE_EXTRACTION": {"anchor": "ann", "positive": "ann has 3 red figs and the nuts"},
+}
+
+
+@pytest.mark.parametrize("task", LONG)
+def test_rows_that_are_too_long_are_dropped_or_cut_or_an_error_and_counted(task: str) -> None:
+    rows = [LONG[task]]
+    dropped = prepare(rows, task, max_length=7)
+    assert (len(dropped), dropped.ledger.rows_in) == (0, 1)
+    assert dropped.ledger.dropped == {"longer than 7 tokens": 1}
+    with pytest.raises(DataError, match=r"1 rows came in, none is left.\n  1 x longer than 7 tokens, first row 1: "):
+        dropped.ledger.check()
+    with pytest.raises(DataError, match=r"row 1: .* tokens, max_length is 7. Raise max_length"):
+        prepare(rows, task, max_length=7, on_too_long="error")
+    cut = prepare(rows, task, max_length=7, on_too_long="truncate")
+    assert (len(cut), cut.ledger.rows_cut) == (1, 1)
+    whole = prepare(rows, task)
+    features, all_features = (data.rows[0].features for data in (cut, whole))
+    lengths = [sum(len(ids) for ids in _id_lists(found)) for found in (features, all_features)]
+    assert cut.ledger.tokens_cut == lengths[1] - lengths[0] > 0
+    assert max(len(ids) for ids in _id_lists(features)) == 7
+    if task == "SEQ_2_SEQ_LM":
+        assert features["labels"][-1] == tiny_tasks.tokenizer().eos_token_id
+
+
+def _id_lists(features: dict[str, Any]) -> list[list[int]]:
+    if "anchor" in features:
+        return [side["input_ids"] for side in features.values()]
+    lists = [features["input_ids"]]
+    # Tags have the length of their tokens, a target its own.
+    if isinstance(features["labels"], list) and len(features["labels"]) not in (2, len(features["input_ids"])):
+        lists.append(features["labels"])
+    return lists
+
+
+def test_a_row_whose_answer_is_cut_off_is_left_out() -> None:
+    row = {"question": "what", "context": "ann has 3 red figs and the nuts", "answer": "nuts"}
+    data = prepare([row], "QUESTION_ANS", max_length=7, on_too_long="truncate")
+    assert data.ledger.dropped == {"answer cut off": 1}
+    assert (data.ledger.rows_cut, data.ledger.tokens_cut) == (0, 0)
+
+
+# ---- ledger and split ----
+
+
+def test_the_ledger_counts_everything_and_fits_the_terminal() -> None:
+    rows = [*tiny_tasks.colour_rows(30), {"text": "ann " * 80, "label": "warm"}]
+    ledger = prepare(rows, "SEQ_CLS").ledger
+    assert ledger.rows_in == 31 == ledger.rows_kept + sum(ledger.dropped.values())
+    assert sum(ledger.labels.values()) == 30
+    lines = ledger.lines(60)
+    assert lines[0] == "rows        31 in, 30 kept, 1 dropped"
+    assert any(line.startswith("labels      2: cold ") for line in lines)
+    assert all(len(line) <= 60 for line in lines)
+    assert json.loads(json.dumps(ledger.as_dict()))["labels"] == dict(ledger.labels)
+
+
+def test_equal_rows_stay_on_one_side_of_a_split() -> None:
+    data = prepare(tiny_tasks.colour_rows(400), "SEQ_CLS")
+    train, held_out = split_task_rows(data, fraction=0.2, seed=0)
+    assert held_out is not None
+    assert len(train) + len(held_out) == 400
+    assert not {row.fingerprint() for row in train.rows} & {row.fingerprint() for row in held_out.rows}
+    assert train.ledger.splits == {"train": len(train), "eval": len(held_out)}
+    assert split_task_rows(data, fraction=0, seed=0)[1] is None

@@ -1,0 +1,196 @@
+"""A merged model answers as base and adapter did, and an export that does not is caught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+
+from tunesmith import FastLanguageModel
+from tunesmith.core.errors import AdapterError, ExportError, OutputError
+from tunesmith.export import merge
+from tunesmith.export.merge import merge_model
+from tunesmith.export.verify import Reference, compare, reference_of
+from tunesmith.export.weights import adapter_shares, merged_weights
+from tunesmith.models.load import facts_of
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(12)[None] * 7 % 300, use_cache=False).logits
+
+
+def adapt(model: Any, **arguments: Any) -> Any:
+    settings = {"r": 4, "use_gradient_checkpointing": False, "init_lora_weights": False, **arguments}
+    return FastLanguageModel.get_peft_model(model, **settings)
+
+
+def disturb(model: Any) -> Any:
+    """Move every trained weight, as training would."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def written(model: Any, folder: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+    """Return the plain model that is read from what is written of ``model``."""
+    from transformers import AutoModelForCausalLM
+
+    folder.mkdir(exist_ok=True)
+    weights = merged_weights(model, adapter_shares(model, how.pop("adapters", None)))
+    merge._write(model, folder, weights, dtype, how.pop("shard_bytes", 10**9))
+    again, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return again
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_answers_as_before(family: str, tmp_path: Path) -> None:
+    model = disturb(adapt(tiny.tiny_model(family)))
+    torch.testing.assert_close(logits(written(model, tmp_path)), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"bias": "all"},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["norm"]},
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_answers_as_before(kind: dict[str, Any], tmp_path: Path) -> None:
+    tied = tiny.tiny_model("qwen2", tie_word_embeddings=True)
+    model = disturb(adapt(tied, **kind))
+    again = written(model, tmp_path)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert again.config.tie_word_embeddings == ("lm_head" not in (kind.get("modules_to_save") or ()))
+
+
+def test_sixteen_bits_are_rounded_once(tmp_path: Path) -> None:
+    model = disturb(adapt(tiny.tiny_model("llama").bfloat16()))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    whole = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    again = written(model, tmp_path, torch.bfloat16)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight.bfloat16(), whole.bfloat16())
+
+
+def test_shards_hold_every_weight_once(tmp_path: Path) -> None:
+    model = disturb(adapt(tiny.tiny_model("llama")))
+    again = written(model, tmp_path, shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
+    assert max((tmp_path / name).stat().st_size for name in files) < 60_000
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_are_added_by_their_shares(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = adapt(tiny.tiny_model("llama"))
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    wanted = layer.base_layer.weight + 0.25 * layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
+    again = written(model, tmp_path, adapters={"default": 0.25, "other": 0.5})
+    torch.testing.assert_close(again.model.layers[0].self_attn.q_proj.weight, wanted)
+    with pytest.raises(AdapterError, match=r"adapter 'third' is not on this model. There are: default, other"):
+        adapter_shares(model, {"third": 1.0})
+
+
+def test_a_merge_changes_nothing_of_the_model(tmp_path: Path) -> None:
+    model = disturb(adapt(tiny.tiny_model("llama")))
+    before, weights = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    written(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny.save_model(folder)
+    return folder
+
+
+def loaded(folder: Path, **arguments: Any) -> tuple[Any, Any]:
+    return FastLanguageModel.from_pretrained(str(folder), **{"dtype": "float32", **arguments})
+
+
+def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    report = merge_model(model, tmp_path / "out", tokenizer, method="merged_32bit", prompts=["the cat sat on a mat"])
+    found = report.comparison
+    assert (report.route, found.runtime, found.top1) == ("base", "transformers", 1.0)
+    assert found.difference <= 1e-4 and found.kl <= 1e-6
+    assert found.perplexity == pytest.approx(found.live_perplexity, rel=1e-4)
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text()) == report.record()
+    again, own = loaded(tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert own.chat_template == tokenizer.chat_template
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(OutputError, match="out is there already"):
+        merge_model(model, tmp_path / "out", tokenizer)
+
+
+def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: Path) -> None:
+    base, tokenizer = loaded(saved, load_in_4bit=True)
+    model = disturb(adapt(base))
+    report = merge_model(model, tmp_path / "out", tokenizer, method="merged_32bit")
+    assert set(report.comparisons) == {"dequantized", "original"} and report.route == "dequantized"
+    assert report.comparisons["original"].kl > 100 * report.comparison.kl
+    again, _ = loaded(tmp_path / "out")
+    assert facts_of(again).width is None
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_that_answers_otherwise_is_kept_under_another_name(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    whole = merge._write
+
+    def broken(model: Any, folder: Path, *rest: Any) -> None:
+        from safetensors.torch import load_file, save_file
+
+        whole(model, folder, *rest)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"].mul_(1.5)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(merge, "_write", broken)
+    with pytest.raises(ExportError, match=r"answers otherwise than the model: KL divergence .* It is kept as .*failed"):
+        merge_model(model, tmp_path / "out", tokenizer, method="merged_32bit")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out-failed" / "export_report.json").is_file()
+
+
+def test_an_export_that_cannot_be_loaded_says_why(saved: Path, tmp_path: Path) -> None:
+    model, tokenizer = loaded(saved)
+    reference = reference_of(model, tokenizer)
+    assert isinstance(reference, Reference) and len(reference.probes) == 5
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match=r"transformers cannot load what was exported: .*"):
+        compare(reference, tmp_path / "empty")
+
+
+def test_what_no_plain_weight_can_hold_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(AdapterError, match="has lora_bias, which no plain weight can hold"):
+        adapter_shares(get_peft_model(tiny.tiny_model("qwen2"), config), None)

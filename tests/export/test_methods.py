@@ -1,0 +1,101 @@
+"""What users call to export: methods of the model, and ``tunesmith export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from tests.export.test_merge import adapt, disturb, loaded, logits
+
+from tunesmith.core.errors import AdapterError, ExportError, NotSupportedYetError, OutputError
+from tunesmith.export.adapter import export_adapter
+from tunesmith.training.probes import probes_of_run
+from tunesmith.training.run import run_training
+from tunesmith.training.settings import RunSettings
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny.save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny.chat_rows(12)), encoding="utf-8")
+    settings: dict[str, Any] = {"model": str(saved), "data": str(rows), "max_steps": 2, "r": 4, "dtype": "float32",
+                                "learning_rate": 0.05, "eval_split": 0, "output_dir": str(folder / "run")}  # fmt: skip
+    return run_training(RunSettings(**settings)).folder
+
+
+def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    report = model.save_pretrained_merged(str(tmp_path / "out"), tokenizer, save_method="Merged_32bit")
+    assert (report.method, report.route) == ("merged_32bit", "base")
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")[0]), logits(model), rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotSupportedYetError, match="push_to_hub=True"):
+        model.save_pretrained_merged(str(tmp_path / "other"), push_to_hub=True)
+
+
+def test_a_loaded_adapter_has_the_method_too(run_folder: Path) -> None:
+    model, _ = loaded(run_folder)
+    assert callable(model.save_pretrained_merged)
+
+
+@pytest.mark.parametrize(("width", "runtime"), [(None, "peft"), ("load_in_4bit", "tunesmith")])
+def test_an_adapter_is_compared_as_it_will_be_loaded(
+    width: str | None, runtime: str, saved: Path, tmp_path: Path
+) -> None:
+    base, tokenizer = loaded(saved, **({} if width is None else {width: True}))
+    model = disturb(adapt(base))
+    report = model.save_pretrained_merged(tmp_path / "out", tokenizer, "lora")
+    assert report.comparison.runtime == runtime and report.comparison.kl <= 1e-6
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    with pytest.raises(OutputError, match="is there already"):
+        export_adapter(model, tmp_path / "out")
+
+
+def test_an_adapter_that_lost_what_it_learned_is_caught(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    whole = type(model).save_pretrained
+
+    def forgetful(self: Any, folder: Path, **rest: Any) -> None:
+        from safetensors.torch import load_file, save_file
+
+        whole(self, folder, **rest)
+        file = Path(folder) / "adapter_model.safetensors"
+        kept = {name: value * 0 if "lora_B" in name else value for name, value in load_file(file).items()}
+        save_file(kept, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(type(model), "save_pretrained", forgetful)
+    with pytest.raises(ExportError, match="the lora export answers otherwise than the model"):
+        export_adapter(model, tmp_path / "out", tokenizer)
+    assert (tmp_path / "out-failed" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_without_adapter_has_none_to_save(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"this model carries none. Use 'merged_16bit'"):
+        export_adapter(tiny.tiny_model("llama"), tmp_path / "out")
+
+
+def test_probes_come_from_the_rows_of_the_run(run_folder: Path, saved: Path, tmp_path: Path) -> None:
+    _, tokenizer = loaded(saved)
+    probes = probes_of_run(run_folder, tokenizer)
+    assert len(probes) == 4
+    first = tokenizer.apply_chat_template(tiny.chat_rows(12)[0]["messages"], tokenize=False)
+    assert tokenizer.decode(probes[0]).strip() == first.strip()
+    assert np.array_equal(probes_of_run(run_folder / "adapter", tokenizer)[0], probes[0])
+    assert probes_of_run(tmp_path, tokenizer) == []
