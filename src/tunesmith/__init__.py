@@ -14,8 +14,10 @@ __version__ = "0.1.0.dev0"
 _HOME_OF = {
     "FastLanguageModel": "tunesmith.api",
     "FastModel": "tunesmith.api",
+    "FastVisionModel": "tunesmith.api",
     "SFTConfig": "tunesmith.training.config",
     "SFTTrainer": "tunesmith.training.sft",
+    "VisionDataCollator": "tunesmith.training.vision",
     "TaskTrainer": "tunesmith.training.tasks.trainer",
     "embed_texts": "tunesmith.models.embed",
     "train_on_responses_only": "tunesmith.training.responses",
@@ -29,6 +31,7 @@ __all__ = [*_HOME_OF, "__version__"]
 if TYPE_CHECKING:
     from tunesmith.api import FastLanguageModel as FastLanguageModel
     from tunesmith.api import FastModel as FastModel
+    from tunesmith.api import FastVisionModel as FastVisionModel
     from tunesmith.api import get_chat_template as get_chat_template
     from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
     from tunesmith.core.errors import TunesmithError as TunesmithError
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from tunesmith.training.responses import train_on_responses_only as train_on_responses_only
     from tunesmith.training.sft import SFTTrainer as SFTTrainer
     from tunesmith.training.tasks.trainer import TaskTrainer as TaskTrainer
+    from tunesmith.training.vision import VisionDataCollator as VisionDataCollator
 
 
 def __getattr__(name: str) -> Any:

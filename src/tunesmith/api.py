@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.adapters.inject import (
     check_checkpointing,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["FastLanguageModel", "FastModel", "get_chat_template"]
+__all__ = ["FastLanguageModel", "FastModel", "FastVisionModel", "get_chat_template"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +48,16 @@ def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
 
 
 class FastLanguageModel:
-    """Load a model, adapt it, switch it between training and generation."""
+    """Load a model, adapt it, switch it between training and generation.
 
-    @staticmethod
+    A vision-language model is loaded whole, with its tokenizer; :class:`FastVisionModel` gives its processor.
+    """
+
+    _with_processor: ClassVar[bool] = False
+
+    @classmethod
     def from_pretrained(
+        cls,
         model_name: str,
         max_seq_length: int | None = DEFAULT_WINDOW,
         dtype: str | torch.dtype | None = None,
@@ -88,6 +94,8 @@ class FastLanguageModel:
         **unknown: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
+
+        ``FastModel`` and ``FastVisionModel`` return the processor of a vision-language model in place of a tokenizer.
 
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
         and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
@@ -155,6 +163,7 @@ class FastLanguageModel:
             stretched=None if rope_scaling is None else Stretch(rope_scaling, asked),
             head=head,
             qat_scheme=None if full_finetuning else qat_scheme,
+            with_processor=cls._with_processor,
             **hub,
         )
         if full_finetuning:
@@ -191,6 +200,11 @@ class FastLanguageModel:
         exclude_modules: list[str] | str | None = None,
         init_data: Any = None,
         task_type: str | None = None,
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        finetune_audio_layers: bool = False,
         **unknown: Any,
     ) -> PeftModel:
         """Return ``model`` with a trainable LoRA adapter; see :class:`tunesmith.adapters.settings.AdapterSettings`.
@@ -252,11 +266,17 @@ class FastLanguageModel:
 
 
 class FastModel(FastLanguageModel):
-    """The name that Unsloth uses for every architecture; here one class serves them all."""
+    """The name that Unsloth uses for every architecture: a model with eyes comes with its processor."""
+
+    _with_processor = True
+
+
+class FastVisionModel(FastModel):
+    """Vision-language models: ``from_pretrained`` gives ``(model, processor)``, ``get_peft_model`` filters by parts."""
 
 
 def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
-    """Give ``tokenizer`` a built-in chat template or one from a file, and return it."""
+    """Give ``tokenizer``, or a processor, a built-in chat template or one from a file, and return it."""
     from tunesmith.data.templates import apply_template
 
     apply_template(tokenizer, chat_template)

@@ -225,9 +225,9 @@ def test_an_empty_answer_that_does_not_train_is_kept():
         ({"messages": [USER, SYSTEM, ANSWER]}, "system message not first", "message 2 of 3 is a system message"),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "x"}, "two system messages", "begins with a system message"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "data": "x"}]}, ANSWER]},
             "content is not text",
-            "part 0 of the content of messages[0] (user) is of type 'image_url'; only text is trained on.",
+            "part 0 of the content of messages[0] (user) is of type 'input_audio'; only text and images are read.",
         ),
         ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "bad weight", "must be 0 or 1, not 0.5."),
         ({"messages": [USER, {**ANSWER, "weight": "1"}]}, "bad weight", "must be 0 or 1, not '1'."),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import tiny_vision
 
 from tunesmith.training.settings import load_run_settings
 
@@ -26,6 +28,15 @@ def test_settings_are_valid_and_need_no_alias(file):
 
 def test_there_is_an_example():
     assert EXAMPLES
+
+
+def test_the_vision_example_teaches_a_tiny_model_to_name_colours(tmp_path, monkeypatch, capsys):
+    tiny_vision.save_vision_model(tmp_path / "model", "qwen2-vl")
+    words = [str(tmp_path / "model"), "--steps", "32", "--rate", "1e-2", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["vision.py", *words, "--output", str(tmp_path / "run")])
+    runpy.run_path(str(FOLDER / "vision.py"), run_name="__main__")
+    right = int(re.findall(r"(\d+) of 12 unseen images named rightly", capsys.readouterr().out)[0])
+    assert right >= 10  # by chance 4
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)

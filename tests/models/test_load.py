@@ -46,7 +46,7 @@ def test_a_folder_is_loaded_with_its_facts(saved: Path) -> None:
     assert tokenizer.chat_template == tiny.tiny_tokenizer().chat_template
     own = tiny.tiny_model("llama")
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
-    assert FastModel.from_pretrained is FastLanguageModel.from_pretrained
+    assert FastModel.get_peft_model is FastLanguageModel.get_peft_model
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), (torch.float32, torch.float32)])

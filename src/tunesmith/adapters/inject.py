@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.adapters.loftq import round_base
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
+from tunesmith.adapters.parts import check_text_filters, filtered_targets, is_multimodal
 from tunesmith.adapters.rows import look_before, start_eva
-from tunesmith.adapters.settings import AdapterSettings
+from tunesmith.adapters.settings import FILTERS, AdapterSettings
 from tunesmith.adapters.targets import check_patterns, expert_tensors, resolve_exclusions, resolve_targets
 from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError, TunesmithError
 from tunesmith.core.names import did_you_mean
@@ -184,6 +185,7 @@ def continue_adapter(model: PeftModel, settings: AdapterSettings, asked: Iterabl
         SettingsError: see :func:`set_checkpointing`.
     """
     given = {name for name in asked if getattr(settings, name, None) is not None}
+    given |= {"target_modules"} if given & set(FILTERS) else set()
     changes = [change for name, change in _changes(model, settings).items() if name in given]
     if changes:
         raise SettingsError(
@@ -327,12 +329,13 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
 
     from tunesmith.engine.lora import fused_lora
 
+    targets, layers = _targets(model, settings)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number.
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,
-        target_modules=_modules(model, settings),
+        target_modules=targets,
         target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -341,7 +344,7 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         corda_config=CordaConfig() if settings.init_lora_weights == "corda" else None,
         lora_ga_config=LoraGAConfig() if settings.init_lora_weights == "lora_ga" else None,
         modules_to_save=_whole_modules(model, settings.modules_to_save),
-        layers_to_transform=_layers(model, settings),
+        layers_to_transform=layers,
         layers_pattern=settings.layers_pattern,
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
@@ -349,21 +352,27 @@ def _lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfi
         ensure_weight_tying=settings.ensure_weight_tying,
         task_type=facts_of(model).task,
     )
-    targets = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
-    _check_tying(model, settings, targets)
+    matched = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    _check_tying(model, settings, matched)
     if settings.target_parameters:
         _check_expert_settings(settings)
-        targets += expert_tensors(model, settings.target_parameters)
+        matched += expert_tensors(model, settings.target_parameters)
     # Without a target there is nothing that a pattern could match, and PEFT says why.
-    if targets:
-        check_patterns("rank_pattern", config.rank_pattern, targets)
-        check_patterns("alpha_pattern", config.alpha_pattern, targets)
+    if matched:
+        check_patterns("rank_pattern", config.rank_pattern, matched)
+        check_patterns("alpha_pattern", config.alpha_pattern, matched)
     return fused_lora(config)
 
 
-def _modules(model: Any, settings: AdapterSettings) -> list[str] | str:
+def _targets(model: Any, settings: AdapterSettings) -> tuple[list[str] | str, list[int] | int | None]:
+    """Return what PEFT gets as ``target_modules`` and ``layers_to_transform``."""
+    layers = _layers(model, settings)
     is_for_experts_alone = settings.target_modules == [] and settings.target_parameters
-    return [] if is_for_experts_alone else resolve_targets(model, settings.target_modules)
+    if not is_multimodal(model):
+        check_text_filters(model, settings.filters)
+        return [] if is_for_experts_alone else resolve_targets(model, settings.target_modules), layers
+    layers = [layers] if isinstance(layers, int) else layers
+    return filtered_targets(model, settings.target_modules, settings.filters, layers), None
 
 
 def _check_expert_settings(settings: AdapterSettings) -> None:
@@ -462,7 +471,7 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
 
     ``targets`` are the modules that get an adapter.
     """
-    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    is_tied = bool(model.config.tie_word_embeddings)
     ends = {"embed_tokens", "lm_head"}
     whole, adapted = ends & set(settings.modules_to_save or ()), ends & {name.rsplit(".", 1)[-1] for name in targets}
     if is_tied and adapted:

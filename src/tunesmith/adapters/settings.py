@@ -10,7 +10,16 @@ from pydantic import Field, field_validator, model_validator
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import Guide, Settings
 
-__all__ = ["AdapterSettings"]
+__all__ = ["FILTERS", "AdapterSettings"]
+
+FILTERS = (
+    "finetune_vision_layers",
+    "finetune_language_layers",
+    "finetune_attention_modules",
+    "finetune_mlp_modules",
+    "finetune_audio_layers",
+)
+"""The settings that choose parts of a multimodal model."""
 
 _PLAIN_STARTS = ("gaussian", "orthogonal")
 _TAKING_STARTS = re.compile(r"olora|pissa(_niter_\d+)?|corda|lora_ga")
@@ -128,6 +137,21 @@ class AdapterSettings(Settings):
     exclude_modules: list[str] | str | None = None
     """Layers that target_modules matches and that still get no adapter."""
 
+    finetune_vision_layers: bool = True
+    """Multimodal models: adapters on what sees; on its projector only where target_modules names it, or all-linear."""
+
+    finetune_language_layers: bool = True
+    """Multimodal models: adapters on the language model."""
+
+    finetune_attention_modules: bool = True
+    """Multimodal models: adapters on attention, in the parts that are on."""
+
+    finetune_mlp_modules: bool = True
+    """Multimodal models: adapters on MLPs, in the parts that are on."""
+
+    finetune_audio_layers: bool = False
+    """Multimodal models: adapters on what hears."""
+
     @model_validator(mode="before")
     @classmethod
     def _a_config_of_loftq_sets_the_start(cls, values: Any) -> Any:
@@ -187,6 +211,11 @@ class AdapterSettings(Settings):
     def rounds_base(self) -> bool:
         """Whether the start replaces the base by one that is saved beside the adapter."""
         return self.init_lora_weights == "loftq"
+
+    @property
+    def filters(self) -> dict[str, bool]:
+        """The value of each of :data:`FILTERS`."""
+        return {name: getattr(self, name) for name in FILTERS}
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keywords of ``get_peft_model``."""

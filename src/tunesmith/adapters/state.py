@@ -28,6 +28,7 @@ from tunesmith.models.load import (
 from tunesmith.models.qat import prepare, scheme_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.vision import has_vision
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,7 @@ def load_source(
     offload_embedding: bool = False,
     qat_scheme: Any = None,
     trainable: bool = True,
+    with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of whatever ``name`` means, an adapter on the base that it names.
@@ -86,6 +88,7 @@ def load_source(
         offload_embedding: whether the embedding stays in host memory.
         qat_scheme: what an adapter is trained on for; None: what it was trained for, unless ``whole``.
         trainable: whether the adapter's weights take gradients.
+        with_processor: give the processor of a vision-language model in place of its tokenizer.
         hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
     Raises:
@@ -112,6 +115,7 @@ def load_source(
         head=head,
         vocabulary=vocabulary,
         offload_embedding=offload_embedding,
+        with_processor=with_processor,
         **hub,
     )
     if folder is None:
@@ -122,8 +126,10 @@ def load_source(
             )
         return model, tokenizer
     if has_own_tokenizer:
-        tokenizer = load_tokenizer(folder, chat_template=chat_template, **hub)
-        facts_of(model).tokenizer = tokenizer
+        sees = with_processor and has_vision(model.config)
+        owner = folder if not sees or _has_processor(folder) else base
+        tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
+        facts_of(model).tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
     _round_as_trained(model, folder, qat_scheme, whole)
@@ -259,6 +265,10 @@ def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | N
 def _has_tokenizer(adapter: ModelSource) -> bool:
     """Say whether an adapter was saved with the tokenizer that it was trained with, which then is the one to use."""
     return (Path(adapter.path) / "tokenizer_config.json").is_file()
+
+
+def _has_processor(adapter: ModelSource) -> bool:
+    return any((Path(adapter.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def base_of(adapter: Path) -> ModelSource:

@@ -13,7 +13,16 @@ from tunesmith.core.tasks import TASKS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_patterns", "expert_tensors", "linear_names", "resolve_exclusions", "resolve_targets"]
+__all__ = [
+    "check_patterns",
+    "expert_tensors",
+    "linear_layers",
+    "linear_names",
+    "matching_names",
+    "resolve_exclusions",
+    "resolve_targets",
+    "usual_names",
+]
 
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Fused projections of families that have no separate ones: phi-3, the plain MLP of phi and gpt-neox; BERT's names.
@@ -23,8 +32,8 @@ _EQUIVALENTS = (
 )  # fmt: skip
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Return the last name parts of all linear layers except output heads, in model order, each once.
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of all linear layers except output heads, in model order.
 
     A layer that carries an adapter counts as the layer that it was.
     """
@@ -34,15 +43,38 @@ def linear_names(model: nn.Module) -> list[str]:
     heads = tuple(name for task in TASKS.values() for name in task.heads)
     layers = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
     adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
-    names = [
-        name.rsplit(".", 1)[-1]
+    return [
+        name
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
         and layer is not head
         and not any(part.endswith(heads) for part in name.split("."))
         and not name.startswith(adapted)
     ]
-    return list(dict.fromkeys(names))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the last name parts of :func:`linear_layers`, each once."""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear_layers(model)))
+
+
+def usual_names(existing: Iterable[str]) -> list[str]:
+    """Return those of the ``existing`` last name parts that get an adapter when nothing is said; all if none is usual.
+
+    The seven projections of llama-like models, or the family's equivalents.
+    """
+    there = list(dict.fromkeys(existing))
+    # Where there is a q_proj, BART and OPT call the o_proj so; elsewhere it is something else.
+    output = ("out_proj",) if "q_proj" in there else ()
+    return [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in there] or there
+
+
+def matching_names(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
+    """Return the names of the modules that PEFT finds by ``targets``, as :func:`resolve_targets` returns them."""
+    modules = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        return [name for name in modules if re.fullmatch(targets, name)]
+    return [name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str:
@@ -58,10 +90,7 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
     if not existing:
         raise AdapterError(f"{type(model).__name__} has no linear layers that LoRA could adapt.")
     if asked is None:
-        # Where there is a q_proj, BART and OPT call the o_proj so; elsewhere it is something else.
-        output = ("out_proj",) if "q_proj" in existing else ()
-        usual = [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in existing]
-        return usual or existing
+        return usual_names(existing)
     if asked == "all-linear":
         return existing
     if isinstance(asked, str):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.data.readers import SUFFIXES, kind_of, read_file, without_nested_nulls
 from tunesmith.data.types import SourceRow
 
-__all__ = ["Source", "list_splits", "read_rows"]
+__all__ = ["Source", "formatted_rows", "list_splits", "read_rows"]
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """A path, a hub id, a ``datasets`` object, or dicts."""
@@ -63,6 +63,14 @@ def read_rows(source: Source, *, split: str = "train", name: str | None = None) 
     if _is_dataset(source):
         return _not_empty(_dataset_rows(_only_train(source, split, label), label), label)
     return _not_empty(_object_rows(_only_train(source, split, "a list of rows")), "the list of rows")
+
+
+def formatted_rows(source: Source, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:
+    """Return rows of the text, or of each text, that ``function`` makes of a row."""
+    for row in read_rows(source):
+        made = function(row.value)
+        for text in [made] if isinstance(made, str) else made:
+            yield {"text": text}
 
 
 def list_splits(source: Source, *, name: str | None = None) -> tuple[str, ...]:

@@ -7,6 +7,8 @@
     evals               ``input``: messages or text; ``ideal``: text, a list of texts (the first), a message [``tools``]
     text                ``text``
 
+Messages may show images, in their content or in a column ``images`` or ``image`` of the row (see ``images.py``).
+
 Rows for preference training are recognised and refused. The first schema of the table whose keys are all there wins, so
 that the rendered ``text`` column that many chat data sets carry besides does not hide their messages. A null under one
 of these keys refuses the row; it does not make it a row of another schema.
@@ -20,6 +22,7 @@ from typing import Any, cast
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
+from tunesmith.data.images import images_of
 from tunesmith.data.messages import (
     Flags,
     Messages,
@@ -148,7 +151,8 @@ def _conversation(
     messages: Messages, value: Mapping[str, Any], where: str, *, schema: str, train: Flags | None = None
 ) -> Conversation:
     flags = train if train is not None else (None,) * len(messages)
-    return build_conversation(messages, flags, where=where, schema=schema, tools=read_tools(value.get("tools")))
+    tools = read_tools(value.get("tools"))
+    return build_conversation(messages, flags, where=where, schema=schema, tools=tools, images=images_of(value))
 
 
 def _from_messages(value: Mapping[str, Any], where: str) -> Conversation:
@@ -195,6 +199,7 @@ def _from_prompt_completion(value: Mapping[str, Any], where: str) -> Example:
     if isinstance(prompt, list) != isinstance(completion, list):
         kinds = f"prompt is {kind_of(prompt)}, completion is {kind_of(completion)}"
         refuse("wrong type", f"{kinds}; both must be text, or both lists of messages")
+    _refuse_images(value)
     prompt, completion = read_text(prompt, field="prompt"), read_text(completion, field="completion")
     if not completion.strip():
         refuse("empty answer", "the completion is empty")
@@ -232,7 +237,14 @@ def _continue(
     return _conversation([*before, *after], value, where, schema=schema, train=(*context, *after_flags))
 
 
+def _refuse_images(value: Mapping[str, Any]) -> None:
+    """Plain text has no place for an image."""
+    if images_of(value):
+        refuse("images beside plain text", "the row has images beside plain text; write it as messages to train on it")
+
+
 def _from_text(value: Mapping[str, Any], where: str) -> Text:
+    _refuse_images(value)
     text = read_text(value["text"], field="text")
     if not text.strip():
         refuse("empty text", "the text is empty")

@@ -48,11 +48,13 @@ class KeptRow:
     answer_cut: bool = False
 
     def fingerprint(self) -> bytes:
-        """Return 16 bytes that are equal for rows of equal token ids, whatever is trained in them."""
+        """Return 16 bytes that are equal for rows of equal token ids and images, whatever is trained in them."""
         digest = hashlib.blake2b(digest_size=16)
         for document in self.documents:
             digest.update(len(document).to_bytes(8, "little"))
             digest.update(document.input_ids.astype("<i4").tobytes())
+            if document.images is not None:
+                digest.update(document.images.digest)
         return digest.digest()
 
 

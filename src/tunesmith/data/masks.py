@@ -14,11 +14,12 @@ ends with it, which is the one the model meets at inference. Where the template 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
@@ -99,6 +100,12 @@ class ExampleEncoder:
             ModelError: the row is a conversation, or text to be searched for answers, and there is no chat template.
         """
         if isinstance(example, Conversation):
+            if example.images:
+                raise RowRefusedError(
+                    "content is not text",
+                    f"the row has {len(example.images)} images, and the tokenizer alone reads text. Load a "
+                    "vision-language model with FastVisionModel and give its processor",
+                )
             return self._encode_conversation(example)
         if isinstance(example, Completion):
             return [self._encode_completion(example)]
@@ -222,7 +229,7 @@ class ExampleEncoder:
                 if closed_at is not None:
                     ends.append(int(np.flatnonzero(tokens.overlapping(closed_at - 1, closed_at))[-1]))
         trained[:1] = False
-        return Document(tokens.ids, trained, conversation.where, tuple(ends), tuple(dict.fromkeys(notes)))
+        return self._finish(tokens, trained, conversation.where, ends, notes)
 
     # Plain text
 
@@ -292,9 +299,14 @@ class ExampleEncoder:
             if tokens.is_cut_at(span.start):
                 kinds[CUT_TOKEN] = None
         trained[:1] = False
+        return self._finish(tokens, trained, where, ends, kinds)
+
+    def _finish(
+        self, tokens: TokenSpans, trained: NDArray[np.bool_], where: str, ends: Sequence[int], notes: Iterable[str]
+    ) -> Document:
         if not trained.any():
             raise RowRefusedError("nothing to train on", "no token of this row is to be trained")
-        return Document(tokens.ids, trained, where, tuple(ends), tuple(kinds))
+        return Document(tokens.ids, trained, where, tuple(ends), tuple(dict.fromkeys(notes)))
 
 
 def _check_train_on(train_on: str | None, *markers: str | None) -> None:

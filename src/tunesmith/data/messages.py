@@ -8,10 +8,11 @@ under both names in use, train flags taken out. What it cannot use it refuses wi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, cast
 
 from tunesmith.core.names import did_you_mean
+from tunesmith.data.images import image_in, place_images
 from tunesmith.data.readers import kind_of
 from tunesmith.data.types import Conversation, RowRefusedError
 
@@ -51,7 +52,9 @@ def read_messages(value: object, *, field: str) -> tuple[Messages, Flags]:
     """Return template-ready messages and their train flags (None where the row does not say).
 
     Each message keeps its own extra keys (``name``, ``tool_call_id``, ...) where they are not null. ``content`` is
-    text, or None in an assistant message that only calls tools, which is what OpenAI writes and templates test for.
+    text, or None in an assistant message that only calls tools, which is what OpenAI writes and templates test for, or,
+    where it shows images, a list of parts ``{"type": "text", "text"}`` and ``{"type": "image", "image"}``; ``image`` is
+    None in a part that only marks the place.
 
     Raises:
         RowRefusedError: ``value`` is no such list; ``field`` names it in the message.
@@ -68,14 +71,24 @@ def read_messages(value: object, *, field: str) -> tuple[Messages, Flags]:
 
 
 def build_conversation(
-    messages: Messages, train: Flags, *, where: str, schema: str, tools: list[dict[str, Any]] | None
+    messages: Messages,
+    train: Flags,
+    *,
+    where: str,
+    schema: str,
+    tools: list[dict[str, Any]] | None,
+    images: Sequence[Any] = (),
 ) -> Conversation:
     """Return the :class:`Conversation` after the checks that concern the messages together.
 
+    ``images`` are those of the row itself: for the places that messages mark, or, where they mark none, at the start of
+    the first user message.
+
     Raises:
-        RowRefusedError: a system message is not the first, no assistant turn, an answer to train on that is empty, or
-            text that is not valid Unicode.
+        RowRefusedError: a system message is not the first, no assistant turn, an answer to train on that is empty,
+            text that is not valid Unicode, or other than one image for each place.
     """
+    messages, shown = place_images(messages, images)
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         at = roles.index("system", 1)
@@ -88,7 +101,7 @@ def build_conversation(
         if flag is not False and message["role"] == "assistant" and _is_empty(message):
             refuse("empty answer", f"message {number} of {len(roles)} is an assistant message without text")
     check_text([messages, tools])
-    return Conversation(messages=messages, train=train, where=where, schema=schema, tools=tools)
+    return Conversation(messages=messages, train=train, where=where, schema=schema, tools=tools, images=shown)
 
 
 def read_text(value: object, *, field: str) -> str:
@@ -170,19 +183,22 @@ def _read_role(role: object, place: str) -> str:
     return _ROLES[role]
 
 
-def _read_content(content: object, place: str) -> str | None:
-    """Return text, a list of text parts joined, or None."""
+def _read_content(content: object, place: str) -> str | list[dict[str, Any]] | None:
+    """Return text, a list of text parts joined, a list of parts with images among them, or None."""
     if not isinstance(content, (list, tuple)):
         return None if content is None else read_text(content, field=f"the content of {place}")
-    parts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for number, part in enumerate(cast(list[object], content)):
         fields = cast(dict[str, Any], part) if isinstance(part, dict) else {"text": part}
-        text = fields.get("text")
-        if fields.get("type", "text") != "text" or not isinstance(text, str):
+        text, kind = fields.get("text"), fields.get("type", "text")
+        if kind in ("image", "image_url"):
+            parts.append({"type": "image", "image": image_in(fields)})
+            continue
+        if kind != "text" or not isinstance(text, str):
             detail = f"part {number} of the content of {place} is of type {fields.get('type', kind_of(text))!r:.40}"
-            refuse("content is not text", f"{detail}; only text is trained on")
-        parts.append(text)
-    return "".join(parts)
+            refuse("content is not text", f"{detail}; only text and images are read")
+        parts.append({"type": "text", "text": text})
+    return parts if any(part["type"] == "image" for part in parts) else "".join(part["text"] for part in parts)
 
 
 def _read_flag(fields: dict[str, Any], place: str) -> bool | None:
@@ -250,8 +266,11 @@ def _with_reasoning(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_empty(message: dict[str, Any]) -> bool:
-    said = (message["content"], message.get("reasoning_content"))
-    return not message.get("tool_calls") and not any(text and text.strip() for text in said)
+    content = message["content"]
+    said = [part.get("text") for part in content] if isinstance(content, list) else [content]
+    return not message.get("tool_calls") and not any(
+        text and text.strip() for text in [*said, message.get("reasoning_content")]
+    )
 
 
 def _check_encodable(text: str) -> None:

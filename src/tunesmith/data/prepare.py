@@ -93,7 +93,7 @@ def prepare(
         encoder: see :class:`Encoder`.
         max_length: most tokens of a document, at least 2.
         on_too_long: ``"drop"`` the document, counted; ``"error"``; or ``"truncate"`` to its first ``max_length``
-            tokens, counted, dropped if nothing trained is left.
+            tokens, counted, dropped if nothing trained is left or if it has images, which are never cut through.
         mapping: as in :func:`~tunesmith.data.formats.to_example`.
         limit: read only the first ``limit`` rows.
 
@@ -189,7 +189,7 @@ class DocumentDataset:
         return len(self.documents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``{"input_ids", "labels", "lengths", "where"}`` of one document."""
+        """Return ``{"input_ids", "labels", "lengths", "where", "images"}`` of one document."""
         return _feature([self.documents[index]])
 
 
@@ -213,7 +213,7 @@ class PackedDataset:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``{"input_ids", "labels", "lengths", "where"}`` of one bin."""
+        """Return ``{"input_ids", "labels", "lengths", "where", "images"}`` of one bin."""
         return _feature([self.documents[member] for member in self.bins[index]])
 
 
@@ -258,6 +258,10 @@ class _Fitter:
             )
         if self.on_too_long == "drop":
             raise RowRefusedError(f"longer than {self.max_length} tokens", f"{too_long}.")
+        if document.images is not None:
+            raise RowRefusedError(
+                f"longer than {self.max_length} tokens, with images", f"{too_long}; a row with images is never cut."
+            )
         cut = _truncate(document, self.max_length)
         if not count_trained(cut):
             raise RowRefusedError("nothing trained after truncation", f"{too_long}; all that trains comes after that.")
@@ -301,6 +305,7 @@ def _feature(documents: Sequence[Document]) -> dict[str, Any]:
         "labels": np.where(trained, ids, np.int32(IGNORED)),
         "lengths": [len(document) for document in documents],
         "where": [document.where for document in documents],
+        "images": [document.images for document in documents],
     }
 
 

@@ -85,10 +85,13 @@ def get_template(name_or_path: str | Path) -> ChatTemplate:
 def apply_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path) -> ChatTemplate:
     """Set ``tokenizer.chat_template`` on this instance, after checking that the two fit; return the template.
 
+    The processor of a vision-language model gets it too, when it is given in place of its tokenizer.
+
     Raises:
         SettingsError: no such template, or its Jinja text does not parse.
         ModelError: marker tokens or EOS are missing in the tokenizer; the message lists them and what would fit.
     """
+    given, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
     template = get_template(name_or_path)
     missing = _missing_tokens(tokenizer, template)
     if missing:
@@ -101,7 +104,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path)
         )
     _warn_of_split_markers(tokenizer, template)
     _refuse_bad_syntax(tokenizer, template)
-    tokenizer.chat_template = template.jinja
+    given.chat_template = tokenizer.chat_template = template.jinja
     return template
 
 

@@ -84,10 +84,12 @@ class ChatRenderer:
 
     Args:
         tokenizer: its ``chat_template`` is used as it is at each call.
+        chat_template: Jinja text to use in its place (that of a processor).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._template = chat_template
         self.special = special_token_pattern(tokenizer)
 
     def render(
@@ -99,10 +101,15 @@ class ChatRenderer:
             ModelError: the tokenizer has no chat template.
             RowRefusedError: the template refuses these messages; the detail is the template's own message.
         """
-        require_chat_template(self._tokenizer)
+        if self._template is None:
+            require_chat_template(self._tokenizer)
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages, tools=cast("Any", tools), tokenize=False, add_generation_prompt=generation_prompt
+                messages,
+                tools=cast("Any", tools),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except _TEMPLATE_ERRORS as error:
             said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"

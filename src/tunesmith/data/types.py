@@ -17,7 +17,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Completion", "Conversation", "Document", "Example", "RowRefusedError", "SourceRow", "Text", "TrainOn"]
+__all__ = [
+    "Completion",
+    "Conversation",
+    "Document",
+    "Example",
+    "Images",
+    "RowRefusedError",
+    "SourceRow",
+    "Text",
+    "TrainOn",
+]
 
 TrainOn = Literal["assistant", "all", "last"]
 
@@ -47,6 +57,8 @@ class Conversation:
 
     ``messages`` are plain dicts (``role``, ``content`` and, where present, ``tool_calls``, ``name`` and the like).
     ``train`` has one entry a message: True or False where the row says so itself, None where ``train_on`` decides.
+    ``images`` are what the row holds (see ``images.py``), in the order of their places: a message with images has a
+    list of parts as its content, among them ``{"type": "image"}``.
     """
 
     messages: list[dict[str, Any]]
@@ -54,6 +66,7 @@ class Conversation:
     where: str
     schema: str
     tools: list[dict[str, Any]] | None = None
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,21 @@ Example = Conversation | Completion | Text
 
 
 @dataclass(frozen=True, slots=True)
+class Images:
+    """What a document shows beside its text.
+
+    Attributes:
+        text: the rendering, in which one placeholder stands for each image.
+        values: the images as the row holds them, in that order; they are opened again for each batch.
+        digest: a hash of their pixels.
+    """
+
+    text: str
+    values: tuple[Any, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """Token ids of one training document and which of them carry loss.
 
@@ -88,6 +116,7 @@ class Document:
         end_of_turn: positions in ``input_ids`` of the tokens that end the assistant turns being trained.
         where: the source row, for messages.
         notes: short categories of anything the ledger must count ("inference prompt differs", "split by turn").
+        images: what its image tokens stand for, None without.
     """
 
     input_ids: NDArray[np.int32]
@@ -95,6 +124,7 @@ class Document:
     where: str
     end_of_turn: tuple[int, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    images: Images | None = None
 
     def __len__(self) -> int:
         """Return the number of tokens."""

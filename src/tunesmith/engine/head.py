@@ -73,13 +73,20 @@ class LossHead:
         ):
             self.skips_logits = False
             self.reasons.append("loss through full logits: the projection of this model is not hidden @ weight.T")
+        self._probe_joined(tokens, documents)
+        self.model.train(was_training)
+
+    def _probe_joined(self, tokens: torch.Tensor, documents: list[torch.Tensor]) -> None:
         bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=self._device)
         positions = torch.cat([torch.arange(7), torch.arange(5)]).to(self._device)
         joined = self._hidden(tokens[None], positions[None], bounds, 7)
         if not _agree(joined, torch.cat([self._hidden_alone(document) for document in documents])):
             self.joins_documents = False
             self.reasons.append("documents run one at a time: joined on one axis they would see each other")
-        self.model.train(was_training)
+
+    def reaches(self, name: str) -> bool:
+        """Say whether the losses so far depend on the parameter ``name``: here on all."""
+        return True
 
     def loss(self, batch: dict[str, Any], divisor: float | torch.Tensor) -> torch.Tensor:
         """Return the summed loss of a packed batch over ``divisor``, a float32 scalar with a graph.
@@ -99,13 +106,17 @@ class LossHead:
                 softcap=self._softcap,
                 label_smoothing=smoothing,
             )
-        logits = torch.cat([self._own_logits(*part) for part in self._parts(batch)])[batch["rows"]]
+        logits = self._trained_logits(batch)
         return (
             torch.nn.functional.cross_entropy(
                 logits.float(), batch["targets"], reduction="sum", label_smoothing=smoothing
             )
             / divisor
         )
+
+    def _trained_logits(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return (N, V), the model's own logits of the rows that predict a trained token."""
+        return torch.cat([self._own_logits(*part) for part in self._parts(batch)])[batch["rows"]]
 
     def _parts(self, batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
         if not self.joins_documents:

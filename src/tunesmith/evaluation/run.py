@@ -265,6 +265,8 @@ def _from_example(example: Example, *, with_reference: bool) -> EvaluationRow:
         if with_reference:
             raise RowRefusedError("no answer to compare with", f"{example.where} is plain text; use perplexity for it.")
         return EvaluationRow(example.text, (), example.where, example)
+    if example.images:
+        raise RowRefusedError("images", f"{example.where} shows images, which are not evaluated yet.")
     last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
     answer = example.messages[last].get("content")
     if with_reference and not isinstance(answer, str):

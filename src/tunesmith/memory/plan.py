@@ -30,7 +30,7 @@ from tunesmith.memory.estimate import (
 )
 from tunesmith.memory.work import Work
 
-__all__ = ["Alternative", "TrainingPlan", "check_fits", "describe_policies", "plan_training"]
+__all__ = ["Alternative", "TrainingPlan", "check_fits", "describe_policies", "plan_training", "unpredicted_plan"]
 
 UNSLOTH_SHARE = 0.7
 """``use_gradient_checkpointing="unsloth"``: at most this share of the peak of transformers' own checkpointing."""
@@ -422,6 +422,12 @@ def _cut(work: Work, length: int) -> Work:
     batches = cut(work.batches)
     whole = max((sum(own for own, _ in batch) for batch in batches), default=1)
     return replace(work, batches=batches, evaluated=cut(work.evaluated), whole=min(work.whole, whole))
+
+
+def unpredicted_plan(mode: bool | str, reason: str) -> TrainingPlan:
+    """Return the plan of a run whose memory is not predicted: transformers recomputes all layers or none."""
+    policy = Policy.NONE if mode is False else Policy.FULL
+    return TrainingPlan(mode, (policy,), part_tokens=None, parts={}, phases={}, peak=0, budget=None, reason=reason)
 
 
 def check_fits(plan: TrainingPlan, memory: int) -> None:

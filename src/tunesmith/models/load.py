@@ -1,4 +1,4 @@
-"""Load a model, by default a causal language model, and its tokenizer from any source that a name can mean.
+"""Load a model, by default a language model with or without eyes, and its tokenizer or processor from any source.
 
 Reads local files first and asks the network only for hub ids. The dtype comes with its reason. Read next:
 ``aliases.py`` (what a name means), ``gguf_cache.py`` (GGUF files), ``adapters/state.py`` (adapter folders).
@@ -32,6 +32,7 @@ from tunesmith.models.quantize import (
 )
 from tunesmith.models.rope import Stretch, automatic, stretch
 from tunesmith.models.settings import Width
+from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 from tunesmith.models.vocabulary import check_vocabulary, grow_vocabulary
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def load_model(
     width: Width | None = None,
     whole: bool = False,
     stretched: Stretch | None = None,
+    with_processor: bool = False,
     head: Head | None = None,
     vocabulary: int | None = None,
     offload_embedding: bool = False,
@@ -140,7 +142,8 @@ def load_model(
     (token, revision, cache_dir ...). ``width`` quantizes the linear layers of the decoder; None leaves all weights in
     ``dtype``, or as the files have them where they are quantized already, which ``whole`` refuses. ``stretched`` makes
     the window longer, ``vocabulary`` (a number of rows) embedding and head. ``offload_embedding`` leaves the embedding
-    in host memory. ``head`` says what the model is for; None leaves it to the files.
+    in host memory. ``head`` says what the model is for; None leaves it to the files. A vision-language model comes with
+    its processor where ``with_processor`` asks for that.
 
     Raises:
         ModelError: files are missing or corrupt, the architecture does not serve the task,
@@ -155,8 +158,6 @@ def load_model(
     device = choose_device()
     choice = choose_dtype(dtype, device)
     place = local_place(source)
-    tokenizer = load_tokenizer(source, chat_template=chat_template, **hub)
-    arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
     own = _config(source, hub)
     task = head.task_for(own)
     is_other = task.name != CAUSAL_LM
@@ -165,11 +166,18 @@ def load_model(
             f"random_state={head.seed} would seed new heads, and a causal language model gets none (new rows of "
             "resize_model_vocab are the mean of the old). Give it to get_peft_model, where it seeds the adapter."
         )
+    sees = has_vision(own) and not is_other
+    tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor and sees, **hub)
+    arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
     if is_other:
         _refuse_elsewhere(task.name, width or width_of(own), stretched)
     config, how = _stretched_config(source, hub, stretched, max_seq_length)
     if is_other:
         _refuse_elsewhere(task.name, None, how)
+    if sees and how is not None:
+        raise NotSupportedYetError(
+            f"the window of a vision-language model is not stretched yet: use at most {native_window(own)} positions."
+        )
     arguments |= head.arguments(own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -178,7 +186,8 @@ def load_model(
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
         _refuse_other_width(source, width, hub)
-        arguments["quantization_config"] = quantization_config(width, choice.dtype)
+        beside = outside_decoder(own) if sees else None
+        arguments["quantization_config"] = quantization_config(width, choice.dtype, leave_out=beside)
     _refuse_unrunnable(source, own, choice)
     if whole and width_of(own) is not None:
         raise ModelError(
@@ -189,13 +198,17 @@ def load_model(
         arguments["config"] = config
     if offload_embedding:
         check_not_tied(config)
-    kind = head.auto_model or getattr(transformers, task.auto)
+    kind = head.auto_model or (auto_class(own) if sees else getattr(transformers, task.auto))
     with _readable_errors(source), seeded(head.seed):
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     _refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
     if vocabulary is not None:
-        check_vocabulary(vocabulary, tokens=len(tokenizer), rows=model.get_input_embeddings().weight.shape[0])
+        check_vocabulary(
+            vocabulary,
+            tokens=len(getattr(tokenizer, "tokenizer", tokenizer)),
+            rows=model.get_input_embeddings().weight.shape[0],
+        )
         grow_vocabulary(model, vocabulary)
     if offload_embedding:
         _offload(model, device)
@@ -207,7 +220,8 @@ def load_model(
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
     facts = facts_of(model)
-    facts.stretch, facts.tokenizer, facts.vocabulary = how, tokenizer, vocabulary
+    facts.stretch, facts.vocabulary = how, vocabulary
+    facts.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     facts.new_modules = tuple(sorted(new)) if task.heads else ()
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
@@ -249,6 +263,8 @@ def empty_causal_lm(
         text.vocab_size = vocabulary
     if offload_embedding:
         check_not_tied(config)
+    if has_vision(config):
+        raise NotSupportedYetError(f"{source.name} is a vision-language model: its memory cannot be predicted yet.")
     with _readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
@@ -306,6 +322,9 @@ def _fit_out(
     if task != CAUSAL_LM:
         facts.notes.append("batches are padded and layers are transformers' own: fused ones are for CAUSAL_LM")
         return
+    if has_vision(model.config):
+        facts.notes.append(NOT_FUSED)
+        return
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
@@ -313,14 +332,21 @@ def _fit_out(
     facts.notes += install(model).plan.reasons
 
 
-def load_tokenizer(source: ModelSource, *, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model or adapter and give it ``chat_template`` where one is asked for."""
+def load_tokenizer(
+    source: ModelSource, *, chat_template: str | None = None, with_processor: bool = False, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model or adapter and give it ``chat_template`` where one is asked for.
+
+    ``with_processor``: load the processor of a vision-language model in its place.
+    """
     from transformers import AutoTokenizer
 
     from tunesmith.data.templates import apply_template
+    from tunesmith.models.processor import load_processor
 
     with _readable_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(local_place(source), **{**_NO_CODE, **hub})
+        load = load_processor if with_processor else AutoTokenizer.from_pretrained
+        tokenizer = load(local_place(source), **{**_NO_CODE, **hub})
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["keep_activations", "make_quantized", "protect_gradients", "quantization_config", "width_of"]
 
 
-def quantization_config(width: Width, dtype: torch.dtype) -> Any:
+def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str] | None = None) -> Any:
     """Return the config by which transformers quantizes while it loads, computing in ``dtype``.
+
+    ``leave_out`` names modules that keep their dtype; None: the output head.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -32,9 +34,13 @@ def quantization_config(width: Width, dtype: torch.dtype) -> Any:
     if installed("bitsandbytes") is None:
         raise ModelError(f"load_in_{width} needs the package bitsandbytes. Install it: pip install bitsandbytes")
     if width == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=leave_out)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=leave_out,
     )
 
 

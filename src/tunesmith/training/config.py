@@ -45,7 +45,8 @@ class SFTConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with the defaults of ``docs/parameters.md``.
 
     The learning rate is 2e-4, and 2e-5 where all weights train. Own fields: ``max_length`` (alias ``max_seq_length``),
-    ``packing``, ``train_on``, ``on_too_long``, ``eval_split``, ``dataset_text_field``, ``warmup_ratio`` (written to
+    ``packing``, ``train_on``, ``on_too_long``, ``eval_split``, ``dataset_text_field``, ``dataset_kwargs`` (of scripts
+    with a ``VisionDataCollator``), ``warmup_ratio`` (written to
     ``warmup_steps`` as a fraction, as transformers 5 wants it), ``early_stopping_patience``,
     ``embedding_learning_rate``.
 
@@ -82,6 +83,7 @@ class SFTConfig(TrainingArguments):
     on_too_long: Literal["drop", "error", "truncate"] = "drop"
     eval_split: float = 0.05
     dataset_text_field: str | None = None
+    dataset_kwargs: dict[str, Any] | None = None
     warmup_ratio: float | None = None
     early_stopping_patience: int | None = None
     embedding_learning_rate: float | None = None

@@ -7,7 +7,7 @@ a process gets one document with nothing trained: its gradients are zero and no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from tunesmith.data.collate import IGNORED, DocumentCollator
 
-__all__ = ["DocumentBatches", "DocumentLoader"]
+__all__ = ["JOINED", "DocumentBatches", "DocumentLoader"]
 
 _NOTHING_TRAINED = -1
-# Token axes are rounded up to it. A kernel per new shape costs a CPU more than 32 idle tokens a micro-batch.
-_MULTIPLE = 64
+# Token axes are rounded up to 64. A kernel per new shape costs a CPU more than 32 idle tokens a micro-batch.
+JOINED = DocumentCollator(64)
 
 
 class DocumentBatches(Sampler[list[int]]):
@@ -53,12 +53,17 @@ class DocumentBatches(Sampler[list[int]]):
 
 
 class DocumentLoader(DataLoader[Any]):
-    """A DataLoader over documents or packed bins that joins each micro-batch on one token axis."""
+    """A DataLoader over documents or packed bins; ``join`` makes a batch of each micro-batch's features."""
 
-    def __init__(self, dataset: Any, batches: DocumentBatches, *, pin_memory: bool = False) -> None:
-        super().__init__(
-            _WithEmpty(dataset), batch_sampler=batches, collate_fn=DocumentCollator(_MULTIPLE), pin_memory=pin_memory
-        )
+    def __init__(
+        self,
+        dataset: Any,
+        batches: DocumentBatches,
+        join: Callable[[Sequence[Any]], dict[str, Any]] = JOINED,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(_WithEmpty(dataset), batch_sampler=batches, collate_fn=join, pin_memory=pin_memory)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of ``epoch``; transformers' Trainer calls this."""

@@ -17,7 +17,10 @@ __all__ = ["load_for_run"]
 
 
 def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettings]:
-    """Return model, tokenizer and the settings, in which an adapter that is trained on stands as it is."""
+    """Return model, tokenizer and the settings, in which an adapter that is trained on stands as it is.
+
+    A vision-language model comes with its processor in place of a tokenizer.
+    """
     check_checkpointing(settings.use_gradient_checkpointing)
     hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
     model, tokenizer = load_source(
@@ -32,6 +35,7 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
         vocabulary=settings.resize_model_vocab,
         offload_embedding=settings.offload_embedding,
         attn_implementation=settings.attn_implementation,
+        with_processor=True,
         **{name: value for name, value in hub.items() if value is not None},
     )
     if settings.full_finetuning:

@@ -11,7 +11,9 @@ from tunesmith.core.memory import available_bytes, peak_bytes, resident_bytes
 from tunesmith.data.parts import split_batch
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
+from tunesmith.engine.vision import VisionHead
 from tunesmith.memory import Probe, TrainingPlan, Work, plan_training, probe_step, shape_of
+from tunesmith.memory.plan import unpredicted_plan
 from tunesmith.models.load import facts_of
 from tunesmith.training.loader import DocumentBatches
 
@@ -83,10 +85,13 @@ def memory_there_is(device: Any) -> int:
 
 
 def plan_run(trainer: SFTTrainer) -> TrainingPlan:
-    """Plan the run of a trainer with what its process holds now."""
+    """Plan the run of a trainer with what its process holds now; what images need is not predicted yet."""
     import torch
 
     args, model = trainer.args, trainer.model
+    if isinstance(trainer.head, VisionHead):
+        mode = facts_of(model).checkpointing
+        return unpredicted_plan(mode, "what images need is not predicted yet")
     on_gpu = args.device.type == "cuda"
     work = work_of(trainer.train_dataset, trainer.eval_dataset, args, multiple=trainer.axis_multiple)
     return plan_training(

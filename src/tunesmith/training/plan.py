@@ -38,8 +38,10 @@ def apply_older_style(args: SFTConfig, field: str | None, length: int | None, pa
         setattr(args, name, value)
 
 
-def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
-    """Return the tokenizer, under whichever of its two names it was given.
+def one_tokenizer(processing_class: Any, tokenizer: Any, collator: Any = None) -> Any:
+    """Return the tokenizer or processor, under whichever of its two names it was given, else that of the collator.
+
+    A collator for images has a processor, which goes before its own tokenizer given alone.
 
     Raises:
         SettingsError: two different ones.
@@ -48,6 +50,13 @@ def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
     if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
         raise SettingsError("processing_class and tokenizer are the same argument. Give one of them.")
     chosen = processing_class if processing_class is not None else tokenizer
+    own = getattr(collator, "processor", None)
+    if own is not None and chosen in (None, own, own.tokenizer):
+        return own
+    if own is not None:
+        raise SettingsError(
+            "the VisionDataCollator has another processor than the trainer was given. Give one of them."
+        )
     if chosen is None:
         raise ModelError("the tokenizer is missing: give processing_class=tokenizer.")
     return chosen

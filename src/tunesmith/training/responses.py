@@ -29,7 +29,7 @@ def train_on_responses_only(
         DataError: no row trains on anything.
         SettingsError: one part is given and the other is not.
     """
-    tokenizer = trainer.processing_class
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     markers = resolve_markers(tokenizer, instruction_part, response_part)
     trainer.replace_train_data(_masked(trainer.train_data, tokenizer, markers))
     if trainer.eval_data is not None:

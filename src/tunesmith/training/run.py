@@ -34,8 +34,8 @@ from tunesmith.core.memory import peak_bytes
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import list_splits
-from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
+from tunesmith.data.vision import encoder_of
 from tunesmith.export.card import model_card
 from tunesmith.export.torchao import save_torchao, why_not
 from tunesmith.models.heads import Head
@@ -172,7 +172,7 @@ def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[Pr
     Raises:
         DataError: a source cannot be read, or training or evaluation rows train on nothing.
     """
-    encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)
+    encoder = encoder_of(tokenizer, settings.train_on)
     common: dict[str, Any] = {
         "max_length": settings.max_length or window,
         "on_too_long": settings.on_too_long,
@@ -237,7 +237,7 @@ def _numbers(trainer: SFTTrainer | TaskTrainer, seconds: float) -> dict[str, Any
         "seconds": seconds,
         "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "peak_bytes": peak_bytes(),
-        "predicted_peak_bytes": None if trainer.plan is None else trainer.plan.peak,
+        "predicted_peak_bytes": None if trainer.plan is None else trainer.plan.peak or None,
         "trainable_parameters": trainable,
         "parameters": total,
     }

@@ -31,10 +31,9 @@ from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, make_folder, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
-from tunesmith.data.masks import ExampleEncoder
+from tunesmith.data.files import formatted_rows
 from tunesmith.data.parts import lanes_of, split_batch
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
-from tunesmith.engine.head import LossHead
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.memory.plan import TrainingPlan, check_fits
@@ -68,6 +67,7 @@ from tunesmith.training.plan import (
 )
 from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
+from tunesmith.training.vision import collator_for, encoder_for, head_for
 
 __all__ = ["SFTTrainer"]
 
@@ -75,13 +75,14 @@ _log = logging.getLogger(__name__)
 
 
 class SFTTrainer(Trainer):
-    """Train an adapter (or every trainable weight) of a causal language model on rows.
+    """Train an adapter (or every trainable weight) of a causal or vision-language model on rows.
 
     Args:
-        model: from ``FastLanguageModel.get_peft_model``, or any transformers or PEFT causal language model.
+        model: from ``get_peft_model``, or any transformers or PEFT language model, with or without eyes.
         args: an :class:`SFTConfig`; None uses its defaults.
         train_dataset, eval_dataset: a ``datasets`` object, list of rows, path, hub id, or :class:`PreparedData`.
-        processing_class: the tokenizer (``tokenizer=`` is the older name).
+        processing_class: the tokenizer or processor (``tokenizer=`` is the older name).
+        data_collator: None, or a :class:`~tunesmith.training.vision.VisionDataCollator` for rows with images.
         formatting_func: row -> text or list of texts, for rows of your own shape.
         mapping: column -> role or field, as in ``tunesmith train --map``.
         dataset_text_field, max_seq_length, packing: the older call style; the same as the fields of ``args``.
@@ -100,6 +101,7 @@ class SFTTrainer(Trainer):
         processing_class: Any = None,
         *,
         tokenizer: Any = None,
+        data_collator: Any = None,
         formatting_func: Callable[[Mapping[str, Any]], Any] | None = None,
         mapping: Mapping[str, str] | None = None,
         dataset_text_field: str | None = None,
@@ -111,14 +113,15 @@ class SFTTrainer(Trainer):
         args = SFTConfig() if args is None else args
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
-        self._tokenizer = one_tokenizer(processing_class, tokenizer)
+        self._tokenizer = one_tokenizer(processing_class, tokenizer, data_collator)
         apply_older_style(args, dataset_text_field, max_seq_length, packing)
         check_precision(args, model)
         protect_gradients(model)
         check_purpose(model)
         if not hasattr(model, "peft_config") and type(args.learning_rate) is type(LORA_RATE):
             args.learning_rate = FULL_RATE
-        self._encoder = ExampleEncoder(self._tokenizer, train_on=args.train_on)
+        self._encoder = encoder_for(model, self._tokenizer, args, data_collator)
+        self._join = collator_for(model, self._tokenizer, data_collator)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
         if args.dataset_text_field and mapping:
             raise SettingsError("dataset_text_field and mapping both say what the columns hold. Give one of them.")
@@ -156,9 +159,7 @@ class SFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # The Trainer's NEFTune scales by the length of the input, which here is the joined axis of many documents.
         self.neftune_noise_alpha = None
-        self.head = LossHead(
-            _base(model), noise_alpha=args.neftune_noise_alpha, label_smoothing=args.label_smoothing_factor
-        )
+        self.head = head_for(_base(model), args)
         self.head.probe()
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
         # A kernel per new shape costs a CPU in 16 bits more than some idle tokens.
@@ -175,7 +176,7 @@ class SFTTrainer(Trainer):
         if isinstance(rows, PreparedData):
             return rows
         if self._formatting_func is not None:
-            rows = list(_formatted(rows, self._formatting_func))
+            rows = list(formatted_rows(rows, self._formatting_func))
         return prepare(
             rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=self._mapping
         )
@@ -216,7 +217,7 @@ class SFTTrainer(Trainer):
             rank=self.args.process_index,
             processes=self.args.world_size,
         )
-        return DocumentLoader(dataset, batches, pin_memory=self.args.device.type == "cuda")
+        return DocumentLoader(dataset, batches, self._join, pin_memory=self.args.device.type == "cuda")
 
     def _make_plan(self) -> None:
         """Choose what layers keep and how many tokens are computed together, alike on all processes."""
@@ -305,13 +306,14 @@ class SFTTrainer(Trainer):
         if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
             self._stop("a gradient", self._places)
         if not self._proved_gradients:
-            dead = [name for name, grad in grads if "lora_B" in name and (grad is None or not grad.any())]
+            reached = [(name, grad) for name, grad in grads if self.head.reaches(name)]
+            dead = [name for name, grad in reached if "lora_B" in name and (grad is None or not grad.any())]
             if dead:
                 raise TrainingError(
                     f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
                     "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
                 )
-            self._proved_gradients = True
+            self._proved_gradients = len(reached) == len(grads)
 
     def _stop(self, what: str, places: list[str]) -> None:
         """Keep the weights of the last good step, and say which batch broke."""
@@ -488,12 +490,3 @@ class SFTTrainer(Trainer):
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _formatted(rows: Any, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:
-    from tunesmith.data.files import read_rows
-
-    for row in read_rows(rows):
-        made = function(row.value)
-        for text in [made] if isinstance(made, str) else made:
-            yield {"text": text}
