@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_vision
 from tests.training.support import trainable
 from transformers import LlamaForCausalLM
 
-from tunesmith import FastLanguageModel
+from tunesmith import FastLanguageModel, FastVisionModel
+from tunesmith.adapters.settings import FILTERS
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engine.host import is_on_host
 from tunesmith.engine.install import engine_of
@@ -112,12 +113,14 @@ def code_of_a_model(folder: Path, saved: Path) -> str:
     """Copy ``saved`` to ``folder`` with a config class of its own, which only ``trust_remote_code`` may run."""
     shutil.copytree(saved, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
-    (folder / "config.json").write_text(json.dumps({**config, **own, "architectures": ["OwnModel"]}), encoding="utf-8")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (folder / "config.json").write_text(
+        json.dumps({**config, **own, "architectures": ["OwnForCausalLM"]}), encoding="utf-8"
+    )
     (folder / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
         "class Own(LlamaConfig):\n    model_type = 'own'\n\n\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n",
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = Own\n",
         encoding="utf-8",
     )
     return str(folder)
@@ -219,7 +222,7 @@ LOADING: dict[str, Row] = {
     "trust_remote_code": Row(
         lambda saved, tmp_path: type(
             load(code_of_a_model(tmp_path / "code", saved), trust_remote_code=True)
-        ).__name__ == "OwnModel",
+        ).__name__ == "OwnForCausalLM",
         {"model_name": code_of_a_model},
         "trust_remote_code",
     ),
@@ -407,6 +410,18 @@ ADAPTER: dict[str, Row] = {
         {"task_type": "SEQ_CLS"},
         "is a model for CAUSAL_LM",
     ),
+    # A text model has no vision layers: leaving them out is no mistake there.
+    "finetune_vision_layers": Row(
+        lambda: moved_by_filter("vision_layers"),
+        {"model": tiny_vision.vision_model("gemma3"), **dict.fromkeys(FILTERS, False)},
+        "finetune_",
+    ),
+    **{
+        f"finetune_{part}": Row(lambda part=part: moved_by_filter(part), {f"finetune_{part}": value}, "finetune_")
+        for part, value in (
+            ("language_layers", False), ("attention_modules", False), ("mlp_modules", False), ("audio_layers", True),
+        )
+    },
     "temporary_location": Row(
         lambda tmp_path: spilled(tmp_path / "spill"), {"temporary_location": "x"}, "where fused layers put"
     ),
@@ -441,6 +456,19 @@ def from_rows(saved: Path) -> list[torch.Tensor]:
     rows = {"init_lora_weights": "eva", "init_data": [{"text": "the cat sat on a mat"}]}
     model = FastLanguageModel.get_peft_model(load(saved), r=4, use_gradient_checkpointing=False, **rows)
     return [weight for name, weight in sorted(trainable(model).items()) if "lora_A" in name]
+
+
+def moved_by_filter(part: str) -> bool:
+    """Whether a filter of multimodal models leaves out its layers, or is refused where the model has none of them."""
+    if part == "audio_layers":
+        with pytest.raises(TunesmithError, match="finetune_audio_layers"):
+            FastVisionModel.get_peft_model(tiny_vision.vision_model("gemma3"), r=2, finetune_audio_layers=True)
+        return True
+    names = [
+        set(trainable(FastVisionModel.get_peft_model(tiny_vision.vision_model("gemma3"), r=2, **off)))
+        for off in ({}, {f"finetune_{part}": False})
+    ]
+    return names[1] < names[0]
 
 
 def spilled(place: Path) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.adapters.inject import arguments_of, refuse_beside_rounding
+from tunesmith.adapters.config import arguments_of
+from tunesmith.adapters.inject import refuse_beside_rounding
 from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_for, trained_on
 from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.core.tasks import CAUSAL_LM

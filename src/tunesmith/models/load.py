@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
-from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError, TunesmithError
+from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.core.memory import trim_heap
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, task_of
 from tunesmith.engine.host import check_not_tied, keep_on_host
-from tunesmith.models.aliases import ALIASES, ModelSource
+from tunesmith.models.aliases import ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.quantize import (
@@ -30,6 +28,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     width_of,
 )
+from tunesmith.models.readable import readable_errors, refuse_missing_weights
 from tunesmith.models.rope import Stretch, automatic, stretch
 from tunesmith.models.settings import Width
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
@@ -199,10 +198,10 @@ def load_model(
     if offload_embedding:
         check_not_tied(config)
     kind = head.auto_model or (auto_class(own) if sees else getattr(transformers, task.auto))
-    with _readable_errors(source), seeded(head.seed):
+    with readable_errors(source), seeded(head.seed):
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
-    _refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
+    refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
     if vocabulary is not None:
         check_vocabulary(
             vocabulary,
@@ -265,7 +264,7 @@ def empty_causal_lm(
         check_not_tied(config)
     if has_vision(config):
         raise NotSupportedYetError(f"{source.name} is a vision-language model: its memory cannot be predicted yet.")
-    with _readable_errors(source), torch.device("meta"):
+    with readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
             make_quantized(model, width, choice.dtype)
@@ -344,7 +343,7 @@ def load_tokenizer(
     from tunesmith.data.templates import apply_template
     from tunesmith.models.processor import load_processor
 
-    with _readable_errors(source):
+    with readable_errors(source):
         load = load_processor if with_processor else AutoTokenizer.from_pretrained
         tokenizer = load(local_place(source), **{**_NO_CODE, **hub})
     if chat_template is not None:
@@ -366,7 +365,7 @@ def load_window(
 def _config(source: ModelSource, hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    with _readable_errors(source):
+    with readable_errors(source):
         return AutoConfig.from_pretrained(local_place(source), **{**_NO_CODE, **hub})
 
 
@@ -440,69 +439,8 @@ def local_place(source: ModelSource) -> str:
     return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
 
 
-@contextmanager
-def _readable_errors(source: ModelSource) -> Iterator[None]:
-    """Turn what transformers, safetensors and the hub raise on unusable files into one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except TunesmithError:
-        raise
-    except SafetensorError as error:
-        raise ModelError(
-            f"model {source.name}: a .safetensors file is corrupt or cut short ({error}). Copy or download it again."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"model {source.name}: a .json file is not valid JSON (line {error.lineno}: {error.msg})."
-        ) from error
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(_cannot_load(source, error)) from error
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"model {source.name} comes with Python code of its own, which is not run unasked. Read it, and give "
-                "trust_remote_code=True if you trust it."
-            ) from error
-        raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
-
-
-def _cannot_load(source: ModelSource, error: Exception) -> str:
-    if source.kind != "hub":
-        return f"model {source.name} cannot be loaded: {_first_sentence(error)}"
-    from tunesmith.core.names import did_you_mean
-
-    return (
-        f"model {source.name!r} is no local folder and the hub did not give it ({_first_sentence(error)})."
-        f"{did_you_mean(source.name.split('/')[-1], ALIASES)} To use local files, give the path of the model's folder."
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
-
-
 def _refuse_elsewhere(task: str, width: Width | None, stretched: Stretch | None) -> None:
     name = None if width is None else f"load_in_{width}"
     name = name or (None if stretched is None else "rope_scaling")
     if name is not None:
         raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
-
-
-def _refuse_missing_weights(source: ModelSource, info: dict[str, Any], new: set[str]) -> None:
-    """Transformers fills missing weights with random numbers and only warns: such a model must not train.
-
-    ``new`` are those of a head that is to be trained.
-    """
-    missing = sorted(set(info.get("missing_keys", ())) - new)
-    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
-    broken = missing + mismatched
-    if broken:
-        raise ModelError(
-            f"model {source.name}: {len(broken)} weights are missing or have another shape than config.json says "
-            f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}). The files do not belong together, or one "
-            "is incomplete."
-        )
