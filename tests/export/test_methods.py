@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.export.test_merge import adapt, disturb, loaded, logits
+from transformers import AutoModelForCausalLM
 
 from tunesmith.core.errors import AdapterError, ExportError, NotSupportedYetError, OutputError
 from tunesmith.export.adapter import export_adapter
@@ -47,9 +48,11 @@ def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
         model.save_pretrained_merged(str(tmp_path / "other"), push_to_hub=True)
 
 
-def test_a_loaded_adapter_has_the_method_too(run_folder: Path) -> None:
-    model, _ = loaded(run_folder)
-    assert callable(model.save_pretrained_merged)
+def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path, saved: Path, tmp_path: Path) -> None:
+    assert callable(loaded(run_folder)[0].save_pretrained_merged)
+    model, _ = loaded(saved, full_finetuning=True)
+    model.save_pretrained_merged(tmp_path / "out", save_method="merged_32bit")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
 @pytest.mark.parametrize(("width", "runtime"), [(None, "peft"), ("load_in_4bit", "tunesmith")])

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterModel",
-    "CausalAdapter",
     "TrainedOn",
     "as_adapter_model",
     "base_beside",
@@ -85,7 +84,7 @@ def as_adapter_model(model: Any, *, takes_from_base: bool = False, keeps_base: b
     has replaced the base by one that belongs to the adapter.
     """
     if not isinstance(model, AdapterModel):
-        model.__class__ = _CLASSES.get(type(model), CausalAdapter)  # an adapter without a task_type: PeftModel
+        model.__class__ = _CLASSES.get(type(model), _CausalAdapter)  # an adapter without a task_type: PeftModel
     model.saves_raw, model.started, model.keeps_base = False, {}, keeps_base
     if takes_from_base:
         model.started = {name: value.detach().to("cpu", copy=True) for name, value in _adapter_weights(model).items()}
@@ -384,8 +383,8 @@ def _convert(folder: Path, started: dict[str, torch.Tensor]) -> None:
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class CausalAdapter(AdapterModel, PeftModelForCausalLM):
-    """One on a causal language model."""
+class _CausalAdapter(AdapterModel, PeftModelForCausalLM):
+    pass
 
 
 class _SequenceAdapter(AdapterModel, PeftModelForSequenceClassification):
@@ -410,5 +409,5 @@ class _FeatureAdapter(AdapterModel, PeftModelForFeatureExtraction):
 
 _CLASSES: dict[type, type[AdapterModel]] = {
     kind.__bases__[1]: kind
-    for kind in (CausalAdapter, _SequenceAdapter, _TokenAdapter, _Seq2SeqAdapter, _QuestionAdapter, _FeatureAdapter)
+    for kind in (_CausalAdapter, _SequenceAdapter, _TokenAdapter, _Seq2SeqAdapter, _QuestionAdapter, _FeatureAdapter)
 }

@@ -1,18 +1,19 @@
-"""A PEFT model with the export methods that Unsloth's users call on it."""
+"""The export methods that Unsloth's users call on a model, and one door for all methods of export."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.model import CausalAdapter
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
 from tunesmith.export.merge import MERGE_METHODS, ExportReport, merge_model
+from tunesmith.export.torchao import save_torchao
 
-__all__ = ["METHODS", "ExportingModel", "as_exporting", "check_method", "export_model"]
+__all__ = ["METHODS", "check_method", "export_model", "with_exports"]
 
 METHODS = (*MERGE_METHODS, "lora")
 """How a model can be exported."""
@@ -36,37 +37,37 @@ def export_model(model: Any, folder: Path, tokenizer: Any = None, *, method: str
     return merge_model(model, folder, tokenizer, method=check_method(method), **how)
 
 
-def as_exporting(model: Any) -> Any:
-    """Return ``model``; from now on a causal one with an adapter of ours has the methods of :class:`ExportingModel`."""
-    if type(model) is CausalAdapter:
-        model.__class__ = ExportingModel
+def with_exports(model: Any) -> Any:
+    """Return ``model`` with :func:`save_merged` and :func:`tunesmith.export.torchao.save_torchao` as methods.
+
+    On this instance alone: the classes of transformers and PEFT stay as they are.
+    """
+    model.save_pretrained_merged = types.MethodType(save_merged, model)
+    model.save_pretrained_torchao = types.MethodType(save_torchao, model)
     return model
 
 
-class ExportingModel(CausalAdapter):
-    """See the module."""
+def save_merged(
+    model: Any,
+    save_directory: Any,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    adapters: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = (),
+    push_to_hub: bool = False,
+) -> ExportReport:
+    """Write a folder that transformers (or, with "lora", PEFT) loads, and compare it with this model.
 
-    def save_pretrained_merged(
-        self,
-        save_directory: Any,
-        tokenizer: Any = None,
-        save_method: str = "merged_16bit",
-        *,
-        adapters: Mapping[str, float] | None = None,
-        prompts: Sequence[str] = (),
-        push_to_hub: bool = False,
-    ) -> ExportReport:
-        """Write a folder that transformers (or, with "lora", PEFT) loads, and compare it with this model.
-
-        Args:
-            save_method: "merged_16bit", "merged_32bit" or "lora" (the adapter alone), in any case of letters.
-            adapters: name -> share of each adapter that is merged; None: the active ones in full.
-            prompts: texts to compare on, beside fixed ones.
-            push_to_hub: not supported yet.
-        Raises: see :func:`tunesmith.export.merge.merge_model` and :func:`tunesmith.export.adapter.export_adapter`.
-        """
-        if push_to_hub:
-            raise NotSupportedYetError("push_to_hub=True is not supported yet. Leave it out and upload the folder.")
-        merging = {} if adapters is None else {"adapters": adapters}
-        folder = Path(save_directory).expanduser()
-        return export_model(self, folder, tokenizer, method=save_method, prompts=prompts, **merging)
+    Args:
+        save_method: "merged_16bit", "merged_32bit" or "lora" (the adapter alone), in any case of letters.
+        adapters: name -> share of each adapter that is merged; None: the active ones in full.
+        prompts: texts to compare on, beside fixed ones.
+        push_to_hub: not supported yet.
+    Raises: see :func:`tunesmith.export.merge.merge_model` and :func:`tunesmith.export.adapter.export_adapter`.
+    """
+    if push_to_hub:
+        raise NotSupportedYetError("push_to_hub=True is not supported yet. Leave it out and upload the folder.")
+    merging = {} if adapters is None else {"adapters": adapters}
+    folder = Path(save_directory).expanduser()
+    return export_model(model, folder, tokenizer, method=save_method, prompts=prompts, **merging)

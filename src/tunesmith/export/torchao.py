@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import types
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,10 @@ from tunesmith.models.load import facts_of
 from tunesmith.models.qat import Scheme, conversion_fails, scheme_of
 from tunesmith.models.whole import decoder_linears
 
-__all__ = ["save_torchao", "why_not", "with_torchao"]
+__all__ = ["save_torchao", "why_not"]
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = 1e-2  # of a loss
-
-
-def with_torchao(model: Any) -> Any:
-    """Return ``model`` with :func:`save_torchao` as its method ``save_pretrained_torchao``."""
-    model.save_pretrained_torchao = types.MethodType(save_torchao, model)
-    return model
 
 
 def save_torchao(model: Any, save_directory: str | Path, tokenizer: Any = None, torchao_config: Any = None) -> float:

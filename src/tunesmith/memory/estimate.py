@@ -21,6 +21,7 @@ from typing import Any
 
 from tunesmith.engine.families import LayerShape
 from tunesmith.engine.host import compute_device, is_on_host
+from tunesmith.core.versions import installed
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
 
@@ -39,8 +40,11 @@ __all__ = [
 ]
 
 MIB = 2**20
-LIBRARIES_BYTES = 500 * MIB
-"""Interpreter, torch, transformers, PEFT, Trainer and datasets on a CPU; measured with Python 3.11 and torch 2.13."""
+LIBRARIES_BYTES = (500 + (84 if installed("torchao") else 0)) * MIB
+"""Interpreter, torch, transformers, PEFT, Trainer and datasets on a CPU; measured with Python 3.11 and torch 2.13.
+
+transformers imports torchao with every model where it is installed.
+"""
 _LOADING = 48 * MIB
 """What loading a model and making its trainer leave beside the weights: code, buffers, the last pages of files."""
 _QUANTIZING = 48 * MIB

@@ -19,6 +19,7 @@ from torch import nn
 
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.versions import installed
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import QAT_ALIASES
 from tunesmith.models.whole import decoder_linears, refuse_other_tasks, swap_layers
@@ -107,11 +108,14 @@ def scheme_of(asked: Any) -> Scheme:
 
     Raises:
         SettingsError: the name is not known, or it is something else.
+        ModelError: torchao is not installed.
     """
-    from torchao.core.config import AOBaseConfig, config_from_dict
-
     if isinstance(asked, Scheme):
         return asked
+    if installed("torchao") is None:
+        raise ModelError("a qat_scheme needs the package torchao. Install it: pip install torchao")
+    from torchao.core.config import AOBaseConfig, config_from_dict
+
     if isinstance(asked, str):
         name = QAT_ALIASES.get(asked, asked)
         if name not in SCHEMES:
