@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.core.versions import installed
 from tunesmith.engine.families import LayerShape
 from tunesmith.engine.host import compute_device, is_on_host
-from tunesmith.core.versions import installed
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
 
