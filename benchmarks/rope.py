@@ -1,6 +1,6 @@
 """Which scheme keeps a model readable beyond its own window? Perplexity at 1x, 2x and 4x, untrained and trained.
 
-    python -m benchmarks.rope [--reach 1 2 4] [--windows 4] [--train 0] [--minutes 60]
+    python -m benchmarks.rope [--reach 1 2 4] [--windows 4] [--schemes ...] [--train 0] [--minutes 60]
     python -m benchmarks.rope --table
 
 For SmolLM2-135M-Instruct (window 8,192): the perplexity of the last 1,024 tokens of windows of real text that are 1, 2
@@ -101,13 +101,12 @@ def scores() -> dict[tuple[str, int, int, int], float]:
     }
 
 
-def _measurements(reaches: list[int], windows: int, steps: int) -> Iterator[tuple[str, int, int, int]]:
-    from tunesmith.models.rope import SCHEMES
-
+def _measurements(
+    reaches: list[int], windows: int, schemes: list[str], steps: int
+) -> Iterator[tuple[str, int, int, int]]:
     for reach in reaches:
-        schemes = (PLAIN,) if reach == 1 else (PLAIN, *SCHEMES)
         for window in range(windows):
-            yield from ((scheme, reach, window, 0) for scheme in schemes)
+            yield from ((scheme, reach, window, 0) for scheme in ([PLAIN] if reach == 1 else schemes))
     for scheme in _best(2) if steps else ():
         yield from ((scheme, 4, window, steps) for window in range(windows))
 
@@ -126,11 +125,11 @@ def _means() -> dict[tuple[str, int, int], float]:
     return {key: math.exp(statistics.fmean(values)) for key, values in found.items()}
 
 
-def measure(reaches: list[int], windows: int, steps: int, minutes: float) -> bool:
+def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, minutes: float) -> bool:
     """Record every measurement that is not there yet; return False where ``minutes`` ended it before the last."""
     end = time.monotonic() + 60 * minutes
     loaded: tuple[Any, Any] = (None, None)
-    for key in _measurements(reaches, windows, steps):
+    for key in _measurements(reaches, windows, schemes, steps):
         scheme, reach, window, trained = key
         if key in scores():
             continue
@@ -173,14 +172,18 @@ def table() -> str:
 
 def main() -> None:
     """Measure, or print the table of what was measured."""
+    from tunesmith.models.rope import SCHEMES
+
+    every = [PLAIN, *SCHEMES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reach", type=int, nargs="+", default=[1, 2, 4], choices=[1, 2, 4])
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--schemes", nargs="+", default=every, choices=every)
     parser.add_argument("--train", type=int, default=0, metavar="STEPS")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    if not args.table and not measure(args.reach, args.windows, args.train, args.minutes):
+    if not args.table and not measure(args.reach, args.windows, args.schemes, args.train, args.minutes):
         print(f"{args.minutes} minutes are over: run the command again to go on")
     print(table())
 

@@ -27,7 +27,7 @@ from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import check_fast_inference, check_fp8, choose_width
+from tunesmith.models.settings import LoadingArguments, check_fast_inference, check_fp8, choose_width
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,10 @@ class FastLanguageModel:
             NotSupportedYetError: an argument together with a task for which it is not written yet.
             TypeError: an unknown argument; the message names the nearest.
         """
+        given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
+        chosen = {name: given[name] for name in LoadingArguments.model_fields}
+        validate(LoadingArguments, chosen, source="from_pretrained")
         check_fast_inference(
             fast_inference,
             gpu_memory_utilization=(gpu_memory_utilization, 0.5),

@@ -16,6 +16,17 @@ def test_every_setting_says_what_it_means():
     assert [setting.name for setting in settings_reference() if len(setting.meaning) < 10] == []
 
 
+def test_every_argument_of_the_public_calls_is_explained():
+    from inspect import signature
+
+    from tunesmith import FastLanguageModel
+    from tunesmith.training.aliases import ALIASES
+
+    known = {setting.name for setting in settings_reference(in_scripts=True)} | set(ALIASES)
+    for function in (FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model):
+        assert set(signature(function).parameters) - known - {"model", "unknown"} == set(), function.__qualname__
+
+
 def test_explain_prints_everything_known_of_a_setting(run):
     shown = " ".join(run("explain", "learning_rate").out.split())
     setting, _ = find_setting("learning_rate")

@@ -58,7 +58,7 @@ def _facts(setting: Setting) -> list[tuple[str, str]]:
 
 def _print_all() -> None:
     out = console()
-    reference = settings_reference()
+    reference = settings_reference(in_scripts=True)
     width = max(len(setting.name) for setting in reference)
     for group, settings in groupby(reference, key=lambda setting: setting.group):
         table = Table(title=group, title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -86,7 +86,7 @@ def _markdown_lines() -> Iterator[str]:
         "of `--set`. `tunesmith explain NAME` prints the same in a terminal. Names of other tools are accepted and the "
         "one used is printed. `none` means that the setting is left out."
     )
-    for group, settings in groupby(settings_reference(), key=lambda setting: setting.group):
+    for group, settings in groupby(settings_reference(in_scripts=True), key=lambda setting: setting.group):
         yield ""
         yield f"## {group}"
         for setting in settings:

@@ -17,7 +17,7 @@ from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import nearest
 from tunesmith.core.settings import Guide, Settings, describe_type, guide_of
 from tunesmith.data.settings import DataSettings
-from tunesmith.models.settings import ModelSettings
+from tunesmith.models.settings import LoadingArguments, ModelSettings
 from tunesmith.training.aliases import ALIASES
 from tunesmith.training.settings import RunSettings, TrainingSettings
 
@@ -30,6 +30,8 @@ GROUPS: dict[str, type[Settings]] = {
     "Training": TrainingSettings,
 }
 """Title -> the part of the settings under it, in the order of the help."""
+
+_IN_SCRIPTS = {"Arguments of from_pretrained that are no settings": LoadingArguments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,10 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
 
-def settings_reference() -> list[Setting]:
-    """Return all settings, group by group."""
-    return [_describe(name, group) for group, kind in GROUPS.items() for name in kind.model_fields]
+def settings_reference(*, in_scripts: bool = False) -> list[Setting]:
+    """Return all settings, group by group; with ``in_scripts`` also what only Python code can say."""
+    groups = {**GROUPS, **_IN_SCRIPTS} if in_scripts else GROUPS
+    return [_describe(name, group, kind) for group, kind in groups.items() for name in kind.model_fields]
 
 
 def find_setting(name: str) -> tuple[Setting, str | None]:
@@ -78,7 +81,7 @@ def find_setting(name: str) -> tuple[Setting, str | None]:
         SettingsError: there is none; the message names the nearest.
     """
     key = name.lstrip("-").replace("-", "_")
-    known = {setting.name: setting for setting in settings_reference()}
+    known = {setting.name: setting for setting in settings_reference(in_scripts=True)}
     if key in known:
         return known[key], None
     if key in ALIASES:
@@ -88,8 +91,9 @@ def find_setting(name: str) -> tuple[Setting, str | None]:
     raise SettingsError(f"there is no setting {name!r}.{hint} `tunesmith explain` lists all.")
 
 
-def _describe(name: str, group: str) -> Setting:
-    field = RunSettings.model_fields[name]
+def _describe(name: str, group: str, kind: type[Settings]) -> Setting:
+    # A run may have narrowed what its parts say.
+    field = RunSettings.model_fields.get(name) or kind.model_fields[name]
     kinds, choices = _kinds(field.annotation)
     return Setting(
         name=name,

@@ -16,7 +16,16 @@ from tunesmith.models.rope import Stretch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["QAT_ALIASES", "ModelSettings", "QatName", "Width", "check_fast_inference", "check_fp8", "choose_width"]
+__all__ = [
+    "QAT_ALIASES",
+    "LoadingArguments",
+    "ModelSettings",
+    "QatName",
+    "Width",
+    "check_fast_inference",
+    "check_fp8",
+    "choose_width",
+]
 
 Width = Literal["4bit", "8bit"]
 """How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
@@ -97,6 +106,49 @@ def check_fast_inference(asked: bool, **of_vllm: tuple[Any, Any]) -> None:
             "to generate through transformers."
         )
     raise NotSupportedYetError("fast_inference=True is not supported yet. Give fast_inference=False.")
+
+
+class LoadingArguments(Settings):
+    """What ``from_pretrained`` takes beside :class:`ModelSettings`: for scripts, not for files of settings."""
+
+    token: str | bool | None = None
+    """Access token of the hub; none takes the one that `hf auth login` has stored."""
+
+    device_map: Any = None
+    """Where weights go, as in transformers; none: the GPU where there is one, else the CPU."""
+
+    cache_dir: str | None = None
+    """Folder of the hub's downloads; none takes the hub's own."""
+
+    local_files_only: bool = False
+    """Ask no hub, also where a name is no local folder."""
+
+    load_in_fp8: bool | Literal["row", "block"] = False
+    """The frozen base in float8: not written yet, and refused with what it needs where the hardware lacks it."""
+
+    fast_inference: bool = False
+    """Generate through vLLM: not written yet, and refused where the package is not installed."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the GPU that vLLM may take; only with fast_inference."""
+
+    float8_kv_cache: bool = False
+    """vLLM keeps keys and values in float8; only with fast_inference."""
+
+    max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    """Largest rank of adapters that vLLM loads; only with fast_inference."""
+
+    num_labels: int | None = None
+    """Number of labels of a new classification head."""
+
+    id2label: dict[int, str] | None = None
+    """Names of the labels by their numbers, 0, 1, 2 ..."""
+
+    label2id: dict[str, int] | None = None
+    """The same the other way round."""
+
+    auto_model: Any = None
+    """A model class of transformers in place of the one that the task and the config choose."""
 
 
 class ModelSettings(Settings):
