@@ -5,10 +5,10 @@ and why:
 
 * ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``: documents joined on one token axis, loss over the
   trained tokens of the **whole** optimizer step, all micro-batches and processes counted together;
-* ``training_step``: gradients summed over processes once a step, non-finite values stop the run before they reach the
-  weights, and the first step proves that every lora_B learns;
-* ``evaluate``: loss per token, not a mean of batch means;
-* ``_save_checkpoint``: whole or not at all (``checkpoint.py``).
+* ``training_step``: gradients summed over processes once a step;
+* ``evaluate``: loss per token, not a mean of batch means.
+
+Checks of gradients, resume and checkpoints are those of every trainer (``base.py``).
 
 Gradients are summed by us, not by DDP's hooks: the loss calls the decoder and the head directly, and one flat
 all-reduce of the adapter's gradients at the end of the step costs less than hooks in every backward.
@@ -16,7 +16,6 @@ all-reduce of the adapter's gradients at the end of the step costs less than hoo
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -25,37 +24,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from tunesmith.adapters.model import raw_weights
-from tunesmith.core.errors import OutputError, SettingsError, TrainingError
-from tunesmith.core.files import damage, make_folder, require_space, whole_folder
-from tunesmith.core.memory import peak_bytes
+from tunesmith.core.errors import SettingsError
+from tunesmith.core.files import make_folder
 from tunesmith.data.files import formatted_rows
 from tunesmith.data.parts import lanes_of, split_batch
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
-from tunesmith.engine.install import engine_of
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
 from tunesmith.models.quantize import protect_gradients
+from tunesmith.training.base import RunTrainer
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
-    RUN_FILE,
-    checkpoint_at,
-    checkpoint_bytes,
-    checkpoints_in,
-    find_checkpoint,
     plan_of,
-    remove_old_checkpoints,
-    require_disk_space,
 )
 from tunesmith.training.config import SFTConfig
-from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
+from tunesmith.training.fingerprint import settings_fingerprint
 from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
-from tunesmith.training.optimizer import give_embeddings_their_rate, optimizer_for
+from tunesmith.training.optimizer import optimizer_for
 from tunesmith.training.plan import (
     apply_older_style,
     check_precision,
@@ -65,7 +55,7 @@ from tunesmith.training.plan import (
     one_tokenizer,
     try_out,
 )
-from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, sum_over_processes
+from tunesmith.training.processes import gather_objects, sum_gradients, sum_over_processes
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.vision import collator_for, encoder_for, head_for
 
@@ -74,7 +64,7 @@ __all__ = ["SFTTrainer"]
 _log = logging.getLogger(__name__)
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(RunTrainer):
     """Train an adapter (or every trainable weight) of a causal or vision-language model on rows.
 
     Args:
@@ -167,7 +157,6 @@ class SFTTrainer(Trainer):
         self.lanes = lanes_there(model, args)
         self._lanes = Lanes(self.lanes)
         self._make_plan()
-        self._proved_gradients = False
         self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
 
     # ---- data ----
@@ -230,16 +219,6 @@ class SFTTrainer(Trainer):
         self.plan, self.part_tokens = plan, plan.part_tokens
         apply_plan(self.model, plan)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer, with a group of its own for embedding and output head where they train."""
-        has_one = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if has_one and self.args.embedding_learning_rate is not None:
-            raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
-        if not has_one:
-            give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
-        return optimizer
-
     # ---- one step ----
 
     def get_batch_samples(
@@ -268,12 +247,12 @@ class SFTTrainer(Trainer):
         loss = sum(self._part_step(model, part, num_items_in_batch) for part in self._parts_of(inputs))
         assert isinstance(loss, torch.Tensor)
         if not torch.isfinite(loss) and self.args.world_size == 1:
-            self._stop("the loss", inputs["where"])
+            self.stop("the loss", inputs["where"])
         # With several processes all must see it, or the others would wait: the summed gradient carries it to them.
         self._places += inputs["where"]
         if self.accelerator.sync_gradients:
-            sum_gradients([parameter for _, parameter in self._trainable()], self.args.world_size)
-            self._check_gradients()
+            sum_gradients([parameter for _, parameter in self.trainable()], self.args.world_size)
+            self.check_gradients(self._places)
             self._places = []
         # The Trainer reports the mean over processes; each holds its share of one sum.
         return loss * self.args.world_size
@@ -291,54 +270,13 @@ class SFTTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # as the Trainer does, for optimizers that know two modes
-        return self._lanes.step(lambda lane: self.head.loss(lane, divisor), lanes, [p for _, p in self._trainable()])
+        return self._lanes.step(lambda lane: self.head.loss(lane, divisor), lanes, [p for _, p in self.trainable()])
 
     def _parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Return smaller batches with the same sums, which keep less (data/parts.py)."""
         return split_batch(batch, self.part_tokens, multiple=self.axis_multiple) if self.part_tokens else [batch]
 
-    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-
-    def _check_gradients(self) -> None:
-        grads = [(name, parameter.grad) for name, parameter in self._trainable()]
-        norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
-        if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
-            self._stop("a gradient", self._places)
-        if not self._proved_gradients:
-            reached = [(name, grad) for name, grad in grads if self.head.reaches(name)]
-            dead = [name for name, grad in reached if "lora_B" in name and (grad is None or not grad.any())]
-            if dead:
-                raise TrainingError(
-                    f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
-                    "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
-                )
-            self._proved_gradients = len(reached) == len(grads)
-
-    def _stop(self, what: str, places: list[str]) -> None:
-        """Keep the weights of the last good step, and say which batch broke."""
-        self.model.zero_grad()
-        saved = ""
-        if self.state.global_step > 0:
-            self._save_checkpoint(self.model_wrapped, None)
-            saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
-        rows = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-        raise TrainingError(
-            f"{what} is not finite in step {self.state.global_step + 1}, rows {rows}: the run "
-            f"stops before it reaches the weights.{saved} Look at these rows, or start a new "
-            "run with a lower learning_rate or max_grad_norm."
-        )
-
     # ---- logging and evaluation ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second of all processes and the peak memory of this one to every line of training metrics."""
-        if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_s"] = self._tokens_since_log * self.args.world_size / max(now - self._log_time, 1e-9)
-            logs["peak_bytes"] = peak_bytes()
-            self._tokens_since_log, self._log_time = 0, now
-        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(
@@ -351,7 +289,7 @@ class SFTTrainer(Trainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self._forget_buffers()
+        self.forget_buffers()
         with evaluation_mode(self.model):
             for batch in self.get_eval_dataloader(eval_dataset):
                 for part in self._parts_of(batch):
@@ -362,7 +300,7 @@ class SFTTrainer(Trainer):
             raise SettingsError("the evaluation rows train on nothing, so they have no loss. Give other rows.")
         loss = total / count
         if not math.isfinite(loss) and self.is_in_train:
-            self._stop("the eval loss", [])
+            self.stop("the eval loss", [])
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
@@ -375,11 +313,6 @@ class SFTTrainer(Trainer):
         self._log_time += time.perf_counter() - began
         return metrics
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the last ``train()`` before its last step."""
-        return self._interrupts.interrupted
-
     # ---- checkpoints ----
 
     def run_fingerprint(self) -> dict[str, Any]:
@@ -390,102 +323,24 @@ class SFTTrainer(Trainer):
         settings = settings_fingerprint(self.args, self.args.world_size)
         return {"data": data, "model": self._model_fingerprint, "settings": settings}
 
+    def run_record(self) -> dict[str, Any]:
+        """Return the fingerprint and the plan, which a continued run follows."""
+        return {**self.run_fingerprint(), "plan": self.plan.record()}
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Follow the plan of that run: with another choice the sums would be rounded in another way."""
+        self.follow(self.plan.restored(plan_of(checkpoint)))
+
+    def reaches(self, name: str) -> bool:
+        """Return whether the head has sent batches through the parameter ``name``."""
+        return self.head.reaches(name)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
-        was never interrupted; without one it starts from the beginning.
-
-        Raises:
-            CheckpointError: the checkpoint belongs to another run, or all are damaged.
-            OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
-            TrainingError: a loss or gradient is not finite, a lora_B gets no gradient, or another process died.
-        """
-        self._model_fingerprint = model_fingerprint(self.model)
-        folder = Path(self.args.output_dir)
-        checkpoint: str | None = None
-        if resume_from_checkpoint is True:
-            found = find_checkpoint(folder, self.run_fingerprint())
-            checkpoint = None if found is None else str(found)
-            _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
-        elif resume_from_checkpoint:
-            checkpoint = str(checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint()))
-        elif checkpoints_in(folder):
-            raise OutputError(
-                f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
-                "or choose another output_dir."
-            )
-        if checkpoint is not None:
-            # With another choice the sums would be rounded in another way.
-            self.follow(self.plan.restored(plan_of(Path(checkpoint))))
-        if self.args.should_save:
-            require_disk_space(self.model, folder)
-        self._log_time = time.perf_counter()
+        """See :meth:`RunTrainer.train`."""
         try:
-            # The Trainer gathers and waits too, for its log and at checkpoints.
-            with naming_lost_processes():
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
         finally:
-            # An error ends the run without on_train_end.
-            self._interrupts.release()
             self._lanes.close()
-
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write model, optimizer, scheduler, RNG states and trainer state into one folder, whole or not at all."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(self._checkpoint_folder())
-        self.store_flos()
-        generators = self._generator_states()
-        self._forget_buffers()
-        # A damaged one of an earlier process is written anew.
-        if self.args.should_save and damage(self._checkpoint_folder()) is not None:
-            require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
-            with whole_folder(self._checkpoint_folder()) as folder:
-                with raw_weights(self.model):
-                    self.save_model(str(folder), _internal_call=True)
-                self._save_optimizer_and_scheduler(str(folder))
-                for rank, states in enumerate(generators):
-                    name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{rank}.pth"
-                    torch.save(states, folder / name)
-                self.state.stateful_callbacks.update(self._callback_states())
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-                run = {**self.run_fingerprint(), "plan": self.plan.record()}
-                (folder / RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
-            remove_old_checkpoints(
-                self._checkpoint_folder(),
-                keep=self._keep,
-                best=self.state.best_model_checkpoint,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _forget_buffers(self) -> None:
-        """Give back what the engine holds for the next step, before something else needs memory."""
-        engine = engine_of(self.model)
-        if engine is not None:
-            engine.scratch.clear()
-
-    def _callback_states(self) -> dict[str, Any]:
-        from transformers.trainer_callback import ExportableState
-
-        sources = [*self.callback_handler.callbacks, self.control]
-        return {type(source).__name__: source.state() for source in sources if isinstance(source, ExportableState)}
-
-    def _generator_states(self) -> list[dict[str, Any]]:
-        """Return the random states of every process, in the form that the Trainer reads on resume."""
-        import random
-
-        import numpy as np
-
-        states: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "cpu": torch.random.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            distributed = self.args.world_size > 1
-            states["cuda"] = torch.cuda.random.get_rng_state_all() if distributed else torch.cuda.get_rng_state()
-        return gather_objects(states, self.args.world_size)
 
 
 def _base(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Training for a task: transformers' Trainer on padded batches, with the checks and the checkpoints of ``SFTTrainer``.
+"""Training for a task on padded batches, with the checks and the checkpoints of every trainer (``training/base.py``).
 
 What is overridden, and why: the loss is the sum over all labels of an optimizer step over their number, however the
 step is split; non-finite values stop the run before they reach the weights; the first step proves that every lora_B
@@ -9,7 +9,6 @@ One process trains. Layers are transformers' own.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,30 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from tunesmith.adapters.model import raw_weights
-from tunesmith.core.errors import NotSupportedYetError, OutputError, SettingsError, TrainingError
-from tunesmith.core.files import make_folder, require_space, whole_folder
-from tunesmith.core.memory import peak_bytes
+from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.files import make_folder
 from tunesmith.data.task_rows import read_records
 from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_rows
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.heads import give_padding
 from tunesmith.models.load import facts_of
+from tunesmith.training.base import RunTrainer
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
-from tunesmith.training.checkpoint import (
-    RUN_FILE,
-    checkpoint_at,
-    checkpoint_bytes,
-    checkpoints_in,
-    find_checkpoint,
-    remove_old_checkpoints,
-    require_disk_space,
-)
 from tunesmith.training.config import SFTConfig
-from tunesmith.training.fingerprint import model_fingerprint, settings_fingerprint
-from tunesmith.training.optimizer import give_embeddings_their_rate, optimizer_for
+from tunesmith.training.fingerprint import settings_fingerprint
+from tunesmith.training.optimizer import optimizer_for
 from tunesmith.training.plan import (
     check_precision,
     check_purpose,
@@ -58,7 +47,7 @@ __all__ = ["TaskTrainer", "score_rows"]
 _log = logging.getLogger(__name__)
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(RunTrainer):
     """Train a model that was loaded with a ``task_type`` on rows of that task.
 
     Args:
@@ -133,7 +122,6 @@ class TaskTrainer(Trainer):
         # Our loss is already divided by the labels of the whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._tokens_since_log, self._log_time = 0, time.perf_counter()
-        self._proved_gradients = False
 
     def _prepare(self, rows: Any, args: SFTConfig) -> TaskData:
         if isinstance(rows, TaskData):
@@ -141,16 +129,6 @@ class TaskTrainer(Trainer):
         records = read_records(rows, self._task, mapping=self._mapping)
         common: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long}
         return prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer, with a group of its own for embedding and output head where they train."""
-        has_one = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if not has_one:
-            give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
-        elif self.args.embedding_learning_rate is not None:
-            raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
-        return optimizer
 
     # ---- one step ----
 
@@ -174,47 +152,12 @@ class TaskTrainer(Trainer):
         """Forward and backward of one micro-batch; at the last one of a step, check the gradients."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop("the loss")
+            self.stop("the loss", [])
         if self.accelerator.sync_gradients:
-            self._check_gradients()
+            self.check_gradients([])
         return loss
 
-    def _check_gradients(self) -> None:
-        grads = [(name, p.grad) for name, p in self.model.named_parameters() if p.requires_grad]
-        norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
-        if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
-            self._stop("a gradient")
-        if not self._proved_gradients:
-            dead = [name for name, grad in grads if "lora_B" in name and (grad is None or not grad.any())]
-            if dead:
-                raise TrainingError(
-                    f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
-                    "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
-                )
-            self._proved_gradients = True
-
-    def _stop(self, what: str) -> None:
-        """Keep the weights of the last good step."""
-        self.model.zero_grad()
-        saved = ""
-        if self.state.global_step > 0:
-            self._save_checkpoint(self.model_wrapped, None)
-            saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
-        raise TrainingError(
-            f"{what} is not finite in step {self.state.global_step + 1}: the run stops before it reaches the weights."
-            f"{saved} Start a new run with a lower learning_rate or max_grad_norm."
-        )
-
     # ---- logging and evaluation ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second and peak memory to every line of training metrics."""
-        if "loss" in logs:
-            now = time.perf_counter()
-            logs["tokens_per_s"] = self._tokens_since_log / max(now - self._log_time, 1e-9)
-            logs["peak_bytes"] = peak_bytes()
-            self._tokens_since_log, self._log_time = 0, now
-        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -227,7 +170,7 @@ class TaskTrainer(Trainer):
         batch_size = self.args.per_device_eval_batch_size
         figures, _ = score_rows(self.model, self.recipe, list(rows), batch_size=batch_size)  # type: ignore[arg-type]
         if not math.isfinite(figures["loss"]) and self.is_in_train:
-            self._stop("the eval loss")
+            self.stop("the eval loss", [])
         figures["runtime"] = time.perf_counter() - began
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
@@ -235,11 +178,6 @@ class TaskTrainer(Trainer):
         # Time spent here is not training time.
         self._log_time += time.perf_counter() - began
         return metrics
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the last ``train()`` before its last step."""
-        return self._interrupts.interrupted
 
     # ---- checkpoints ----
 
@@ -249,55 +187,7 @@ class TaskTrainer(Trainer):
         if self.eval_data is not None:
             data["eval"] = self.eval_data.fingerprint()
         settings = {**settings_fingerprint(self.args, 1), "label_smoothing_factor": self._smoothing}
-        return {"data": data, "model": model_fingerprint(self.model), "settings": settings}
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
-        was never interrupted; without one it starts from the beginning.
-
-        Raises:
-            CheckpointError: the checkpoint belongs to another run, or all are damaged.
-            OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
-            TrainingError: a loss or gradient is not finite, or a lora_B gets no gradient.
-        """
-        self._run = self.run_fingerprint()
-        folder = Path(self.args.output_dir)
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = find_checkpoint(folder, self._run)
-            _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
-        elif resume_from_checkpoint:
-            checkpoint = checkpoint_at(Path(resume_from_checkpoint), self._run)
-        elif checkpoints_in(folder):
-            raise OutputError(
-                f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
-                "or choose another output_dir."
-            )
-        require_disk_space(self.model, folder)
-        self._log_time = time.perf_counter()
-        try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
-        finally:
-            # An error ends the run without on_train_end.
-            self._interrupts.release()
-
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write model, optimizer, scheduler, random states and trainer state into one folder, whole or not at all."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(self._checkpoint_folder())
-        self.store_flos()
-        require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
-        with whole_folder(self._checkpoint_folder()) as folder:
-            with raw_weights(self.model):
-                self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / RUN_FILE).write_text(json.dumps(self._run, indent=1), encoding="utf-8")
-        remove_old_checkpoints(self._checkpoint_folder(), keep=self._keep, best=self.state.best_model_checkpoint)
+        return {"data": data, "model": self._model_fingerprint, "settings": settings}
 
 
 def score_rows(

@@ -1,0 +1,224 @@
+"""What every trainer of ours adds to transformers' Trainer: gradients checked, logs with speed, checkpoints that hold.
+
+* ``create_optimizer``: embedding and output head have a rate of their own where they train;
+* ``check_gradients``: non-finite values stop the run before they reach the weights, and the first step proves that
+  every lora_B learns;
+* ``train``, ``_save_checkpoint``: a checkpoint is there whole or not at all and says which run it belongs to; a run
+  that continues from it is bit-equal to one that was never interrupted.
+
+A trainer says what makes a run its own in :meth:`RunTrainer.run_fingerprint`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from tunesmith.adapters.model import raw_weights
+from tunesmith.core.errors import OutputError, SettingsError, TrainingError
+from tunesmith.core.files import damage, require_space, whole_folder
+from tunesmith.core.memory import peak_bytes
+from tunesmith.engine.install import engine_of
+from tunesmith.training.callbacks import InterruptWatch
+from tunesmith.training.checkpoint import (
+    RUN_FILE,
+    checkpoint_at,
+    checkpoint_bytes,
+    checkpoints_in,
+    find_checkpoint,
+    remove_old_checkpoints,
+    require_disk_space,
+)
+from tunesmith.training.fingerprint import model_fingerprint
+from tunesmith.training.optimizer import give_embeddings_their_rate
+from tunesmith.training.processes import gather_objects, naming_lost_processes
+
+__all__ = ["RunTrainer"]
+
+_log = logging.getLogger(__name__)
+
+
+class RunTrainer(Trainer):
+    """See the module. A subclass makes ``_interrupts`` and ``_keep`` before it calls ``Trainer.__init__``."""
+
+    _interrupts: InterruptWatch
+    _keep: int | None
+    _tokens_since_log = 0
+    _log_time = 0.0
+    _proved_gradients = False
+
+    def run_fingerprint(self) -> dict[str, Any]:
+        """Return data, model and settings of this run as comparable values."""
+        raise NotImplementedError
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what a checkpoint says of its run: its fingerprint, and what a continued run takes over."""
+        return self.run_fingerprint()
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Take over what the run of ``checkpoint`` decided."""
+
+    def reaches(self, name: str) -> bool:
+        """Return whether the loss of the batches so far must have given the parameter ``name`` a gradient."""
+        return True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, with a group of its own for embedding and output head where they train."""
+        has_one = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if has_one and self.args.embedding_learning_rate is not None:
+            raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
+        if not has_one:
+            give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
+        return optimizer
+
+    # ---- one step ----
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Return the parameters that take gradients, by name."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def check_gradients(self, places: list[str]) -> None:
+        """Stop the run on gradients that are not finite, or missing in the first step; ``places`` name its rows."""
+        grads = [(name, parameter.grad) for name, parameter in self.trainable()]
+        norms = torch._foreach_norm([grad for _, grad in grads if grad is not None])
+        if not torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()):
+            self.stop("a gradient", places)
+        if not self._proved_gradients:
+            reached = [(name, grad) for name, grad in grads if self.reaches(name)]
+            dead = [name for name, grad in reached if "lora_B" in name and (grad is None or not grad.any())]
+            if dead:
+                raise TrainingError(
+                    f"{len(dead)} lora_B weights got no gradient in the first step (for example {dead[0]}): the "
+                    "adapter would not train. A layer is not reached by the loss; leave it out of target_modules."
+                )
+            self._proved_gradients = len(reached) == len(grads)
+
+    def stop(self, what: str, places: list[str]) -> None:
+        """Keep the weights of the last good step, and say which rows broke the run, where they are known."""
+        self.model.zero_grad()
+        saved = ""
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, None)
+            saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
+        rows = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        where, look = (f", rows {rows}", "Look at these rows, or start") if places else ("", "Start")
+        raise TrainingError(
+            f"{what} is not finite in step {self.state.global_step + 1}{where}: the run stops before it reaches the "
+            f"weights.{saved} {look} a new run with a lower learning_rate or max_grad_norm."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens per second of all processes and the peak memory of this one to every line of training metrics."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_s"] = self._tokens_since_log * self.args.world_size / max(now - self._log_time, 1e-9)
+            logs["peak_bytes"] = peak_bytes()
+            self._tokens_since_log, self._log_time = 0, now
+        super().log(logs, start_time)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the last ``train()`` before its last step."""
+        return self._interrupts.interrupted
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train. ``resume_from_checkpoint=True`` continues from the newest whole checkpoint, bit-equal to a run that
+        was never interrupted; without one it starts from the beginning.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another run, or all are damaged.
+            OutputError: ``output_dir`` holds another run's checkpoints and nothing was said about resuming.
+            TrainingError: a loss or gradient is not finite, a lora_B gets no gradient, or another process died.
+        """
+        self._model_fingerprint = model_fingerprint(self.model)
+        folder = Path(self.args.output_dir)
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = find_checkpoint(folder, self.run_fingerprint())
+            _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
+        elif resume_from_checkpoint:
+            checkpoint = checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint())
+        elif checkpoints_in(folder):
+            raise OutputError(
+                f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
+                "or choose another output_dir."
+            )
+        if checkpoint is not None:
+            self.continue_from(checkpoint)
+        if self.args.should_save:
+            require_disk_space(self.model, folder)
+        self._log_time = time.perf_counter()
+        try:
+            # The Trainer gathers and waits too, for its log and at checkpoints.
+            with naming_lost_processes():
+                return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        finally:
+            # An error ends the run without on_train_end.
+            self._interrupts.release()
+
+    def forget_buffers(self) -> None:
+        """Give back what the engine holds for the next step, before something else needs memory."""
+        engine = engine_of(self.model)
+        if engine is not None:
+            engine.scratch.clear()
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write model, optimizer, scheduler, RNG states and trainer state into one folder, whole or not at all."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint_folder())
+        self.store_flos()
+        generators = self._generator_states()
+        self.forget_buffers()
+        # A damaged one of an earlier process is written anew.
+        if self.args.should_save and damage(self._checkpoint_folder()) is not None:
+            require_space(Path(self.args.output_dir), checkpoint_bytes(self.model), "a checkpoint")
+            with whole_folder(self._checkpoint_folder()) as folder:
+                with raw_weights(self.model):
+                    self.save_model(str(folder), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(folder))
+                for rank, states in enumerate(generators):
+                    name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{rank}.pth"
+                    torch.save(states, folder / name)
+                self.state.stateful_callbacks.update(self._callback_states())
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                (folder / RUN_FILE).write_text(json.dumps(self.run_record(), indent=1), encoding="utf-8")
+            remove_old_checkpoints(
+                self._checkpoint_folder(),
+                keep=self._keep,
+                best=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _callback_states(self) -> dict[str, Any]:
+        from transformers.trainer_callback import ExportableState
+
+        sources = [*self.callback_handler.callbacks, self.control]
+        return {type(source).__name__: source.state() for source in sources if isinstance(source, ExportableState)}
+
+    def _generator_states(self) -> list[dict[str, Any]]:
+        """Return the random states of every process, in the form that the Trainer reads on resume."""
+        import random
+
+        import numpy as np
+
+        states: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.random.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            distributed = self.args.world_size > 1
+            states["cuda"] = torch.cuda.random.get_rng_state_all() if distributed else torch.cuda.get_rng_state()
+        return gather_objects(states, self.args.world_size)
