@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.export.test_merge import adapt, disturb, loaded
+from tests.export.support import adapt, disturb, loaded
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.export.check import check_adapter

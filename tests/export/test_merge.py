@@ -9,32 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.export.support import adapt, disturb, loaded, logits
 
-from tunesmith import FastLanguageModel
 from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export import merge
 from tunesmith.export.merge import merge_model
 from tunesmith.export.verify import Reference, compare, reference_of
 from tunesmith.export.weights import adapter_shares, merged_weights
 from tunesmith.models.load import facts_of
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(12)[None] * 7 % 300, use_cache=False).logits
-
-
-def adapt(model: Any, **arguments: Any) -> Any:
-    settings = {"r": 4, "use_gradient_checkpointing": False, "init_lora_weights": False, **arguments}
-    return FastLanguageModel.get_peft_model(model, **settings)
-
-
-def disturb(model: Any) -> Any:
-    """Move every trained weight, as training would."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def written(model: Any, folder: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
@@ -118,17 +100,6 @@ def test_a_merge_changes_nothing_of_the_model(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny.save_model(folder)
-    return folder
-
-
-def loaded(folder: Path, **arguments: Any) -> tuple[Any, Any]:
-    return FastLanguageModel.from_pretrained(str(folder), **{"dtype": "float32", **arguments})
-
-
 def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(saved)
     model = disturb(adapt(base))
@@ -146,6 +117,7 @@ def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path)
         merge_model(model, tmp_path / "out", tokenizer)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(saved, load_in_4bit=True)
     model = disturb(adapt(base))
@@ -157,6 +129,7 @@ def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: P
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("here")
 def test_an_export_that_answers_otherwise_is_kept_under_another_name(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
