@@ -105,3 +105,19 @@ def smollm2() -> Callable[[], tuple[Any, Any]]:
         return FastLanguageModel.from_pretrained("smollm2-135m", dtype="float32")
 
     return load
+
+
+@pytest.fixture
+def exports_load_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load exports in this process: another one costs seconds, and only some tests are about that."""
+
+    import subprocess
+    from types import SimpleNamespace
+
+    from tunesmith.export import verify
+
+    def run(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        verify._answer(*call[3:])
+        return subprocess.CompletedProcess(call, 0, "", "")
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))

@@ -255,6 +255,7 @@ def test_a_run_leaves_an_adapter_with_its_base(base: Path, tmp_path: Path) -> No
     assert torch.equal(logits(load(tmp_path / "run")), live)
 
 
+@pytest.mark.usefixtures("exports_load_here")
 def test_exported_it_is_compared_with_its_base(base: Path, tmp_path: Path) -> None:
     model = adapt(base, 2)
     reports = [model.save_pretrained_merged(tmp_path / name, save_method=name) for name in ("lora", "merged_32bit")]

@@ -45,7 +45,7 @@ def test_inspect_has_the_window_of_train(run, tmp_path, rows_file, model_folder)
     report = json.loads(run("inspect", rows_file, *words, "--json").out)
     assert report["ledger"] == json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
     assert report["ledger"]["rows_kept"] < 40
-    assert run("inspect", rows_file, "--model", model_folder, "--max-seq-length", 600).code == 2
+    assert run("inspect", rows_file, "--model", model_folder, "--max-seq-length", 2049).code == 2
 
 
 def test_json_holds_the_text_of_every_token(run, rows_file, model_folder, tiny_tokenizer):

@@ -117,7 +117,7 @@ def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path)
         merge_model(model, tmp_path / "out", tokenizer)
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(saved, load_in_4bit=True)
     model = disturb(adapt(base))
@@ -129,7 +129,7 @@ def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: P
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 def test_an_export_that_answers_otherwise_is_kept_under_another_name(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +159,15 @@ def test_an_export_that_cannot_be_loaded_says_why(saved: Path, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match=r"transformers cannot load what was exported: .*"):
         compare(reference, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_weights_that_were_trained_in_few_bits_are_saved_and_not_merged(
+    width: str, saved: Path, tmp_path: Path
+) -> None:
+    model, _ = loaded(saved, full_finetuning=True, **{f"load_in_{width}": True})
+    with pytest.raises(AdapterError, match=f"trained in {width[0]} bits, so there is nothing to merge"):
+        merge_model(model, tmp_path / "out")
 
 
 def test_what_no_plain_weight_can_hold_is_refused() -> None:

@@ -31,7 +31,7 @@ def run_folder(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_training(RunSettings(**settings)).folder
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(saved)
     model = disturb(adapt(base))
@@ -42,7 +42,7 @@ def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
         model.save_pretrained_merged(str(tmp_path / "other"), push_to_hub=True)
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path, saved: Path, tmp_path: Path) -> None:
     assert callable(loaded(run_folder)[0].save_pretrained_merged)
     model, _ = loaded(saved, full_finetuning=True)
@@ -50,7 +50,7 @@ def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 @pytest.mark.parametrize(("width", "runtime"), [(None, "peft"), ("load_in_4bit", "tunesmith")])
 def test_an_adapter_is_compared_as_it_will_be_loaded(
     width: str | None, runtime: str, saved: Path, tmp_path: Path
@@ -64,7 +64,7 @@ def test_an_adapter_is_compared_as_it_will_be_loaded(
         export_adapter(model, tmp_path / "out")
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("exports_load_here")
 def test_an_adapter_that_lost_what_it_learned_is_caught(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

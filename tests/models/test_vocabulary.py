@@ -169,6 +169,7 @@ def test_a_run_grows_its_model_and_plans_so(folders: dict[str, Path], tmp_path: 
     assert empty.get_input_embeddings().weight.shape[0] == ROWS
 
 
+@pytest.mark.usefixtures("exports_load_here")
 def test_exported_it_is_compared_as_large_as_it_is(folders: dict[str, Path], tmp_path: Path) -> None:
     model = FastLanguageModel.get_peft_model(
         load(folders["tied"], resize_model_vocab=ROWS)[0], r=4, init_lora_weights=False

@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.core.errors import ExportError, ModelError, OutputError
+from tunesmith.core.errors import AdapterError, ExportError, ModelError, OutputError
 from tunesmith.core.files import require_space, whole_folder
 from tunesmith.export.verify import Comparison, compare, reference_of
 from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weights
@@ -101,6 +101,12 @@ def merge_model(
     """
     if folder.exists():
         raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    trained_in = facts_of(model).trained_in
+    if trained_in is not None:
+        raise AdapterError(
+            f"all weights of this model were trained in {trained_in.removesuffix('bit')} bits, so there is nothing to "
+            "merge. Save it with save_pretrained, which writes what was trained."
+        )
     start = time.perf_counter()
     shares = adapter_shares(model, adapters)
     dtype = _dtype(model, method)
