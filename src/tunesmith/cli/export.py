@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import print_lines
+from tunesmith.cli.console import print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError
 
@@ -32,6 +32,7 @@ def command(
     """Write a model that transformers or PEFT loads, load it in another process and compare it with the run."""
     if output.exists():
         raise OutputError(f"--output {output} is there already and is not overwritten. Give another folder.")
+    silence_libraries()  # what the imports below bring has something to say of this machine
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.export.methods import check_method, export_model
     from tunesmith.training.probes import probes_of_run
