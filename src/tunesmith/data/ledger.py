@@ -19,9 +19,9 @@ import numpy as np
 
 from tunesmith.core.errors import DataError
 from tunesmith.data.packing import packing_efficiency
-from tunesmith.data.types import Document
+from tunesmith.data.types import Document, RowRefusedError
 
-__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "summary"]
+__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "refuse_too_long", "summary"]
 
 CUT_NOTE = "cut to max_length"
 _EXAMPLES = 3
@@ -281,6 +281,23 @@ class Ledger:
             bar = "█" * -(-count * min(_BAR, width // 3) // most)
             lines.append(f"{f'{low:,}-{high:,}':>21} {bar} {count:,}")
         return lines
+
+
+def refuse_too_long(where: str, length: int, most: int, on_too_long: str) -> None:
+    """Refuse a row of ``length`` tokens where ``most`` are allowed, unless it is to be cut.
+
+    Raises:
+        DataError: with ``on_too_long`` "error".
+        RowRefusedError: with "drop".
+    """
+    too_long = f"{length:,} tokens, max_length is {most:,}"
+    if on_too_long == "error":
+        raise DataError(
+            f"{where}: {too_long}. Raise max_length, shorten the row, or choose on_too_long=drop (leave such rows "
+            "out, counted) or truncate (cut them, counted)."
+        )
+    if on_too_long == "drop":
+        raise RowRefusedError(f"longer than {most} tokens", f"{too_long}.")
 
 
 def count_trained(document: Document) -> int:

@@ -18,12 +18,12 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from tunesmith.core.errors import DataError, SettingsError
+from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.data.collate import IGNORED
 from tunesmith.data.files import Source, read_rows
 from tunesmith.data.formats import check_mapping, to_example
-from tunesmith.data.ledger import CUT_NOTE, KeptRow, Ledger, count_trained, summary
+from tunesmith.data.ledger import CUT_NOTE, KeptRow, Ledger, count_trained, refuse_too_long, summary
 from tunesmith.data.packing import pack_best_fit
 from tunesmith.data.types import Conversation, Document, Example, RowRefusedError
 
@@ -250,14 +250,8 @@ class _Fitter:
             raise _nothing_trained()
         if len(document) <= self.max_length:
             return document
+        refuse_too_long(document.where, len(document), self.max_length, self.on_too_long)
         too_long = f"{len(document):,} tokens, max_length is {self.max_length:,}"
-        if self.on_too_long == "error":
-            raise DataError(
-                f"{document.where}: {too_long}. Raise max_length, shorten the row, or choose on_too_long=drop (leave "
-                "such rows out, counted) or truncate (cut them, counted)."
-            )
-        if self.on_too_long == "drop":
-            raise RowRefusedError(f"longer than {self.max_length} tokens", f"{too_long}.")
         if document.images is not None:
             raise RowRefusedError(
                 f"longer than {self.max_length} tokens, with images", f"{too_long}; a row with images is never cut."

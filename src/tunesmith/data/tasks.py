@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.core.errors import DataError, ModelError
+from tunesmith.data.ledger import refuse_too_long
 from tunesmith.data.prepare import split_rows
 from tunesmith.data.task_rows import Record, answers_of, label_number
 from tunesmith.data.types import RowRefusedError
@@ -316,7 +317,7 @@ class _Maker:
             end = []
         length = len(encoded["input_ids"]) + len(end)
         if length > self.max_length:
-            self._judge(where, length)
+            refuse_too_long(where, length, self.max_length, self.on_too_long)
             # Of a question and its context the context is cut.
             encoded = run(
                 truncation="only_second" if offsets and pair is not None else True,
@@ -325,16 +326,6 @@ class _Maker:
             self.ledger.tokens_cut += length - len(encoded["input_ids"]) - len(end)
         encoded["input_ids"] += end
         return encoded
-
-    def _judge(self, where: str, length: int) -> None:
-        too_long = f"{length:,} tokens, max_length is {self.max_length:,}"
-        if self.on_too_long == "error":
-            raise DataError(
-                f"{where}: {too_long}. Raise max_length, shorten the row, or choose on_too_long=drop (leave such rows "
-                "out, counted) or truncate (cut them, counted)."
-            )
-        if self.on_too_long == "drop":
-            raise RowRefusedError(f"longer than {self.max_length} tokens", f"{too_long}.")
 
 
 def _inputs(encoded: Any) -> dict[str, list[int]]:

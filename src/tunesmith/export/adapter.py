@@ -1,4 +1,4 @@
-"""Write an adapter folder and compare it, loaded by plain PEFT, with the live model; and check one without its base.
+"""Write an adapter folder and compare it, loaded by plain PEFT, with the live model.
 
 Adapters whose base was quantized, stretched or grown, or lies beside them, are loaded by this library, which reads
 ``base.json``: plain PEFT would put them on another base than they were trained on.

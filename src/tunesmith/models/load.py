@@ -160,23 +160,12 @@ def load_model(
     own = _config(source, hub)
     task = head.task_for(own)
     is_other = task.name != CAUSAL_LM
-    if not is_other and head.seed != Head().seed:
-        raise SettingsError(
-            f"random_state={head.seed} would seed new heads, and a causal language model gets none (new rows of "
-            "resize_model_vocab are the mean of the old). Give it to get_peft_model, where it seeds the adapter."
-        )
     sees = has_vision(own) and not is_other
+    _refuse_for_task(task.name, own, head.seed, width or width_of(own), stretched)
     tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor and sees, **hub)
     arguments: dict[str, Any] = {"dtype": choice.dtype, **_NO_CODE, **hub}
-    if is_other:
-        _refuse_elsewhere(task.name, width or width_of(own), stretched)
     config, how = _stretched_config(source, hub, stretched, max_seq_length)
-    if is_other:
-        _refuse_elsewhere(task.name, None, how)
-    if sees and how is not None:
-        raise NotSupportedYetError(
-            f"the window of a vision-language model is not stretched yet: use at most {native_window(own)} positions."
-        )
+    _refuse_for_task(task.name, own, head.seed, None, how)
     arguments |= head.arguments(own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -202,12 +191,10 @@ def load_model(
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
+    own_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if vocabulary is not None:
-        check_vocabulary(
-            vocabulary,
-            tokens=len(getattr(tokenizer, "tokenizer", tokenizer)),
-            rows=model.get_input_embeddings().weight.shape[0],
-        )
+        rows = model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(vocabulary, tokens=len(own_tokenizer), rows=rows)
         grow_vocabulary(model, vocabulary)
     if offload_embedding:
         _offload(model, device)
@@ -219,8 +206,7 @@ def load_model(
     keep_activations(model)
     _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
     facts = facts_of(model)
-    facts.stretch, facts.vocabulary = how, vocabulary
-    facts.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    facts.stretch, facts.vocabulary, facts.tokenizer = how, vocabulary, own_tokenizer
     facts.new_modules = tuple(sorted(new)) if task.heads else ()
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)
@@ -439,8 +425,20 @@ def local_place(source: ModelSource) -> str:
     return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
 
 
-def _refuse_elsewhere(task: str, width: Width | None, stretched: Stretch | None) -> None:
-    name = None if width is None else f"load_in_{width}"
-    name = name or (None if stretched is None else "rope_scaling")
-    if name is not None:
-        raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
+def _refuse_for_task(task: str, config: Any, seed: int, width: Width | None, stretched: Stretch | None) -> None:
+    """Refuse what has no effect on models for ``task``, or is not written for them."""
+    if task != CAUSAL_LM:
+        name = f"load_in_{width}" if width is not None else None if stretched is None else "rope_scaling"
+        if name is not None:
+            raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
+        return
+    if seed != Head().seed:
+        raise SettingsError(
+            f"random_state={seed} would seed new heads, and a causal language model gets none (new rows of "
+            "resize_model_vocab are the mean of the old). Give it to get_peft_model, where it seeds the adapter."
+        )
+    if stretched is not None and has_vision(config):
+        native = native_window(config)
+        raise NotSupportedYetError(
+            f"the window of a vision-language model is not stretched yet: use at most {native} positions."
+        )

@@ -123,6 +123,12 @@ class RunTrainer(Trainer):
             self._tokens_since_log, self._log_time = 0, now
         super().log(logs, start_time)
 
+    def report_evaluation(self, metrics: dict[str, float], began: float) -> None:
+        """Log what an evaluation gave and tell the callbacks; the time since ``began`` is no training time."""
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._log_time += time.perf_counter() - began
+
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended the last ``train()`` before its last step."""

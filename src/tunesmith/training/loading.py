@@ -13,7 +13,7 @@ from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.training.settings import RunSettings
 
-__all__ = ["load_for_run"]
+__all__ = ["load_for_run", "source_arguments", "source_window"]
 
 
 def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettings]:
@@ -22,21 +22,12 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
     A vision-language model comes with its processor in place of a tokenizer.
     """
     check_checkpointing(settings.use_gradient_checkpointing)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
     model, tokenizer = load_source(
         settings.model,
-        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
-        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
-        dtype=settings.dtype,
-        width=None if settings.full_finetuning else settings.width,
-        whole=settings.load_in_16bit,
         chat_template=settings.chat_template,
         head=head,
-        vocabulary=settings.resize_model_vocab,
-        offload_embedding=settings.offload_embedding,
-        attn_implementation=settings.attn_implementation,
         with_processor=True,
-        **{name: value for name, value in hub.items() if value is not None},
+        **source_arguments(settings),
     )
     if settings.full_finetuning:
         mode, scheme = settings.use_gradient_checkpointing, settings.qat_scheme
@@ -51,3 +42,27 @@ def load_for_run(settings: RunSettings, head: Head) -> tuple[Any, Any, RunSettin
     refuse_other_scheme(model, settings.qat_scheme)
     own = continue_adapter(model, wanted, settings.model_fields_set)
     return model, tokenizer, settings.replace(**own)
+
+
+def source_window(settings: RunSettings) -> dict[str, Any]:
+    """Return what says where a model comes from and how long its window is, as arguments of ``load_source*``."""
+    window = settings.max_seq_length or settings.max_length
+    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
+    return {
+        "max_seq_length": window or DEFAULT_WINDOW,
+        "stretched": settings.stretched(window),
+        **{name: value for name, value in hub.items() if value is not None},
+    }
+
+
+def source_arguments(settings: RunSettings) -> dict[str, Any]:
+    """Return what ``load_source`` and ``empty_source`` are told alike."""
+    return {
+        **source_window(settings),
+        "dtype": settings.dtype,
+        "width": None if settings.full_finetuning else settings.width,
+        "whole": settings.load_in_16bit,
+        "vocabulary": settings.resize_model_vocab,
+        "offload_embedding": settings.offload_embedding,
+        "attn_implementation": settings.attn_implementation,
+    }

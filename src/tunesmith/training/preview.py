@@ -27,12 +27,13 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import DocumentDataset, PackedDataset
 from tunesmith.memory import MemoryShape, Probe, TrainingPlan, Work, plan_training, shape_of
 from tunesmith.memory.estimate import present_when_loaded
-from tunesmith.models.load import DEFAULT_WINDOW, facts_of, stored_bytes
+from tunesmith.models.load import facts_of, stored_bytes
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.settings import Width
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
 from tunesmith.training.lanes import lanes_there
+from tunesmith.training.loading import source_arguments, source_window
 from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
 from tunesmith.training.settings import RunSettings
 
@@ -76,25 +77,10 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
 
     device = choose_device()
     tokenizer, window = load_source_tokenizer(
-        settings.model,
-        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
-        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
-        chat_template=settings.chat_template,
+        settings.model, chat_template=settings.chat_template, **source_window(settings)
     )
     train_data, eval_data = prepare_data(settings, tokenizer, window)
-    hub = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
-    model, source = empty_source(
-        settings.model,
-        max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
-        stretched=settings.stretched(settings.max_seq_length or settings.max_length),
-        dtype=settings.dtype,
-        width=None if settings.full_finetuning else settings.width,
-        whole=settings.load_in_16bit,
-        attn_implementation=settings.attn_implementation,
-        vocabulary=settings.resize_model_vocab,
-        offload_embedding=settings.offload_embedding,
-        **{name: value for name, value in hub.items() if value is not None},
-    )
+    model, source = empty_source(settings.model, **source_arguments(settings))
     wanted: AdapterSettings = settings.part(AdapterSettings)
     if settings.full_finetuning:
         mode, scheme = settings.use_gradient_checkpointing, settings.qat_scheme

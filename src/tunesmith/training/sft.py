@@ -307,10 +307,7 @@ class SFTTrainer(RunTrainer):
             f"{metric_key_prefix}_tokens": count,
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # Time spent here is not training time.
-        self._log_time += time.perf_counter() - began
+        self.report_evaluation(metrics, began)
         return metrics
 
     # ---- checkpoints ----

@@ -173,10 +173,7 @@ class TaskTrainer(RunTrainer):
             self.stop("the eval loss", [])
         figures["runtime"] = time.perf_counter() - began
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # Time spent here is not training time.
-        self._log_time += time.perf_counter() - began
+        self.report_evaluation(metrics, began)
         return metrics
 
     # ---- checkpoints ----
