@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError
-from tunesmith.evaluation.generate import encode_prompt, generate_answers, stop_token_ids
+from tunesmith.evaluation.generate import generate_answers
+from tunesmith.models.prompts import encode_prompt, stop_token_ids
 
 PROMPTS = ["one", "a much longer prompt than the others have", "x", "the quick brown fox", "12 34", "Hello there, you"]
 
@@ -187,7 +188,7 @@ def test_no_prompts_give_no_answers(model, tokenizer):
     [
         ({"temperature": -1, "top_p": 0}, r"temperature=-1 must be 0 \(greedy\) or more; top_p=0 must be above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 512}, "max_new_tokens=512 must be below the 512 positions of the model"),
+        ({"max_new_tokens": 512}, "max_new_tokens=512 must be below the model's 512 positions"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"top_k": -1}, "top_k=-1"),
         ({"min_p": 2}, "min_p=2"),

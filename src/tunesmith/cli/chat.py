@@ -122,8 +122,8 @@ class _Chat:
 
     def _forget_what_does_not_fit(self) -> None:
         """Leave out the oldest exchanges when prompt and answer no longer fit the model's window, and say so."""
-        from tunesmith.evaluation.generate import require_prompt
         from tunesmith.models.load import facts_of
+        from tunesmith.models.prompts import require_prompt
 
         room = facts_of(self.model).window - self.sampling["max_new_tokens"]
         forgotten = 0

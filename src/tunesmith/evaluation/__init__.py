@@ -5,7 +5,7 @@ figure is, ``generate.py`` makes the answers and ``likelihood.py`` the figures f
 """
 
 from tunesmith.engine.modes import adapter_disabled
-from tunesmith.evaluation.generate import encode_prompt, generate_answers
+from tunesmith.evaluation.generate import generate_answers
 from tunesmith.evaluation.metrics import METRICS, Difference, Score, compare, perplexity_score, score_answers
 from tunesmith.evaluation.run import EvaluationRow, Report, Side, evaluate, read_evaluation_rows
 
@@ -18,7 +18,6 @@ __all__ = [
     "Side",
     "adapter_disabled",
     "compare",
-    "encode_prompt",
     "evaluate",
     "generate_answers",
     "perplexity_score",

@@ -11,26 +11,23 @@ now and then a near tie between two tokens falls the other way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import EvaluationError
-from tunesmith.data.turns import ChatRenderer
-from tunesmith.data.types import RowRefusedError
 from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.load import native_window
+from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
+from tunesmith.models.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "encode_prompt", "generate_answers", "require_prompt", "stop_token_ids"]
-
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""Plain text, chat messages up to the turn to be answered, or token ids."""
+__all__ = ["generate_answers"]
 
 
 def generate_answers(
@@ -54,7 +51,8 @@ def generate_answers(
 
     Args:
         model: any causal language model of transformers, PEFT models included.
-        prompts: see :data:`Prompt`; messages go through the tokenizer's chat template with the assistant's turn opened.
+        prompts: see :data:`tunesmith.models.prompts.Prompt`; messages go
+            through the tokenizer's chat template with the assistant's turn opened.
         temperature: 0 takes the likeliest token each time; above 0 samples, with ``top_p``, ``top_k`` (0 = off) and
             ``min_p``. The same seed, prompts and batch size give the same answers; torch's generator is left as it was.
         stop: generation of a row ends where one of these strings appears in its answer.
@@ -65,7 +63,7 @@ def generate_answers(
         EvaluationError: a sampling setting outside its range, an empty prompt or one that the chat template refuses,
             or a streamer for several prompts.
     """
-    sampling = _Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     _check(sampling, max_new_tokens, batch_size, native_window(model.config))
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if "" in stops:
@@ -90,99 +88,21 @@ def generate_answers(
     return answers
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None
-) -> list[int]:
-    """Return the token ids of ``prompt``: plain text with the tokenizer's own BOS, messages as the template renders.
-
-    A BOS in a rendered conversation comes from the template alone, never a second one from the tokenizer.
-
-    Raises:
-        ModelError: messages, and the tokenizer has no chat template.
-        RowRefusedError: the template refuses these messages.
-    """
-    if isinstance(prompt, str):
-        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = list(tokenizer(prompt)["input_ids"])
-        # Some tokenizers also append EOS, after which there is nothing to say.
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:] else ids
-    if all(isinstance(part, int) for part in prompt):
-        return [int(part) for part in prompt]
-    rendered = ChatRenderer(tokenizer).render(list(prompt), list(tools) if tools else None, generation_prompt=True)
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
-def require_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: int = 1) -> list[int]:
-    """Return the token ids of ``prompt`` (see :func:`encode_prompt`), the ``row``-th of those that must be answered.
-
-    Raises:
-        EvaluationError: it is empty, or the chat template refuses it.
-    """
-    try:
-        ids = encode_prompt(tokenizer, prompt)
-    except RowRefusedError as error:
-        raise EvaluationError(f"prompt {row} cannot be answered: {error}") from error
-    if not ids:
-        raise EvaluationError(f"prompt {row} is empty: it has no token to go on from. Drop the row or give it a text.")
-    return ids
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends an answer: the model's end tokens, the tokenizer's, the template's end of turn.
-
-    The last one matters where a base model was given a chat template: its ``eos_token`` then is not the token that
-    the template writes after an assistant's turn, and without it the model would go on with the user's next turn.
-    """
-    configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {tokenizer.eos_token_id, _end_of_turn_id(tokenizer)}
-    return sorted(token for token in ids if token is not None)
-
-
-def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token that the chat template writes after an assistant's words, None if it writes none."""
-    if not tokenizer.chat_template:
-        return None
-    renderer, words = ChatRenderer(tokenizer), "words of the assistant"
-    try:
-        turn = renderer.locate_answer([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], 1)
-    except RowRefusedError:  # a template that wants other messages than these; then the configured tokens must do
-        return None
-    found = renderer.special.search(turn.text[turn.start : turn.end].rpartition(words)[2])
-    return tokenizer.convert_tokens_to_ids(found.group()) if found else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampling:
-    """How the next token is chosen; the values are checked by :func:`_check`."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-
-
-def _check(sampling: _Sampling, max_new_tokens: int, batch_size: int, window: int | None) -> None:
+def _check(sampling: Sampling, max_new_tokens: int, batch_size: int, window: int | None) -> None:
     """Raise one error that names every setting outside its range."""
-    fits = window is None or max_new_tokens < window
+    window = window or math.inf
     checks = (
-        ("max_new_tokens", max_new_tokens, fits, f"below the {window} positions of the model, to leave a prompt room"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-        ("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more"),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (off) or more"),
-        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 (off) to 1"),
-        ("repetition_penalty", sampling.repetition_penalty, sampling.repetition_penalty > 0, "above 0 (1 is off)"),
+        (max_new_tokens < window, f"max_new_tokens={max_new_tokens} must be below the model's {window} positions"),
+        (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be 1 or more"),
+        (batch_size >= 1, f"batch_size={batch_size} must be 1 or more"),
     )
-    faults = [f"{name}={value} must be {allowed}" for name, value, is_fine, allowed in checks if not is_fine]
+    faults = [*(fault for is_fine, fault in checks if not is_fine), *sampling.faults()]
     if faults:
         raise EvaluationError(f"generation settings: {'; '.join(faults)}.")
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: _Sampling, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, max_new_tokens: int
 ) -> GenerationConfig:
     """Return settings with no sampling value left at None, which transformers would fill from the model's own file."""
     from transformers import GenerationConfig

@@ -22,7 +22,7 @@ from tunesmith.core.errors import EvaluationError, OutputError
 from tunesmith.data.masks import ExampleEncoder
 from tunesmith.data.types import Completion, Conversation, Example, RowRefusedError, SourceRow, Text
 from tunesmith.engine.modes import adapter_disabled
-from tunesmith.evaluation.generate import encode_prompt, generate_answers
+from tunesmith.evaluation.generate import generate_answers
 from tunesmith.evaluation.likelihood import row_losses
 from tunesmith.evaluation.metrics import (
     Difference,
@@ -33,6 +33,7 @@ from tunesmith.evaluation.metrics import (
     perplexity_score,
     score_answers,
 )
+from tunesmith.models.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

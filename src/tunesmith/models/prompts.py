@@ -1,0 +1,80 @@
+"""Prompts as token ids, and the tokens that end an answer to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.errors import EvaluationError
+from tunesmith.data.turns import ChatRenderer
+from tunesmith.data.types import RowRefusedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "encode_prompt", "require_prompt", "stop_token_ids"]
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""Plain text, chat messages up to the turn to be answered, or token ids."""
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Return the token ids of ``prompt``: plain text with the tokenizer's own BOS, messages as the template renders.
+
+    A BOS in a rendered conversation comes from the template alone, never a second one from the tokenizer.
+
+    Raises:
+        ModelError: messages, and the tokenizer has no chat template.
+        RowRefusedError: the template refuses these messages.
+    """
+    if isinstance(prompt, str):
+        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = list(tokenizer(prompt)["input_ids"])
+        # Some tokenizers also append EOS, after which there is nothing to say.
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:] else ids
+    if all(isinstance(part, int) for part in prompt):
+        return [int(part) for part in prompt]
+    rendered = ChatRenderer(tokenizer).render(list(prompt), list(tools) if tools else None, generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def require_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: int = 1) -> list[int]:
+    """Return the token ids of ``prompt`` (see :func:`encode_prompt`), the ``row``-th of those that must be answered.
+
+    Raises:
+        EvaluationError: it is empty, or the chat template refuses it.
+    """
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except RowRefusedError as error:
+        raise EvaluationError(f"prompt {row} cannot be answered: {error}") from error
+    if not ids:
+        raise EvaluationError(f"prompt {row} is empty: it has no token to go on from. Drop the row or give it a text.")
+    return ids
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends an answer: the model's end tokens, the tokenizer's, the template's end of turn.
+
+    The last one matters where a base model was given a chat template: its ``eos_token`` then is not the token that
+    the template writes after an assistant's turn, and without it the model would go on with the user's next turn.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids |= {tokenizer.eos_token_id, _end_of_turn_id(tokenizer)}
+    return sorted(token for token in ids if token is not None)
+
+
+def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template writes after an assistant's words, None if it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    renderer, words = ChatRenderer(tokenizer), "words of the assistant"
+    try:
+        turn = renderer.locate_answer([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], 1)
+    except RowRefusedError:  # a template that wants other messages than these; then the configured tokens must do
+        return None
+    found = renderer.special.search(turn.text[turn.start : turn.end].rpartition(words)[2])
+    return tokenizer.convert_tokens_to_ids(found.group()) if found else None
