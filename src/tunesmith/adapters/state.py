@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attach_adapter", "base_of", "empty_source", "load_source", "load_source_tokenizer"]
+__all__ = [
+    "attach_adapter",
+    "base_of",
+    "empty_source",
+    "load_source",
+    "load_source_tokenizer",
+    "refuse_lost_base",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -312,7 +319,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
 
     from tunesmith.engine.lora import fused_lora
 
-    _refuse_lost_base(adapter)
+    refuse_lost_base(adapter)
     try:
         # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
@@ -349,7 +356,7 @@ def _config(adapter: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _refuse_lost_base(adapter: Path) -> None:
+def refuse_lost_base(adapter: Path) -> None:
     """Some starts change the base by chance, by data or by rounding, and the folder does not hold what it became."""
     start = str(_config(adapter).get("init_lora_weights", True))
     reason = next((reason for name, reason in _LOST_BASES.items() if start.startswith(name)), None)

@@ -17,6 +17,7 @@ __all__ = [
     "ModelError",
     "NotSupportedYetError",
     "OutputError",
+    "ServingError",
     "SettingsError",
     "ShapeError",
     "TrainingError",
@@ -58,6 +59,10 @@ class EvaluationError(TunesmithError, ValueError):
 
 class ExportError(TunesmithError, RuntimeError):
     """What was exported cannot be loaded, or answers otherwise than the model that it was made of."""
+
+
+class ServingError(TunesmithError, RuntimeError):
+    """A request cannot be taken now: the engine is closing, has failed, or has not the memory."""
 
 
 class ShapeError(TunesmithError, ValueError):

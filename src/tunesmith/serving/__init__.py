@@ -1,0 +1,5 @@
+"""One base, many adapters: answers to many requests at once, and the server that speaks OpenAI's protocol.
+
+``engine.py`` is the door. ``attention.py`` and ``cache.py`` hold what is known of running answers, ``lora.py`` gives
+each token its adapter, ``adapters.py`` reads and forgets them, ``choose.py`` takes the next token.
+"""
