@@ -148,17 +148,18 @@ def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own_tok
     """
     from peft import PeftConfig
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     config: Any = PeftConfig.from_pretrained(str(folder))
     _refuse(name, folder, config, model)
     try:
-        stored = load_file(folder / _WEIGHTS)
+        # Read and not mapped: a file that is written anew while its tensors live would end this process.
+        stored = load((folder / _WEIGHTS).read_bytes())
     except FileNotFoundError:
         raise AdapterError(f"adapter {name}: {folder / _WEIGHTS} is missing. Copy the adapter again.") from None
     except SafetensorError as error:
         raise AdapterError(f"adapter {name}: {folder / _WEIGHTS} is damaged ({error}). Copy it again.") from error
-    pairs = {module: _pair(name, module, stored, config, model) for module in _modules(name, stored)}
+    pairs = {module: _pair(name, module, stored, config, model) for module in _modules(name, stored, model)}
     if own_tokenizer is _UNREAD:
         own_tokenizer = _tokenizer_of(name, folder, tokenizer)
     return Adapter(name, folder, pairs, own_tokenizer, tuple(_notes(folder, model)))
@@ -190,10 +191,14 @@ def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
         )
 
 
-def _modules(name: str, stored: dict[str, torch.Tensor]) -> list[str]:
+def _modules(name: str, stored: dict[str, torch.Tensor], model: Any) -> list[str]:
     """Return the modules that the tensors of an adapter belong to."""
     found: list[str] = []
-    for key in stored:
+    for key, value in stored.items():
+        # PEFT saves the weight of an embedding or head beside its adapter.
+        owner = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        if key.endswith(".base_layer.weight") and _is_of_base(model, owner, value):
+            continue
         module, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
         if not module or kind not in ("A.weight", "B.weight"):
             raise AdapterError(f"adapter {name} holds {key}, which is no matrix of a linear layer's adapter. {_REMEDY}")
@@ -202,6 +207,12 @@ def _modules(name: str, stored: dict[str, torch.Tensor]) -> list[str]:
     if not found:
         raise AdapterError(f"adapter {name} holds no weights. Copy the adapter again.")
     return found
+
+
+def _is_of_base(model: Any, module: str, value: torch.Tensor) -> bool:
+    base = model.get_submodule(module)
+    weight = getattr(base, "base", base).weight
+    return weight.shape == value.shape and torch.equal(weight, value.to(weight.device, weight.dtype))
 
 
 def _pair(
@@ -231,7 +242,7 @@ def _pair(
     sb = (b.float().T * scale).contiguous()
     if not torch.isfinite(a).all() or not torch.isfinite(sb).all():
         raise AdapterError(f"adapter {name}: the weights of {module} hold infinite values or NaN. Train it again.")
-    return a.to(device, dtype).contiguous(), sb.to(device, dtype)
+    return a.to(device, dtype, copy=True).contiguous(), sb.to(device, dtype)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError, ServingError, TunesmithError
+from tunesmith.engine.install import engine_of, install
 from tunesmith.models.load import facts_of
 from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
 from tunesmith.models.sampling import Sampling
@@ -115,7 +116,7 @@ class Engine:
         self.counts = Counts()
         self._most = most_sequences
         self._prompt_tokens = prompt_tokens or (2048 if on_gpu else 256)
-        self._routing = Routing()
+        self._routing = Routing(self.shelf.holds)
         self._ends = frozenset(stop_token_ids(model, tokenizer))
         self._cache = _cache_for(model, self.device)
         self._memory = memory_bytes if memory_bytes is not None else _spare_bytes(self.device)
@@ -126,6 +127,11 @@ class Engine:
         self._failure: BaseException | None = None
         self._plain_attention = model.config._attn_implementation
         _refuse_kind(model)
+        # Fused layers are made for training: here they would hand every call on.
+        fused = engine_of(model)
+        self._was_fused = fused is not None
+        if fused is not None:
+            fused.revert()
         self._take_over()
         self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
         self._thread.start()
@@ -237,6 +243,8 @@ class Engine:
         self._thread.join()
         lora.uninstall(self.model)
         self.model.set_attn_implementation(self._plain_attention)
+        if self._was_fused:
+            install(self.model)
 
     def _take_over(self) -> None:
         """Put our attention into the model, and compare it with the model's own on two sequences of one step."""
@@ -293,12 +301,15 @@ class Engine:
                     self._drop_cancelled()
                     self._admit()
                     try:
-                        self._step()
+                        if self._active:
+                            self._step()
                     except (RuntimeError, TunesmithError) as error:
                         _log.error("a step failed; its %d answers end", len(self._active), exc_info=error)
                         self._fail(self._active, error)
                         self._active.clear()
+                    if not self._active:
                         self._cache.clear()
+                        self._routing.clear()
         except BaseException as error:
             self._failure = error
             raise
@@ -340,9 +351,6 @@ class Engine:
 
     def _step(self) -> None:
         """Run one forward pass and hand out what it brought."""
-        if not self._active:
-            self._cache.clear()
-            return
         writing = [ticket for ticket in self._active if not ticket.is_reading]
         tokens = [ticket.tokens[-1] for ticket in writing]
         owners = [ticket.adapter for ticket in writing]
@@ -407,8 +415,6 @@ class Engine:
 
     def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
         self.counts.finished[why] = self.counts.finished.get(why, 0) + 1
-        if ticket.adapter is not None and not self.shelf.holds(ticket.adapter):
-            self._routing.forget(ticket.adapter)
         ticket.deliver(Delta(text, choices, why))
 
     def _fail(self, tickets: Sequence[Ticket], error: BaseException) -> None:

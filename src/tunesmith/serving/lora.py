@@ -9,7 +9,7 @@ adapter adds, whatever the tokens beside it ask for:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,12 @@ class Routing:
     """Which adapter each token of the current step gets; the modules of the base look it up here.
 
     Attributes:
+        is_known: whether an adapter can be asked for again.
         parts: module -> A, sB and mask (T, R) or None, for the current step.
         last_parts: the same for modules that see only the last token of each sequence (the head).
     """
 
+    is_known: Callable[[Adapter], bool]
     parts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     last_parts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     _held: list[Adapter] = field(default_factory=list)
@@ -79,16 +81,15 @@ class Routing:
             self.parts = self._masked(chosen)
             self.last_parts = self._masked(chosen[torch.tensor(last)])
 
-    def forget(self, adapter: Adapter) -> None:
-        """Let go of an adapter that nobody can ask for any more."""
-        if adapter in self._held:
-            self._held, self._stack = [], {}
+    def clear(self) -> None:
+        """Give the memory of the stack back."""
+        self.parts, self.last_parts, self._held, self._stack = {}, {}, [], {}
 
     def _hold(self, wanted: list[Adapter]) -> None:
-        """Stack the adapters that are wanted, and those held before as long as they are few."""
-        if all(adapter in self._held for adapter in wanted):
+        """Stack the adapters that are wanted, and those held before as long as they are few and still known."""
+        others = [adapter for adapter in self._held if adapter not in wanted and self.is_known(adapter)]
+        if len(wanted) + len(others) == len(self._held):
             return
-        others = [adapter for adapter in self._held if adapter not in wanted]
         self._held = wanted + others[: max(0, _HELD - len(wanted))]
         names = dict.fromkeys(name for adapter in self._held for name in adapter.pairs)
         self._stack = {}

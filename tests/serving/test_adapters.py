@@ -1,0 +1,165 @@
+"""Adapters come, go and change while answers are written, and what cannot be served beside a base is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from tests.export.support import adapt, disturb, loaded
+from tests.tiny import save_model
+
+from tunesmith.core.errors import AdapterError
+from tunesmith.serving.adapters import AdapterShelf, read_adapter
+from tunesmith.serving.lora import Routing
+from tunesmith.serving.request import Request
+
+PROMPT = [{"role": "user", "content": "the cat sat"}]
+
+
+@pytest.fixture
+def shelf(base_folder):
+    return AdapterShelf(*loaded(base_folder), most=2)
+
+
+def test_the_least_recently_used_leave_memory_and_come_back(shelf, adapter_folders):
+    for name in ("a", "b", "c"):
+        shelf.add(name, adapter_folders[name])
+    assert shelf.loaded == ["b", "c"]
+    assert shelf.get("b") is shelf.get("b")
+    again = shelf.get("a")
+    assert shelf.loaded == ["b", "a"]
+    assert set(shelf.folders) == {"a", "b", "c"}
+    first = read_adapter("a", adapter_folders["a"], shelf._model, shelf._tokenizer)
+    assert all(torch.equal(again.pairs[name][1], first.pairs[name][1]) for name in first.pairs)
+    assert again.nbytes == first.nbytes > 0
+
+
+def test_names_are_taken_once_replaced_on_demand_and_forgotten(shelf, adapter_folders):
+    shelf.add("x", adapter_folders["a"])
+    with pytest.raises(AdapterError, match="'x' is loaded already, from .*Unload it first"):
+        shelf.add("x", adapter_folders["b"])
+    assert shelf.add("x", adapter_folders["b"], replace=True).folder == adapter_folders["b"]
+    shelf.remove("x")
+    for call in (shelf.get, shelf.remove):
+        with pytest.raises(AdapterError, match="there is no adapter 'x'"):
+            call("x")
+
+
+def test_a_replaced_adapter_changes_new_answers_and_not_those_begun(start, adapter_folders):
+    engine = start({"x": adapter_folders["a"], "a": adapter_folders["a"], "b": adapter_folders["b"]})
+    by_a, by_b = (engine.generate([PROMPT], adapters=name, max_new_tokens=40)[0] for name in "ab")
+    request = Request(tuple(engine.tokenizer("the cat sat")["input_ids"]), 60, "x", ignore_end=True)
+    expected = "".join(delta.text for delta in engine.stream(request))
+    stream = engine.stream(request)
+    text = next(stream).text
+    engine.shelf.add("x", adapter_folders["b"], replace=True)
+    assert engine.generate([PROMPT, PROMPT], adapters=["x", "a"], max_new_tokens=40) == [by_b, by_a]
+    engine.unload("x")
+    assert text + "".join(delta.text for delta in stream) == expected
+
+
+def test_the_stack_of_a_step_holds_on_to_what_may_come_again_and_lets_go_of_the_unloaded(base_folder, adapter_folders):
+    shelf = AdapterShelf(*loaded(base_folder))
+    a, b, c = (shelf.add(name, adapter_folders[name]) for name in "abc")
+    routing = Routing(shelf.holds)
+    routing.begin([a, b], [0, 1])
+    stack = routing._stack
+    routing.begin([b, None], [0, 1])
+    assert routing._stack is stack
+    routing.begin([None, None], [0, 1])
+    assert routing.parts == {}
+    routing.begin([a, a], [0, 1])
+    assert all(mask is None for _, _, mask in routing.parts.values())
+    shelf.remove("a")
+    routing.begin([b, c], [0, 1])
+    assert routing._held == [b, c]
+    routing.clear()
+    assert routing._held == [] and routing._stack == {}
+
+
+def test_an_adapter_with_a_template_of_its_own_is_asked_by_it(base_folder, tmp_path, start):
+    model, tokenizer = loaded(base_folder)
+    disturb(adapt(model)).save_pretrained(tmp_path / "other")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    engine = start({"other": tmp_path / "other"})
+    assert engine.tokenizer_of("other").chat_template == tokenizer.chat_template != engine.tokenizer.chat_template
+    assert engine.tokenizer_of(None) is engine.tokenizer
+
+
+KINDS = {
+    "dora": ({"use_dora": True}, "uses DoRA"),
+    "whole": ({"modules_to_save": ["lm_head"]}, "uses modules that train whole"),
+    "bias": ({"bias": "lora_only"}, "trained biases"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, "no matrix of a linear layer"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_that_need_a_merge_say_so(base_folder, tmp_path, shelf, kind):
+    arguments, message = KINDS[kind]
+    disturb(adapt(loaded(base_folder)[0], **arguments)).save_pretrained(tmp_path / kind)
+    with pytest.raises(AdapterError, match=rf"{message}.*Merge it \(tunesmith export\)"):
+        shelf.add("x", tmp_path / kind)
+    assert shelf.folders == {}
+
+
+@pytest.fixture
+def copy(adapter_folders, tmp_path):
+    return shutil.copytree(adapter_folders["a"], tmp_path / "copy")
+
+
+def edit(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_damaged_and_foreign_files_are_refused(shelf, copy, tmp_path):
+    weights = copy / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    stored = load(whole)
+    name = next(name for name in stored if "lora_B" in name)
+    weights.write_bytes(whole[:200])
+    with pytest.raises(AdapterError, match="is damaged"):
+        shelf.add("x", copy)
+    for change, message in (
+        ({name: torch.full_like(stored[name], float("nan"))}, "infinite values or NaN"),
+        ({name: stored[name][:-1]}, "does not fit the base: .* takes"),
+        ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": stored[name].T}, "lora_B of .* is missing"),
+    ):
+        save_file({**stored, **{key: value.contiguous() for key, value in change.items()}}, weights)
+        with pytest.raises(AdapterError, match=message):
+            shelf.add("x", copy)
+    both = {f"base_model.model.model.layers.7.q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    save_file(both, weights)
+    with pytest.raises(AdapterError, match=r"has no linear module model\.layers\.7\.q_proj"):
+        shelf.add("x", copy)
+    weights.unlink()
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
+        shelf.add("x", copy)
+    save_model(tmp_path / "model")
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        shelf.add("x", tmp_path / "model")
+
+
+def test_what_was_trained_otherwise_than_it_is_served_is_refused_or_said(shelf, copy):
+    edit(copy, task_type="SEQ_CLS")
+    with pytest.raises(AdapterError, match="trained for SEQ_CLS and writes no text"):
+        shelf.add("x", copy)
+    edit(copy, task_type="CAUSAL_LM")
+    record = copy / "base.json"
+    for change, message in (
+        ({"vocabulary": 400}, "with 400 rows of vocabulary, the base has its own"),
+        ({"stretch": {"scaling": {"rope_type": "yarn", "factor": 2.0}, "window": 1024}}, "a window of 1024 tokens"),
+    ):
+        record.write_text(json.dumps(change))
+        with pytest.raises(AdapterError, match=message):
+            shelf.add("x", copy)
+    record.write_text(json.dumps({"width": "4bit"}))
+    edit(copy, base_model_name_or_path="/nowhere/at/all")
+    adapter = shelf.add("x", copy)
+    assert "trained on a base in 4 bits and is served on one in full" in adapter.notes[0]
+    assert "cannot be seen" in adapter.notes[1]

@@ -1,0 +1,78 @@
+"""Tokens are drawn as transformers' own processors would leave them, each sequence by its own settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tunesmith.models.sampling import Sampling
+from tunesmith.serving import choose as choose_module
+from tunesmith.serving.choose import Chooser, choose
+
+SETTINGS = {
+    "temperature": Sampling(temperature=0.7),
+    "top_p": Sampling(temperature=1.3, top_p=0.6),
+    "top_k": Sampling(temperature=1.0, top_k=3),
+    "min_p": Sampling(temperature=2.0, min_p=0.2),
+    "all": Sampling(temperature=1.5, top_p=0.8, top_k=12, min_p=0.1, repetition_penalty=1.4),
+}
+
+
+def expected(logits: torch.Tensor, prompt: list[int], sampling: Sampling) -> torch.Tensor:
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    return processors(torch.tensor([prompt]), logits[None].clone())[0].softmax(-1)
+
+
+@pytest.mark.parametrize("candidates", [8, 1024])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_draws_follow_the_distribution_of_transformers(monkeypatch, name, candidates):
+    monkeypatch.setattr(choose_module, "_CANDIDATES", candidates)
+    sampling, prompt, count = SETTINGS[name], [3, 5, 5], 2000
+    logits = torch.randn(50) * 2
+    choosers = [Chooser.of(sampling, seed, prompt) for seed in range(count)]
+    found = Counter(choice.token for choice in choose(logits.expand(count, -1), choosers))
+    wanted = expected(logits, prompt, sampling)
+    assert all(wanted[token] > 0 for token in found)
+    for token, probability in enumerate(wanted.tolist()):
+        spread = (probability * (1 - probability) / count) ** 0.5
+        assert abs(found[token] / count - probability) <= 4.5 * spread + 1e-9
+
+
+def test_the_likeliest_token_is_taken_without_temperature_beside_rows_that_draw():
+    logits = torch.randn(3, 40)
+    choosers = [Chooser.of(Sampling(), 0, [1]), Chooser.of(Sampling(temperature=9.0), 1, [1])]
+    choosers.append(Chooser.of(Sampling(temperature=9.0, top_k=1), 2, [1]))
+    chosen = [choice.token for choice in choose(logits, choosers)]
+    assert chosen[0] == logits[0].argmax()
+    assert chosen[2] == logits[2].argmax()
+
+
+def test_penalties_of_openai_count_what_the_answer_has():
+    logits = torch.tensor([[1.0, 0.9, 0.2]])
+    chooser = Chooser.of(Sampling(), 0, [0, 0], presence_penalty=0.05, frequency_penalty=0.15)
+    # 0: 1.0 -> 0.8 -> 0.65; 1: 0.9 -> 0.7 -> 0.55
+    assert [choose(logits, [chooser])[0].token for _ in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_log_probabilities_are_given_only_where_they_are_wanted():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    plain, told = choose(logits, [Chooser.of(Sampling(), 0, [0]), Chooser.of(Sampling(), 0, [0], top_logprobs=2)])
+    assert plain.top == () and plain.logprob != plain.logprob
+    assert told.logprob == pytest.approx(logits[1].log_softmax(-1)[2].item())
+    assert [token for token, _ in told.top] == [2, 1]
