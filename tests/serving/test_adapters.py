@@ -39,7 +39,7 @@ def test_the_least_recently_used_leave_memory_and_come_back(shelf, adapter_folde
 
 def test_names_are_taken_once_replaced_on_demand_and_forgotten(shelf, adapter_folders):
     shelf.add("x", adapter_folders["a"])
-    with pytest.raises(AdapterError, match="'x' is loaded already, from .*Unload it first"):
+    with pytest.raises(AdapterError, match=r"'x' is loaded already, from .*Unload it first"):
         shelf.add("x", adapter_folders["b"])
     assert shelf.add("x", adapter_folders["b"], replace=True).folder == adapter_folders["b"]
     shelf.remove("x")

@@ -37,7 +37,7 @@ class Adapter:
 
     name: str
     folder: Path
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
     tokenizer: Any = None
     notes: tuple[str, ...] = ()
 
@@ -88,7 +88,7 @@ class Routing:
     def _hold(self, wanted: list[Adapter]) -> None:
         """Stack the adapters that are wanted, and those held before as long as they are few and still known."""
         others = [adapter for adapter in self._held if adapter not in wanted and self.is_known(adapter)]
-        if len(wanted) + len(others) == len(self._held):
+        if {*wanted, *others} == set(self._held):
             return
         self._held = wanted + others[: max(0, _HELD - len(wanted))]
         names = dict.fromkeys(name for adapter in self._held for name in adapter.pairs)
