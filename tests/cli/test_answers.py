@@ -1,8 +1,11 @@
 """generate, chat and evaluate on a tiny model: what is printed, and what is refused."""
 
 import json
+import re
 
 import pytest
+
+from tunesmith.cli.console import plain, print_beside
 
 SHORT = ("--max-new-tokens", 6, "--dtype", "float32")
 
@@ -138,6 +141,85 @@ def test_chat_needs_a_chat_template(run, tmp_path, model_folder):
     assert outcome.code == 2
     assert "chat_template" in outcome.err
     assert run("chat", base, "--chat-template", "chatml", *SHORT, stdin="x\n").code == 0
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory):
+    """Two adapters that answer otherwise than the base and than each other."""
+    import torch
+
+    from tunesmith import FastLanguageModel
+
+    folders = [tmp_path_factory.mktemp("adapters") / name for name in ("tuned", "other")]
+    for seed, folder in enumerate(folders):
+        model = FastLanguageModel.from_pretrained(str(model_folder), dtype="float32")[0]
+        tuned = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+        torch.manual_seed(seed)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        tuned.save_pretrained(folder)
+    return folders
+
+
+def test_chat_swaps_adapters_and_goes_back_to_the_base(run, model_folder, adapters):
+    tuned, other = adapters
+    by_base, by_tuned, by_other = (
+        run("chat", model, *SHORT, *words, stdin="the cat\n").out
+        for model, words in ((model_folder, ()), (tuned, ()), (model_folder, ("--adapter", other)))
+    )
+    assert len({by_base, by_tuned, by_other}) == 3
+    lines = "/adapter\nthe cat\n/clear\n/adapter other\nthe cat\n/clear\n/adapter base\nthe cat\n/adapter first\n"
+    outcome = run("chat", model_folder, *SHORT, "--adapter", f"first={tuned}", "--adapter", other, stdin=lines)
+    forgotten = "The conversation is forgotten.\n"
+    assert outcome.out == (
+        f"  base\n* first\n  other\n{by_tuned}{forgotten}Answers come from other now.\n{by_other}{forgotten}"
+        f"Answers come from base now.\n{by_base}Answers come from first now. The conversation goes on.\n"
+    )
+    nested = run("chat", tuned, *SHORT, "--adapter", other, stdin="/adapter other\nthe cat\n/adapter ohter\n")
+    assert f"Answers come from other now.\n{by_other}There is no adapter ohter. Did you mean 'other'?" in nested.out
+
+
+def test_chat_compares_base_and_adapter_and_goes_on_with_the_adapter(run, model_folder, adapters):
+    adapter = ("--adapter", adapters[1])
+    first = run("chat", model_folder, *SHORT, stdin="the cat\n").out
+    tuned = run("chat", model_folder, *SHORT, *adapter, stdin="the cat\nthe dog\n").out.splitlines()
+    lines = "/compare\n/compare the cat\n/compare\nthe dog\n/adapter base\n/compare x\n"
+    outcome = run("chat", model_folder, *SHORT, *adapter, stdin=lines)
+    both = plain(f"base:\n{first}\nother:\n{tuned[0]}\n\n")
+    assert outcome.out == (
+        f"There is no question yet. Give one: /compare TEXT\n{both}{both}{tuned[1]}\n"
+        "Answers come from base now. The conversation goes on.\n"
+        "There is nothing to compare: answers come from the base. /adapter NAME chooses another.\n"
+    )
+
+
+def test_texts_stand_beside_each_other_where_the_terminal_is_wide(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    texts = {"base": "one two " * 9, "other": "three\nfour"}
+    for columns, beside in (("80", True), ("60", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_beside(texts)
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert any("one" in line and "three" in line for line in out.splitlines()) == beside
+        assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapter", "x={run}", "--adapter", "x={other}"], "the name 'x' is taken. Give it one: --adapter NAME="),
+        (["--adapter", "base={run}"], "the name 'base' is taken"),
+        (["--adapter", "={run}"], "the name '' is empty"),
+        (["--adapter", "{run}", "--adapter", "m={model}"], "is no adapter"),
+    ],
+)
+def test_chat_refuses_adapters(run, model_folder, adapters, words, message):
+    given = [word.format(run=adapters[0], other=adapters[1], model=model_folder) for word in words]
+    outcome = run("chat", model_folder, *given, stdin="x\n")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
 
 
 def test_evaluate_puts_the_base_beside_the_tuned_model(run, trained_run, rows_file, tmp_path):

@@ -282,9 +282,19 @@ class AdapterModel(PeftModel):
         return super().add_adapter(adapter_name, *args, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's; refused where the base lacks what the first adapter took out of it."""
+        """As PEFT's, which only warns of tensors that fit nothing and leaves missing ones random.
+
+        Raises:
+            AdapterError: the tensors do not fit, or the base lacks what the first adapter took out of it.
+        """
         self._refuse_beside(adapter_name)
-        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        missing = [name for name in result.missing_keys if f".{adapter_name}." in name]
+        if missing or result.unexpected_keys:
+            self.delete_adapter(adapter_name)
+            what, names = ("are missing", missing) if missing else ("fit nothing", result.unexpected_keys)
+            raise AdapterError(f"adapter {model_id} does not fit its base: {len(names)} tensors {what} ({names[0]}).")
+        return result
 
     def _refuse_beside(self, name: str) -> None:
         if name == "default":

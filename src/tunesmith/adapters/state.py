@@ -40,8 +40,10 @@ __all__ = [
     "attach_adapter",
     "base_of",
     "empty_source",
+    "load_beside",
     "load_source",
     "load_source_tokenizer",
+    "own_tokenizer",
     "refuse_lost_base",
 ]
 
@@ -343,6 +345,48 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     facts.adapter = arguments_of(config)
     adapted.tunesmith_facts = facts
     return as_adapter_model(adapted)
+
+
+def load_beside(model: PeftModel, name: str, adapter: Path) -> None:
+    """Load one more adapter onto the base of ``model``, switched off, to be chosen by ``set_adapter``.
+
+    Raises:
+        AdapterError: it does not fit the base, or one of the two changed the base for itself.
+    """
+    from peft import PeftConfig
+
+    refuse_lost_base(adapter)
+    for config in (*model.peft_config.values(), PeftConfig.from_pretrained(str(adapter))):
+        start = str(getattr(config, "init_lora_weights", True))
+        if start.startswith(("pissa", "olora")):
+            raise AdapterError(
+                f"adapter {adapter} cannot share its base: one of the adapters was saved with "
+                f"init_lora_weights={start!r}, which changes the base for itself. {_REMEDY}"
+            )
+    try:
+        model.load_adapter(str(adapter), name, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"adapter {adapter} does not fit its base {facts_of(model).name}: {error}") from error
+
+
+def own_tokenizer(name: str, adapter: Path, shared: Any) -> Any:
+    """Return the tokenizer that an adapter was saved with, None where it reads and writes as ``shared`` does.
+
+    Raises:
+        AdapterError: its vocabulary is another than that of ``shared``.
+    """
+    if not any((adapter / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return None
+    own = load_tokenizer(find_model(str(adapter)))
+    if own.get_vocab() != shared.get_vocab():
+        raise AdapterError(
+            f"adapter {name} was trained with another vocabulary than the base has. Merge it (tunesmith export) and "
+            "use the merged model."
+        )
+    same = own.chat_template == shared.chat_template and own.eos_token == shared.eos_token
+    return None if same else own
 
 
 def _config(adapter: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import console, not_utf8, print_lines
+from tunesmith.cli.console import console, not_utf8, print_beside, print_lines
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.voices import BASE, Voices, load_voices
 from tunesmith.core.names import did_you_mean
 
 __all__ = ["command"]
@@ -18,6 +19,8 @@ _COMMANDS = {
     "/exit": "end (also Ctrl-D)",
     "/clear": "forget the conversation, keep the system message",
     "/system TEXT": "set the system message and start anew; without TEXT remove it",
+    "/adapter NAME": "go on with another adapter, or with `base` alone; without NAME list them",
+    "/compare TEXT": "ask base and adapter alike; without TEXT the last question again",
     "/help": "this list",
 }
 
@@ -26,7 +29,8 @@ _COMMANDS = {
 def command(
     model: Annotated[str, typer.Argument(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder or run to put on the model.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Adapter folder or run to put on the model, or NAME=FOLDER; repeatable.", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     chat_template: Annotated[
@@ -43,15 +47,12 @@ def command(
     **flags: Any,
 ) -> None:
     """Talk to a model. Lines that begin with / are commands; /help lists them."""
-    from tunesmith.cli.loading import load_for_answers
     from tunesmith.data.templates import require_chat_template
 
-    loaded, tokenizer = load_for_answers(
-        model, adapter, chat_template=chat_template, dtype=dtype, **given_settings(flags)
-    )
-    require_chat_template(tokenizer)
+    voices = load_voices(model, adapter or [], chat_template=chat_template, dtype=dtype, **given_settings(flags))
+    require_chat_template(voices.tokenizer)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    chat = _Chat(loaded, tokenizer, system, sampling)
+    chat = _Chat(voices, system, sampling)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401  (gives input() a history and line editing)
@@ -76,8 +77,7 @@ def _next_line(is_terminal: bool) -> str | None:
 class _Chat:
     """A conversation so far."""
 
-    model: Any
-    tokenizer: Any
+    voices: Voices
     system: str | None
     sampling: dict[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -85,17 +85,22 @@ class _Chat:
     def take(self, line: str) -> bool:
         """Answer a line or obey its command; return False when the conversation is over."""
         word, _, rest = line.partition(" ")
+        rest = rest.strip()
         if word == "/exit":
             return False
         if word == "/clear":
             self.turns.clear()
             print_lines(["The conversation is forgotten."])
         elif word == "/system":
-            self.system = rest.strip() or None
+            self.system = rest or None
             self.turns.clear()
             print_lines(["The system message is set." if self.system else "There is no system message now."])
+        elif word == "/adapter":
+            print_lines(self._choose(rest))
+        elif word == "/compare":
+            self._compare(rest)
         elif word == "/help":
-            print_lines(f"{name:<14}{meaning}" for name, meaning in _COMMANDS.items())
+            print_lines(f"{name:<15}{meaning}" for name, meaning in _COMMANDS.items())
         elif word.startswith("/"):
             names = [name.split()[0] for name in _COMMANDS]
             print_lines([f"There is no command {word}.{did_you_mean(word, names)} /help lists them."])
@@ -103,19 +108,59 @@ class _Chat:
             self._answer(line)
         return True
 
+    def _choose(self, name: str) -> list[str]:
+        """Go on with the adapter ``name``, and return what to say."""
+        voices = self.voices
+        if not name:
+            return [f"{'*' if own == voices.current else ' '} {own}" for own in voices.names]
+        if name not in voices.names:
+            known = ", ".join(voices.names)
+            return [f"There is no adapter {name}.{did_you_mean(name, voices.names)} There are: {known}."]
+        voices.use(name)
+        return [f"Answers come from {name} now." + (" The conversation goes on." if self.turns else "")]
+
     def _answer(self, line: str) -> None:
         from tunesmith.cli.generate import stream_answer
 
         self.turns.append({"role": "user", "content": line})
         self._forget_what_does_not_fit()
         try:
-            answer = stream_answer(self.model, self.tokenizer, self._messages(), **self.sampling)
+            with self.voices.speaking(self.voices.current) as (model, tokenizer):
+                answer = stream_answer(model, tokenizer, self._messages(), **self.sampling)
         except KeyboardInterrupt:
             # Ctrl-C ends this answer, not the conversation.
             self.turns.pop()
             print_lines(["", "(stopped; the question is forgotten)"])
             return
         self.turns.append({"role": "assistant", "content": answer})
+
+    def _compare(self, line: str) -> None:
+        """Show what the base answers beside what the adapter does; the conversation goes on with the adapter's."""
+        from tunesmith.evaluation import generate_answers
+
+        current = self.voices.current
+        if current == BASE:
+            print_lines(["There is nothing to compare: answers come from the base. /adapter NAME chooses another."])
+            return
+        if line:
+            self.turns.append({"role": "user", "content": line})
+            self._forget_what_does_not_fit()
+        elif self.turns:
+            del self.turns[-1]  # the last answer
+        else:
+            print_lines(["There is no question yet. Give one: /compare TEXT"])
+            return
+        answers: dict[str, str] = {}
+        try:
+            for name in (BASE, current):
+                with self.voices.speaking(name) as (model, tokenizer):
+                    answers[name] = generate_answers(model, tokenizer, [self._messages()], **self.sampling)[0]
+        except KeyboardInterrupt:
+            self.turns.pop()
+            print_lines(["", "(stopped; the question is forgotten)"])
+            return
+        self.turns.append({"role": "assistant", "content": answers[current]})
+        print_beside(answers)
 
     def _messages(self) -> list[dict[str, str]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
@@ -125,9 +170,9 @@ class _Chat:
         from tunesmith.models.load import facts_of
         from tunesmith.models.prompts import require_prompt
 
-        room = facts_of(self.model).window - self.sampling["max_new_tokens"]
+        room = facts_of(self.voices.model).window - self.sampling["max_new_tokens"]
         forgotten = 0
-        while len(self.turns) > 2 and len(require_prompt(self.tokenizer, self._messages())) > room:
+        while len(self.turns) > 2 and len(require_prompt(self.voices.tokenizer, self._messages())) > room:
             del self.turns[:2]
             forgotten += 1
         if forgotten:

@@ -10,14 +10,23 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.text import Text
 
 from tunesmith.core.errors import DataError
 
-__all__ = ["console", "is_first_process", "not_utf8", "plain", "print_error", "print_lines", "silence_libraries"]
+__all__ = [
+    "console",
+    "is_first_process",
+    "not_utf8",
+    "plain",
+    "print_beside",
+    "print_error",
+    "print_lines",
+    "silence_libraries",
+]
 
 
 def is_first_process() -> bool:
@@ -45,6 +54,26 @@ def print_lines(lines: Iterable[str]) -> None:
     out = console()
     for line in lines:
         out.print(Text(plain(line)), soft_wrap=True)
+
+
+_COLUMN = 36
+"""The least width in which text can be read beside other text."""
+
+
+def print_beside(texts: Mapping[str, str]) -> None:
+    """Print texts with their headings beside one another; one below the other where the terminal is narrow or none."""
+    from rich.table import Table
+
+    out = console()
+    if not out.is_terminal or out.width < _COLUMN * len(texts):
+        print_lines(line for name, text in texts.items() for line in (f"{name}:", text, ""))
+        return
+    table = Table.grid(padding=(0, 4, 0, 0), expand=True)
+    for _ in texts:
+        table.add_column(ratio=1, overflow="fold")
+    table.add_row(*(Text(plain(name), style="bold") for name in texts))
+    table.add_row(*(Text(plain(text)) for text in texts.values()))
+    out.print(table)
 
 
 def print_error(message: str) -> None:

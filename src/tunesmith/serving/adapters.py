@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.model import trained_for, trained_on
-from tunesmith.adapters.state import base_of, refuse_lost_base
+from tunesmith.adapters.state import base_of, own_tokenizer, refuse_lost_base
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.names import did_you_mean
 from tunesmith.models.aliases import find_model
-from tunesmith.models.load import facts_of, load_tokenizer
+from tunesmith.models.load import facts_of
 from tunesmith.serving.lora import Adapter
 
 __all__ = ["AdapterShelf", "read_adapter"]
@@ -112,7 +112,7 @@ class AdapterShelf:
                 self._loaded.move_to_end(name)
                 return self._loaded[name]
             folder, tokenizer = self._folders[name], self._tokenizers[name]
-        adapter = read_adapter(name, folder, self._model, self._tokenizer, own_tokenizer=tokenizer)
+        adapter = read_adapter(name, folder, self._model, self._tokenizer, own=tokenizer)
         with self._lock:
             if self._folders.get(name) == folder:
                 self._keep(adapter)
@@ -137,11 +137,11 @@ class AdapterShelf:
 _UNREAD: Any = object()
 
 
-def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own_tokenizer: Any = _UNREAD) -> Adapter:
+def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own: Any = _UNREAD) -> Adapter:
     """Read a PEFT folder for the base ``model``.
 
     Args:
-        own_tokenizer: the adapter's tokenizer where it is known from an earlier reading.
+        own: the adapter's tokenizer where it is known from an earlier reading.
 
     Raises:
         AdapterError: the files are damaged, do not fit the base, or hold what only a merged model can have.
@@ -160,9 +160,9 @@ def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own_tok
     except SafetensorError as error:
         raise AdapterError(f"adapter {name}: {folder / _WEIGHTS} is damaged ({error}). Copy it again.") from error
     pairs = {module: _pair(name, module, stored, config, model) for module in _modules(name, stored, model)}
-    if own_tokenizer is _UNREAD:
-        own_tokenizer = _tokenizer_of(name, folder, tokenizer)
-    return Adapter(name, folder, pairs, own_tokenizer, tuple(_notes(folder, model)))
+    if own is _UNREAD:
+        own = own_tokenizer(name, folder, tokenizer)
+    return Adapter(name, folder, pairs, own, tuple(_notes(folder, model)))
 
 
 def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
@@ -250,17 +250,6 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features  # type: ignore[return-value]
     return module.nx, module.nf  # type: ignore[return-value]
-
-
-def _tokenizer_of(name: str, folder: Path, shared: Any) -> Any:
-    """Return the tokenizer that an adapter was saved with, None where it reads and writes as the base's does."""
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
-        return None
-    own = load_tokenizer(find_model(str(folder)))
-    if own.get_vocab() != shared.get_vocab():
-        raise AdapterError(f"adapter {name} was trained with another vocabulary than the base has. {_REMEDY}")
-    same = own.chat_template == shared.chat_template and own.eos_token == shared.eos_token
-    return None if same else own
 
 
 def _notes(folder: Path, model: Any) -> list[str]:

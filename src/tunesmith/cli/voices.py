@@ -1,0 +1,120 @@
+"""One base that speaks with one of several adapters at a time, for a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import AdapterError, SettingsError
+
+__all__ = ["BASE", "Voices", "load_voices", "named_folders"]
+
+BASE = "base"
+"""What the model without an adapter is called."""
+
+
+@dataclass(slots=True)
+class Voices:
+    """A model and the adapters on it.
+
+    Attributes:
+        adapters: name that the user gave -> name in PEFT.
+        tokenizers: the same name -> tokenizer with the template that the adapter was trained with.
+        current: the name that answers: an adapter, or the base.
+    """
+
+    model: Any
+    adapters: dict[str, str]
+    tokenizers: dict[str, Any]
+    current: str
+
+    @property
+    def names(self) -> list[str]:
+        """All that can answer."""
+        return [BASE, *self.adapters]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of what answers now."""
+        return self.tokenizers[self.current]
+
+    def use(self, name: str) -> None:
+        """Answer with ``name`` from now on."""
+        if name != BASE:
+            self.model.set_adapter(self.adapters[name], inference_mode=True)
+        self.current = name
+
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """Yield model and tokenizer as ``name`` speaks: the current adapter, or the base."""
+        from tunesmith.engine.modes import adapter_disabled
+
+        if name == BASE and self.adapters:
+            with adapter_disabled(self.model):
+                yield self.model, self.tokenizers[BASE]
+        else:
+            yield self.model, self.tokenizers[name]
+
+
+def load_voices(model: str, adapters: Sequence[str], **how: Any) -> Voices:
+    """Load ``model`` with ``adapters``, each a folder or NAME=FOLDER; the first one answers.
+
+    ``how``: see :func:`tunesmith.cli.loading.load_for_answers`.
+
+    Raises:
+        SettingsError: two adapters of one name, or one called as the base is.
+        AdapterError: an adapter does not fit, or cannot share the base with the others.
+    """
+    from tunesmith.adapters.state import load_beside, own_tokenizer
+    from tunesmith.cli.loading import load_for_answers
+    from tunesmith.models.aliases import find_model
+
+    places = named_folders(adapters)
+    source = find_model(model)
+    if source.kind == "adapter":
+        first: tuple[str, str] | None = (_name_of(model), source.path)
+        others = places
+        if first[0] in others:
+            raise SettingsError(f"--adapter {first[0]}: {model} is called that already. Give it another name.")
+        loaded, tokenizer = load_for_answers(model, None, **how)
+    else:
+        first = next(iter(places.items()), None)
+        others = dict(list(places.items())[1:])
+        loaded, tokenizer = load_for_answers(model, first and first[1], **how)
+    if first is None:
+        return Voices(loaded, {}, {BASE: tokenizer}, BASE)
+    names, tokenizers = {first[0]: "default"}, {BASE: tokenizer, first[0]: tokenizer}
+    for index, (name, folder) in enumerate(others.items()):
+        beside = find_model(folder)
+        if beside.kind != "adapter":
+            raise AdapterError(f"--adapter {folder} is no adapter: it holds no adapter_config.json.")
+        names[name] = f"beside_{index}"  # a name of PEFT's may hold no dot
+        load_beside(loaded, names[name], Path(beside.path))
+        tokenizers[name] = own_tokenizer(name, Path(beside.path), tokenizer) or tokenizer
+    return Voices(loaded, names, tokenizers, first[0])
+
+
+def named_folders(adapters: Sequence[str]) -> dict[str, str]:
+    """Return name -> folder for values FOLDER or NAME=FOLDER; a folder alone gives its name.
+
+    Raises: SettingsError for a name that is taken.
+    """
+    places: dict[str, str] = {}
+    for value in adapters:
+        name, equals, folder = value.partition("=")
+        if not equals or Path(value).exists():
+            name, folder = _name_of(value), value
+        if not name or name in places or name == BASE:
+            taken = "is empty" if not name else "is taken"
+            raise SettingsError(f"--adapter {value}: the name {name!r} {taken}. Give it one: --adapter NAME={folder}")
+        places[name] = folder
+    return places
+
+
+def _name_of(folder: str) -> str:
+    """Return what an adapter is called after its folder: a run's adapter after the run."""
+    path = Path(folder).expanduser().resolve()
+    return path.parent.name if path.name in ("adapter", "model") else path.name
