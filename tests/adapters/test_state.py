@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests import tiny
 
-from tunesmith.adapters.state import attach_adapter, load_source, load_source_tokenizer
+from tunesmith.adapters.state import attach_adapter, load_beside, load_source, load_source_tokenizer
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.load import facts_of
 
@@ -110,3 +110,37 @@ def test_two_adapters_or_none_are_refused(base: Path, adapter: Path) -> None:
         load_source(str(base), adapter=str(base))
     with pytest.raises(AdapterError, match="already is an adapter on its base"):
         load_source(str(adapter), adapter=str(adapter))
+
+
+def test_one_base_answers_with_one_of_several_adapters(base: Path, tmp_path: Path) -> None:
+    lives = {name: save_adapter(base, tmp_path / name) for name in ("first", "second")}
+    model, _ = load_source(str(tmp_path / "first"), dtype="float32", trainable=False)
+    load_beside(model, "second", tmp_path / "second")
+    for name, peft in (("first", "default"), ("second", "second"), ("first", "default")):
+        model.set_adapter(peft)
+        torch.testing.assert_close(logits(model), lives[name], rtol=0, atol=1e-4)
+
+
+def test_an_adapter_beside_another_has_to_fit(base: Path, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, _ = load_source(str(adapter), dtype="float32", trainable=False)
+    before = logits(model)
+    for start, message in (("pissa", "cannot share its base"), ("pissa_niter_4", "answers would be wrong")):
+        save_adapter(base, tmp_path / start, init_lora_weights=start)
+        with pytest.raises(AdapterError, match=message):
+            load_beside(model, "x", tmp_path / start)
+    save_adapter(base, tmp_path / "cut")
+    stored = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    name = next(iter(stored))
+    for change, message in (
+        ({name: None}, r"1 tensors are missing"),
+        ({f"{name}.x": stored[name].clone()}, r"1 tensors fit nothing"),
+        ({name: stored[name][:, 1:].clone()}, "does not fit its base"),
+    ):
+        changed = {key: value.clone() for key, value in {**stored, **change}.items() if value is not None}
+        save_file(changed, tmp_path / "cut" / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=message):
+            load_beside(model, "x", tmp_path / "cut")
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(logits(model), before)

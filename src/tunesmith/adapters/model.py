@@ -288,7 +288,12 @@ class AdapterModel(PeftModel):
             AdapterError: the tensors do not fit, or the base lacks what the first adapter took out of it.
         """
         self._refuse_beside(adapter_name)
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        try:
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        except RuntimeError:  # other shapes: what was read of it must not be left to be chosen
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
         missing = [name for name in result.missing_keys if f".{adapter_name}." in name]
         if missing or result.unexpected_keys:
             self.delete_adapter(adapter_name)
