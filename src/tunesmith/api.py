@@ -22,6 +22,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.tasks import find_task
 from tunesmith.core.versions import checkpoint_layers
+from tunesmith.evaluation.fast import with_fast_generate
 from tunesmith.export.methods import with_exports
 from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
@@ -172,7 +173,7 @@ class FastLanguageModel:
             train_all_weights(model, use_gradient_checkpointing, width=width, qat_scheme=qat_scheme)
         else:
             set_checkpointing(model, use_gradient_checkpointing)
-        return with_exports(model), tokenizer
+        return with_fast_generate(with_exports(model)), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -247,7 +248,7 @@ class FastLanguageModel:
         chosen["init_data"] = None
         rows = None if init_data is None else as_rows(model, init_data)
         settings = validate(AdapterSettings, chosen, source="get_peft_model")
-        return with_exports(inject_adapter(model, settings, rows, qat_scheme=qat_scheme))
+        return with_fast_generate(with_exports(inject_adapter(model, settings, rows, qat_scheme=qat_scheme)))
 
     @staticmethod
     def for_inference(model: Any) -> Any:

@@ -218,3 +218,18 @@ def test_messages_without_a_chat_template_are_refused(model, tokenizer, monkeypa
     with pytest.raises(ModelError, match="chat_template="):
         generate_answers(model, tokenizer, [chat("Hi")])
     assert stop_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_fast_generate_is_generate_and_says_what_needs_vllm(model):
+    from tunesmith.core.errors import NotSupportedYetError
+    from tunesmith.evaluation.fast import with_fast_generate
+
+    model.eval()
+    ids = torch.tensor([[5, 6, 7]])
+    fast = with_fast_generate(model).fast_generate
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(fast(ids, max_new_tokens=4, do_sample=False), expected)
+    assert torch.equal(fast(input_ids=ids, max_new_tokens=4, do_sample=False), expected)
+    for call in ({"inputs": ["a text"]}, {"inputs": ids, "sampling_params": 1}, {"inputs": ids, "lora_request": 1}):
+        with pytest.raises(NotSupportedYetError, match="only where vLLM generates"):
+            fast(**call)
