@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests import tiny
 
 from tunesmith.adapters.state import attach_adapter, load_beside, load_source, load_source_tokenizer
@@ -57,6 +57,19 @@ def test_an_adapter_of_a_start_that_took_from_the_base_is_saved_again_as_it_was(
     torch.testing.assert_close(
         logits(load_source(str(tmp_path / "second"), dtype="float32")[0]), live, rtol=0, atol=1e-4
     )
+
+
+def test_the_card_beside_an_adapter_is_the_one_that_peft_writes(adapter: Path, tmp_path: Path) -> None:
+    model, _ = load_source(str(adapter))
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    for text in (None, "---\nlicense: mit\n---\nMine.\n"):  # one that is there is kept and added to
+        if text is not None:
+            for folder in (theirs, ours):
+                (folder / "README.md").write_text(text, encoding="utf-8")
+        PeftModel.create_or_update_model_card(model, str(theirs))
+        model.save_pretrained(ours)
+        assert (ours / "README.md").read_bytes() == (theirs / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,13 @@ def trained_for(adapter: Path) -> Any:
 _WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
 
 
+@cache
+def _empty_card() -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()))
+
+
 class AdapterModel(PeftModel):
     """A PEFT model that saves what belongs to its adapter. One class a task, as in PEFT, at the end of this file.
 
@@ -240,6 +248,13 @@ class AdapterModel(PeftModel):
             _write_base(folder, facts_of(self), labels_of(self.config))
         if keeps:
             _point_to_base(Path(save_directory))
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write PEFT's card, as PEFT does, but compile its template once and not for every checkpoint."""
+        card = Path(output_dir) / "README.md"
+        if not card.exists():
+            card.write_text(_empty_card(), encoding="utf-8")
+        super().create_or_update_model_card(output_dir)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
