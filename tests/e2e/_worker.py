@@ -1,4 +1,4 @@
-"""One process of a distributed run: torchrun, or a test that sets RANK and WORLD_SIZE, starts several of it.
+"""One process of a distributed run: torchrun starts several of it, or a test forks them.
 
 python -m tests.e2e._worker FOLDER equal|endless|poisoned
 """
@@ -27,7 +27,13 @@ class PoisonOneProcess(TrainerCallback):
             model.get_input_embeddings().weight.data.fill_(float("nan"))
 
 
-def main() -> None:
+def forked(folder: Path, kind: str, environment: dict[str, str]) -> None:
+    """Be a process that torchrun would have started."""
+    os.environ.update(environment)
+    main(folder, kind)
+
+
+def main(folder: Path, kind: str) -> None:
     """Train as asked and leave gradients, losses and the adapter in the folder."""
     import torch
     from tests import tiny
@@ -35,9 +41,7 @@ def main() -> None:
     from tests.training.test_equality import GradientRecorder
 
     torch.set_num_threads(1)
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
     rank = os.environ["RANK"]
-    (folder / f"pid-{rank}").write_text(str(os.getpid()), encoding="utf-8")
     recorder = GradientRecorder()
     settings = EQUAL if kind == "equal" else {"rows": 40, "max_steps": 100_000, "save_strategy": "no"}
     if kind == "poisoned":
@@ -63,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests import forking, tiny
 from tests.conftest import ROOT
+from tests.e2e import _worker
 from tests.e2e._worker import EQUAL
 from tests.engine.test_head import assert_close
 from tests.training import support
@@ -71,34 +71,29 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @contextmanager
-def two_processes(folder: Path, kind: str) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+def two_processes(folder: Path, kind: str) -> Iterator[tuple[list[BaseProcess], list[Path]]]:
     """Start both without torchrun, which would end one when the other dies; give them and their logs."""
     shared = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logs = [folder / f"log-{rank}" for rank in (0, 1)]
-    processes: list[subprocess.Popen[bytes]] = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.e2e._worker", str(folder), kind],
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-                    stdout=subprocess.DEVNULL, stderr=output,
-                )
-            )  # fmt: skip
+    processes = [
+        forking.start(_worker.forked, folder, kind, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, out=log)
+        for rank, log in enumerate(logs)
+    ]
     try:
         yield processes, logs
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: Path) -> None:
     with two_processes(tmp_path, "endless") as (processes, logs):
         wait_for_steps(tmp_path / "run" / "metrics.jsonl", processes, logs)
-        processes[victim].send_signal(signal.SIGKILL)
-        assert processes[1 - victim].wait(PATIENCE_S) != 0
+        processes[victim].kill()
+        processes[1 - victim].join(PATIENCE_S)
+        assert processes[1 - victim].exitcode not in (None, 0)
     log = logs[1 - victim].read_text(encoding="utf-8")
     assert "TrainingError: another process of this run died or stopped answering" in log, log[-3000:]
     assert "start all processes again with --resume" in log
@@ -106,7 +101,9 @@ def test_a_killed_process_ends_the_other_with_a_message(victim: int, tmp_path: P
 
 def test_a_nan_on_one_process_stops_both(tmp_path: Path) -> None:
     with two_processes(tmp_path, "poisoned") as (processes, logs):
-        assert [process.wait(150) for process in processes] == [1, 1]
+        for process in processes:
+            process.join(150)
+        assert [process.exitcode for process in processes] == [1, 1]
     for log in logs:
         text = log.read_text(encoding="utf-8")
         assert "TrainingError: a gradient is not finite in step 3, rows" in text
@@ -114,9 +111,9 @@ def test_a_nan_on_one_process_stops_both(tmp_path: Path) -> None:
     assert damage(tmp_path / "run" / "checkpoint-2") is None
 
 
-def wait_for_steps(metrics: Path, processes: list[Any], logs: list[Path]) -> None:
+def wait_for_steps(metrics: Path, processes: list[BaseProcess], logs: list[Path]) -> None:
     deadline = time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 3:
-        assert all(process.poll() is None for process in processes), [log.read_text() for log in logs]
+        assert all(process.is_alive() for process in processes), [log.read_text() for log in logs]
         assert time.monotonic() < deadline, "no step within two minutes"
         time.sleep(0.1)
