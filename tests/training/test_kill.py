@@ -1,81 +1,83 @@
 """A run that is killed and resumed ends with the same bytes as one that nobody touched.
 
-The processes really die by SIGKILL: at random moments, and while a checkpoint is being written. See ``_victim.py``
-for how a kill costs a second instead of an import of torch.
+The processes really die by SIGKILL: at random moments, and while a checkpoint is being written.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import ROOT
-from tests.training import support
+from tests import forking
+from tests.training import _victim, support
 from tests.training._victim import STEPS
 
 KILLS = 10
 
 
-class Victim:
-    """A process that imports everything once and forks a child for each run."""
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit status (negative: the signal), and whether it left a half written checkpoint."""
 
-    def __init__(self) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-            "OMP_NUM_THREADS": "1",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training._victim"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-
-    def run(self, folder: Path, *, model: str = "tiny", resume: bool = False, **kill: Any) -> dict[str, Any]:
-        """Train in ``folder`` in a fresh child; return its exit status and what it left."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"folder": str(folder), "model": model, "resume": resume, "kill": kill or None}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(30) == 0
+    status: int | None
+    seconds: float
+    partial: bool
 
 
-@pytest.fixture(scope="module")
-def victim() -> Iterator[Victim]:
-    process = Victim()
-    yield process
-    process.close()
+def run(folder: Path, *, model: str = "tiny", resume: bool = False, **kill: Any) -> Ended:
+    """Train in ``folder`` in a process of its own.
+
+    ``kill`` is when SIGKILL (or ``signal``) is sent: ``after_s`` seconds after the start, or after the
+    ``in_checkpoint``-th partial checkpoint folder appeared.
+    """
+    process = forking.start(_victim.train, folder, model, resume, out=log_file(folder))
+    began = time.monotonic()
+    assert process.pid is not None
+    if kill and ("in_checkpoint" not in kill or saw_partial(process, folder, kill["in_checkpoint"])):
+        time.sleep(kill["after_s"])
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, kill.get("signal", signal.SIGKILL))
+    process.join()
+    partial = any(folder.glob(".checkpoint-*.partial-*"))
+    return Ended(process.exitcode, time.monotonic() - began, partial)
+
+
+def saw_partial(process: BaseProcess, folder: Path, count: int) -> bool:
+    """Return whether ``count`` different partial checkpoints were seen before the process ended."""
+    seen: set[str] = set()
+    while len(seen) < count:
+        seen |= {path.name for path in folder.glob(".checkpoint-*.partial-*")}
+        if not process.is_alive():
+            return False
+    return True
+
+
+def log_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
 
 
 def log_of(folder: Path) -> str:
-    return folder.with_name(folder.name + ".log").read_text(encoding="utf-8")
+    return log_file(folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(victim: Victim, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The folder of a run that nobody touched, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    answer = victim.run(folder)
-    assert answer["status"] == 0, log_of(folder)
-    return folder, answer["seconds"]
+    ended = run(folder)
+    assert ended.status == 0, log_of(folder)
+    return folder, ended.seconds
 
 
-def test_ten_kills_change_no_byte(victim: Victim, uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
+def test_ten_kills_change_no_byte(uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
     straight, seconds = uninterrupted
     folder = tmp_path / "run"
     draw = random.Random(11)
@@ -87,14 +89,14 @@ def test_ten_kills_change_no_byte(victim: Victim, uninterrupted: tuple[Path, flo
             if attempt % 2
             else {"after_s": draw.uniform(0.1, 0.25) * seconds}
         )
-        answer = victim.run(folder, resume=attempt > 0, **kill)
-        assert answer["status"] in (-signal.SIGKILL, 0), log_of(folder)
-        killed += answer["status"] != 0
-        in_checkpoint += answer["partial"]
+        ended = run(folder, resume=attempt > 0, **kill)
+        assert ended.status in (-signal.SIGKILL, 0), log_of(folder)
+        killed += ended.status != 0
+        in_checkpoint += ended.partial
     assert killed >= KILLS - 2, "the run ended before the kills: make it longer"
     assert in_checkpoint >= 2, "no kill struck while a checkpoint was written"
-    answer = victim.run(folder, resume=True)
-    assert answer["status"] == 0, log_of(folder)
+    ended = run(folder, resume=True)
+    assert ended.status == 0, log_of(folder)
     assert_same_run(folder, straight)
 
 
@@ -112,44 +114,42 @@ def without_mean(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**line, "train_loss": None} if "train_loss" in line else line for line in lines]
 
 
-def test_resuming_a_finished_run_changes_nothing(
-    victim: Victim, uninterrupted: tuple[Path, float], tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
     import shutil
 
     straight, _ = uninterrupted
     folder = shutil.copytree(straight, tmp_path / "run")
-    answer = victim.run(folder, resume=True)
-    assert answer["status"] == 0, log_of(folder)
+    ended = run(folder, resume=True)
+    assert ended.status == 0, log_of(folder)
     assert_same_run(folder, straight)
 
 
-def test_ctrl_c_saves_and_the_run_can_go_on(victim: Victim, uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_run_can_go_on(uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
     straight, _ = uninterrupted
     folder = tmp_path / "run"
-    answer = victim.run(folder, in_checkpoint=3, after_s=0.02, signal=signal.SIGINT)
-    assert answer["status"] == 0, log_of(folder)
+    ended = run(folder, in_checkpoint=3, after_s=0.02, signal=signal.SIGINT)
+    assert ended.status == 0, log_of(folder)
     assert "Stopping after this step; the state is saved" in log_of(folder)
     stopped_at = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
     assert 3 <= stopped_at < STEPS
-    answer = victim.run(folder, resume=True)
-    assert answer["status"] == 0, log_of(folder)
+    ended = run(folder, resume=True)
+    assert ended.status == 0, log_of(folder)
     name = "adapter/adapter_model.safetensors"
     assert support.digest(folder / name) == support.digest(straight / name)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_kills_change_no_byte_of_smollm2(victim: Victim, tmp_path: Path) -> None:
+def test_ten_kills_change_no_byte_of_smollm2(tmp_path: Path) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "run"
-    answer = victim.run(straight, model="smollm2")
-    assert answer["status"] == 0, log_of(straight)
+    ended = run(straight, model="smollm2")
+    assert ended.status == 0, log_of(straight)
     draw = random.Random(12)
     for attempt in range(KILLS):
         kill = {"in_checkpoint": draw.randint(1, 3), "after_s": draw.uniform(0, 0.3)}
         if attempt % 2:
-            kill = {"after_s": draw.uniform(0.05, 0.2) * answer["seconds"]}
-        assert victim.run(folder, model="smollm2", resume=attempt > 0, **kill)["status"] in (-signal.SIGKILL, 0)
-    assert victim.run(folder, model="smollm2", resume=True)["status"] == 0, log_of(folder)
+            kill = {"after_s": draw.uniform(0.05, 0.2) * ended.seconds}
+        assert run(folder, model="smollm2", resume=attempt > 0, **kill).status in (-signal.SIGKILL, 0)
+    assert run(folder, model="smollm2", resume=True).status == 0, log_of(folder)
     name = "adapter/adapter_model.safetensors"
     assert support.digest(folder / name) == support.digest(straight / name)
