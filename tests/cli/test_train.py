@@ -1,13 +1,15 @@
 import json
 import os
 import re
+import select
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
+from tests import forking
+
+from tunesmith.cli.main import main
 
 SHORT = ("--max-steps", 4, "--r", 2, "--no-packing", "--dtype", "float32")
 
@@ -130,18 +132,16 @@ def test_ctrl_c_saves_says_how_to_go_on_and_that_works(run, tmp_path, model_fold
     words = ["train", "--model", str(model_folder), "--data", str(rows_file), "--output-dir", str(folder)]
     words += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "1", "--r", "2"]
     words += ["--max-steps", "150", "--dtype", "float32", "--eval-split", "0", "--save-steps", "1000"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith.cli.main", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    files = tmp_path / "out", tmp_path / "err"
+    process = forking.start(main, words, out=files[0], err=files[1])
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 90
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not metrics.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    out, err = (file.read_text() for file in files)
+    assert process.exitcode == 130, err
     assert "Traceback" not in err
     step = int(out.split("stopped after step ")[1].split(",")[0])
     assert (folder / f"checkpoint-{step}").is_dir()
@@ -180,20 +180,24 @@ def test_progress_in_a_terminal_is_one_line_that_ends_with_the_run(model_folder,
 
     main_end, other_end = pty.openpty()
     fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
     words = ["train", "--model", str(model_folder), "--data", str(rows_file), "--output-dir", str(tmp_path / "run")]
     words += ["--max-steps", "3", "--dtype", "float32"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith.cli.main", *words], stdout=other_end, stderr=other_end, env=environment
-    )
+    process = forking.start(_in_terminal, words, out=os.ttyname(other_end))
+    select.select([main_end], [], [], 60)  # now it has opened the other end too
     os.close(other_end)
     drawn = _read_all(main_end)
-    assert process.wait(timeout=60) == 0
+    process.join(60)
+    assert process.exitcode == 0
     assert "3/3  loss" in drawn
     assert "\x1b[?25h" in drawn  # the cursor is shown again
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn))
     assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+
+
+def _in_terminal(words: list[str]) -> None:
+    os.environ.pop("COLUMNS", None)
+    os.environ["TERM"] = "xterm"
+    main(words)
 
 
 def _read_all(descriptor: int) -> str:
