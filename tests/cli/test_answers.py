@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -105,8 +106,11 @@ def test_chat_helps_with_commands(run, model_folder):
     assert "There is no command /clera. Did you mean '/clear'?" in outcome.out
 
 
-def test_chat_forgets_what_no_longer_fits_and_says_so(run, model_folder):
-    outcome = run("chat", model_folder, "--max-new-tokens", 430, stdin="the cat sat on the mat\n" * 2)
+def test_chat_forgets_what_no_longer_fits_and_says_so(run, tmp_path, model_folder):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 160}))
+    outcome = run("chat", base, "--max-new-tokens", 78, stdin="the cat sat on the mat\n" * 2)
     assert "the oldest 1 of the exchanges no longer fit and are forgotten" in outcome.out
 
 
@@ -133,8 +137,6 @@ def test_chat_reads_only_text(run, model_folder):
 
 
 def test_chat_needs_a_chat_template(run, tmp_path, model_folder):
-    import shutil
-
     base = shutil.copytree(model_folder, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     outcome = run("chat", base, stdin="x\n")
