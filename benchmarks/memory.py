@@ -95,8 +95,7 @@ def model_folder(name: str) -> str:
         return name
     folder = _FOLDER / name
     if not (folder / "tokenizer.json").is_file():
-        code = "import sys; from benchmarks.memory import _make_model; _make_model(sys.argv[1], sys.argv[2])"
-        subprocess.run([sys.executable, "-c", code, name, str(folder)], cwd=ROOT, check=True, capture_output=True)
+        _make_model(name, folder)
     return str(folder)
 
 
@@ -112,7 +111,7 @@ def measure(spec: dict[str, Any], *, timeout: float = 3000) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def _make_model(name: str, folder: str) -> None:
+def _make_model(name: str, folder: Path) -> None:
     import torch
     import transformers
     from tests.tiny import tiny_tokenizer
