@@ -31,7 +31,7 @@ demo: $(VENV)/installed
 
 # Two processes of one thread each (tests/conftest.py).
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 3600
