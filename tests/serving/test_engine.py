@@ -243,3 +243,16 @@ def test_a_window_whose_positions_depend_on_the_longest_is_not_exceeded(tmp_path
     engine = Engine(model, tiny_tokenizer())
     engine.close()
     assert engine.window == 512
+
+
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base_answers_with_adapters_as_it_does_offline(base_folder, adapter_folders, width):
+    model, tokenizer = loaded(adapter_folders["a"], **{width: True})
+    expected = generate_answers(model, tokenizer, chats(3), max_new_tokens=8, batch_size=1)
+    engine = Engine(*loaded(base_folder, **{width: True}))
+    try:
+        engine.shelf.add("a", adapter_folders["a"])
+        assert engine.generate(chats(3), adapters="a", max_new_tokens=8) == expected
+        assert "trained on a base in full and is served on one in" in engine.shelf.get("a").notes[0]
+    finally:
+        engine.close()

@@ -93,7 +93,7 @@ class Engine:
         most_adapters: adapters whose weights stay in memory.
         memory_bytes: for keys and values; None takes half of what is free (of a GPU four fifths).
         prompt_tokens: tokens of prompts read in a step, beside the answers: more reads prompts sooner and makes the
-            answers wait longer. None: 256, on a GPU 2048.
+            answers wait longer. None: 128, on a GPU 2048.
     Raises:
         ModelError: the model is of a kind that cannot be served like this.
     """
@@ -115,7 +115,7 @@ class Engine:
         self.shelf = AdapterShelf(model, tokenizer, most_adapters)
         self.counts = Counts()
         self._most = most_sequences
-        self._prompt_tokens = prompt_tokens or (2048 if on_gpu else 256)
+        self._prompt_tokens = prompt_tokens or (2048 if on_gpu else 128)
         self._routing = Routing(self.shelf.holds)
         self._ends = frozenset(stop_token_ids(model, tokenizer))
         self._cache = _cache_for(model, self.device)
