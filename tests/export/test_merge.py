@@ -13,6 +13,7 @@ from tests.export.support import adapt, disturb, loaded, logits
 
 from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export import merge
+from tunesmith.export.form import Form
 from tunesmith.export.merge import merge_model
 from tunesmith.export.verify import Reference, compare, reference_of
 from tunesmith.export.weights import adapter_shares, merged_weights
@@ -25,7 +26,7 @@ def written(model: Any, folder: Path, dtype: torch.dtype = torch.float32, **how:
 
     folder.mkdir(exist_ok=True)
     weights = merged_weights(model, adapter_shares(model, how.pop("adapters", None)))
-    merge._write(model, folder, weights, dtype, how.pop("shard_bytes", 10**9))
+    merge._write(model, folder, weights, Form(dtype), how.pop("shard_bytes", 10**9))
     again, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return again

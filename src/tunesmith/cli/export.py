@@ -12,7 +12,7 @@ from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError
 
 if TYPE_CHECKING:
-    from tunesmith.export.merge import ExportReport
+    from tunesmith.export.report import ExportReport
 
 __all__ = ["command"]
 

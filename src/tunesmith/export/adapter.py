@@ -6,7 +6,6 @@ Adapters whose base was quantized, stretched or grown, or lies beside them, are 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.core.errors import AdapterError, OutputError
 from tunesmith.core.files import whole_folder
-from tunesmith.export.merge import ExportReport, refuse_difference
+from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import compare, reference_of
 from tunesmith.models.load import facts_of
 
@@ -49,7 +48,6 @@ def export_adapter(model: Any, folder: Path, tokenizer: Any = None, *, prompts: 
         size = sum(file.stat().st_size for file in temporary.rglob("adapter_model.safetensors"))
         found = compare(reference, temporary, runtime=runtime)
         report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
-                              {"adapter": found})  # fmt: skip
-        (temporary / "export_report.json").write_text(json.dumps(report.record(), indent=1) + "\n", encoding="utf-8")
-        refuse_difference(report, temporary, ADAPTER_BAR)
+                              {"adapter": found}, reference.moved)  # fmt: skip
+        write_report(report, temporary, ADAPTER_BAR)
     return report

@@ -17,7 +17,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,54 +24,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.core.errors import AdapterError, ExportError, ModelError, OutputError
+from tunesmith.core.errors import AdapterError, ModelError, OutputError
 from tunesmith.core.files import require_space, whole_folder
+from tunesmith.export.form import MERGE_METHODS, Form, form_of
+from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import Comparison, compare, reference_of
-from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weights
+from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weights, mixed
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of, local_place
 
-__all__ = ["MERGE_METHODS", "ExportReport", "merge_model", "refuse_difference"]
-
-MERGE_METHODS = {"merged_16bit": 1e-3, "merged_32bit": 1e-6}
-"""Method -> the mean KL divergence (nats a token) between live model and export above which the export has failed."""
+__all__ = ["merge_model"]
 
 _SHARD_BYTES = 5 * 10**9
 _LAYER = re.compile(r".*?\.\d+\.")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What was written and how near to the live model it is.
-
-    Attributes:
-        folder: where it lies.
-        method: of :data:`MERGE_METHODS`.
-        route: how the weights of the base were had: "base", "dequantized" or "original".
-        size: bytes of its weights.
-        dtype: of its weights.
-        seconds: for writing and comparing.
-        comparisons: route -> how it compares with the live model.
-    """
-
-    folder: Path
-    method: str
-    route: str
-    size: int
-    dtype: str
-    seconds: float
-    comparisons: dict[str, Comparison]
-
-    @property
-    def comparison(self) -> Comparison:
-        """How what was kept compares with the live model."""
-        return self.comparisons[self.route]
-
-    def record(self) -> dict[str, Any]:
-        """Return JSON values."""
-        routes = {route: found.record() for route, found in self.comparisons.items()}
-        return {"method": self.method, "route": self.route, "bytes": self.size, "dtype": self.dtype,
-                "seconds": self.seconds, "comparisons": routes}  # fmt: skip
 
 
 def merge_model(
@@ -90,7 +54,8 @@ def merge_model(
     Args:
         model: a PEFT model, or one whose weights were trained; it is not changed.
         tokenizer: saved beside; None saves none, and compares on tokens drawn at random.
-        method: "merged_16bit" (float16 where the base is, else bfloat16) or "merged_32bit".
+        method: "merged_16bit" (float16 where the base is, else bfloat16), "merged_32bit", or "merged_4bit": merged in
+            float32 and rounded once, the linear layers of the decoder to NF4, all else to 16 bits.
         adapters: name -> share of each adapter that is merged; None: the active ones in full.
         prompts: texts or token ids to compare on, beside fixed texts: a few of the training rows.
         shard_bytes: largest file of weights.
@@ -108,42 +73,28 @@ def merge_model(
             "merge. Save it with save_pretrained, which writes what was trained."
         )
     start = time.perf_counter()
-    shares = adapter_shares(model, adapters)
-    dtype = _dtype(model, method)
-    size = sum(_bytes_of(weight, dtype) for weight in merged_weights(model, shares))
+    shares, form = adapter_shares(model, adapters), form_of(model, method)
+    needed = sum(form.bytes_of(weight) for weight in merged_weights(model, shares))
     routes = _routes(model, shares)
-    require_space(folder, size * min(2, len(routes)), "the merged model")
-    reference = reference_of(model, tokenizer, prompts)
+    require_space(folder, needed * min(2, len(routes)), "the merged model")
+    with mixed(model, shares):
+        reference = reference_of(model, tokenizer, prompts)
     with whole_folder(folder) as temporary:
         comparisons: dict[str, Comparison] = {}
         for route, originals in routes.items():
             place = temporary / f".{route}"
             place.mkdir()
-            _write(model, place, merged_weights(model, shares, originals), dtype, shard_bytes)
+            _write(model, place, merged_weights(model, shares, originals), form, shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             comparisons[route] = compare(reference, place)
         best = min(comparisons, key=lambda route: comparisons[route].kl)
-        report = ExportReport(folder, method, best, size, str(dtype).removeprefix("torch."),
-                              time.perf_counter() - start, comparisons)  # fmt: skip
         _keep(temporary, best)
-        (temporary / "export_report.json").write_text(json.dumps(report.record(), indent=1) + "\n", encoding="utf-8")
-        refuse_difference(report, temporary, MERGE_METHODS[method])
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        report = ExportReport(folder, method, best, size, str(form), time.perf_counter() - start, comparisons,
+                              reference.moved)  # fmt: skip
+        write_report(report, temporary, MERGE_METHODS[method])
     return report
-
-
-def _dtype(model: Any, method: str) -> torch.dtype:
-    if method == "merged_32bit":
-        return torch.float32
-    own = facts_of(model).dtype.dtype
-    return own if own.itemsize == 2 else torch.bfloat16
-
-
-def _bytes_of(weight: MergedWeight, dtype: torch.dtype) -> int:
-    count = 1
-    for length in weight.shape:
-        count *= length
-    return count * (dtype.itemsize if weight.is_float else 8)
 
 
 def _routes(model: Any, shares: Mapping[str, float]) -> dict[str, Mapping[str, Callable[[], torch.Tensor]] | None]:
@@ -187,11 +138,11 @@ def _reader(file: Path, key: str) -> Callable[[], torch.Tensor]:
     return read
 
 
-def _write(model: Any, folder: Path, weights: Iterator[MergedWeight], dtype: torch.dtype, shard_bytes: int) -> None:
+def _write(model: Any, folder: Path, weights: Iterator[MergedWeight], form: Form, shard_bytes: int) -> None:
     """Write the weights in shards, with their index and the configs."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     shards, shard, size = [], {}, 0
-    for name, tensor in _in_original_format(base, weights, dtype):
+    for name, tensor in _in_original_format(base, weights, form):
         if shard and size + tensor.nbytes > shard_bytes:
             shards.append(_write_shard(folder, len(shards), shard))
             shard, size = {}, 0
@@ -201,9 +152,11 @@ def _write(model: Any, folder: Path, weights: Iterator[MergedWeight], dtype: tor
     _name_shards(folder, shards)
     names = {name for shard in shards for name in shard}
     config = copy.deepcopy(base.config)
-    config.dtype = dtype
+    config.dtype = form.dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if form.quantization is not None:
+        config.quantization_config = form.quantization
     head = [name for name in (getattr(base, "_tied_weights_keys", None) or {}) if name in names]
     if head:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
@@ -212,9 +165,7 @@ def _write(model: Any, folder: Path, weights: Iterator[MergedWeight], dtype: tor
         base.generation_config.save_pretrained(folder)
 
 
-def _in_original_format(
-    base: Any, weights: Iterator[MergedWeight], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _in_original_format(base: Any, weights: Iterator[MergedWeight], form: Form) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors under the names that published files have: some models keep experts together in memory.
 
     Layer by layer, since a conversion never reaches over two of them.
@@ -230,9 +181,7 @@ def _in_original_format(
             yield from revert_weight_conversion(base, group).items()
             group = {}
         place = here
-        made = weight.make()
-        # A copy: a view would keep the file of the base, or tie two entries of a shard.
-        group[weight.name] = made.to("cpu", dtype if weight.is_float else made.dtype, copy=True).contiguous()
+        group |= form.stored(weight)
     yield from revert_weight_conversion(base, group).items()
 
 
@@ -262,17 +211,3 @@ def _keep(folder: Path, route: str) -> None:
         file.rename(folder / file.name)
     for place in folder.glob(".*"):
         shutil.rmtree(place)
-
-
-def refuse_difference(report: ExportReport, temporary: Path, bar: float) -> None:
-    """Raise where the export is another model than the live one, and keep it under a name that says so."""
-    found = report.comparison
-    if found.kl <= bar:
-        return
-    failed = report.folder.with_name(f"{report.folder.name}-failed")
-    shutil.rmtree(failed, ignore_errors=True)
-    temporary.rename(failed)
-    raise ExportError(
-        f"the {report.method} export answers otherwise than the model: KL divergence {found.kl:.2g} on {found.tokens} "
-        f"tokens (allowed {bar:g}), the same likeliest token in {found.top1:.1%} of them. It is kept as {failed}."
-    )

@@ -10,7 +10,9 @@ from typing import Any
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
-from tunesmith.export.merge import MERGE_METHODS, ExportReport, merge_model
+from tunesmith.export.form import MERGE_METHODS
+from tunesmith.export.merge import merge_model
+from tunesmith.export.report import ExportReport
 from tunesmith.export.torchao import save_torchao
 
 __all__ = ["METHODS", "check_method", "export_model", "with_exports"]

@@ -1,17 +1,20 @@
 """Is an export the model that it was made of? Its next-token distributions against those of the live model.
 
 The live model answers probe prompts in this process; the export is loaded by the library that will use it, in a process
-of its own (``python -m tunesmith.export.verify``), so that nothing of the live model can help it. Distributions are
-compared, not texts: near-ties flip a greedy answer by rounding alone.
+of its own (``python -m tunesmith.export.verify``), so that nothing of the live model can help it. Distributions decide;
+greedy texts are compared too, and only told: near-ties flip them by rounding alone. The saved tokenizer has to give the
+ids and the chats that the live one gives.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.core.errors import ExportError
-from tunesmith.engine.modes import evaluation_mode
+from tunesmith.core.errors import AdapterError, ExportError
+from tunesmith.engine.modes import adapter_disabled, evaluation_mode
+from tunesmith.models.vision import auto_class
 
 __all__ = ["PROBES", "Comparison", "Reference", "compare", "reference_of"]
 
@@ -33,7 +37,16 @@ PROBES = (
 )
 """Fixed texts beside those of the training data: prose, code, arithmetic, JSON and another language than English."""
 
+_CHATS = (
+    [{"role": "user", "content": "Name a harbour town.  Just one,\nplease."}],
+    [
+        {"role": "user", "content": "What is 12 * 7?"},
+        {"role": "assistant", "content": "84"},
+        {"role": "user", "content": "Und auf Französisch?"},
+    ],
+)
 _LONGEST = 64  # tokens of a probe
+_TEXTS, _NEW_TOKENS = 3, 32  # greedy texts go on from the first tokens of the first probes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +56,19 @@ class Reference:
     Attributes:
         probes: token ids of each probe.
         logprobs: (T, V) float32 of each, after every token.
+        texts: ids that follow greedily on each of the first probes.
+        choices: (len(text), V) log-probabilities out of which each of these was chosen.
+        tokenizer: what the tokenizer makes of texts and chats, None where there is none.
+        moved: mean KL divergence of the untuned base from it; None where its adapters cannot be switched off.
         dtype: in which it was computed, and in which the export is.
     """
 
     probes: tuple[np.ndarray, ...]
     logprobs: tuple[np.ndarray, ...]
+    texts: tuple[np.ndarray, ...]
+    choices: tuple[np.ndarray, ...]
+    tokenizer: dict[str, Any] | None
+    moved: float | None
     dtype: str
 
 
@@ -62,6 +83,11 @@ class Comparison:
         top1: share of tokens after which both find the same one likeliest.
         perplexity, live_perplexity: of export and live model on the probes.
         tokens: positions compared.
+        texts: greedy continuations compared.
+        equal_texts: how many of them are equal.
+        text_gap: nats by which the live model preferred its own token where a text first differs, the largest; near
+            zero is a near-tie that rounding decided. None where all are equal.
+        tokenizer: "equal", or what the saved one does otherwise; None where none was saved.
         runtime: what loaded the export.
     """
 
@@ -72,6 +98,10 @@ class Comparison:
     perplexity: float
     live_perplexity: float
     tokens: int
+    texts: int
+    equal_texts: int
+    text_gap: float | None
+    tokenizer: str | None
     runtime: str
 
     def record(self) -> dict[str, Any]:
@@ -89,18 +119,67 @@ def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ())
     for prompt in (*prompts, *PROBES):
         if isinstance(prompt, str):
             is_random = tokenizer is None
-            prompt = draw.integers(vocabulary, size=_LONGEST // 2) if is_random else tokenizer(prompt)["input_ids"]
+            prompt = draw.integers(vocabulary, size=_LONGEST // 2) if is_random else _text(tokenizer)(prompt).input_ids
         probes.append(np.asarray(prompt[:_LONGEST], dtype=np.int64))
     found = [_logprobs(model, probe) for probe in probes]
-    return Reference(tuple(probes), tuple(found), str(model.dtype).removeprefix("torch."))
+    texts = [_continued(model, probe) for probe in probes[:_TEXTS]]
+    moved = None
+    with suppress(AdapterError):  # the base lacks what the adapter started with
+        if hasattr(model, "peft_config"):
+            with adapter_disabled(model):
+                base = [_logprobs(model, probe) for probe in probes]
+            moved = _mean(np.concatenate([_divergence(*both) for both in zip(found, base, strict=True)]))
+    said = None if tokenizer is None else _said(_text(tokenizer))
+    return Reference(tuple(probes), tuple(found), *zip(*texts, strict=True), said, moved,
+                     str(model.dtype).removeprefix("torch."))  # fmt: skip
+
+
+def _text(tokenizer: Any) -> Any:
+    """Return the tokenizer of a processor, and a tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def _ids(model: Any, probe: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(probe, dtype=torch.long, device=model.get_input_embeddings().weight.device)[None]
 
 
 @torch.no_grad()
 def _logprobs(model: Any, probe: np.ndarray) -> np.ndarray:
     with evaluation_mode(model):
-        ids = torch.as_tensor(probe, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        logits = model(input_ids=_ids(model, probe), use_cache=False).logits[0]
     return logits.float().log_softmax(-1).cpu().numpy()
+
+
+@torch.no_grad()
+def _continued(model: Any, probe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids that follow greedily on the first half of what a probe may have, and their log-probabilities."""
+    ids = _ids(model, probe[: _LONGEST // 2])
+    how = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "use_cache": True, "pad_token_id": 0}  # nothing is padded
+    with evaluation_mode(model):
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **how, output_logits=True, return_dict_in_generate=True
+        )
+    logits = torch.cat(found.logits).float().log_softmax(-1).cpu().numpy()
+    return found.sequences[0, ids.shape[1] :].cpu().numpy(), logits
+
+
+def _said(tokenizer: Any) -> dict[str, Any]:
+    """Return what ``tokenizer`` makes of texts and chats, as JSON values."""
+    import jinja2
+
+    said: dict[str, Any] = {"ids": [tokenizer(text).input_ids for text in PROBES], "chats": []}
+    if getattr(tokenizer, "chat_template", None) is None:
+        return said
+    said["template"] = tokenizer.chat_template
+    for chat in _CHATS:
+        for opens in (False, True):
+            try:
+                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opens)
+            except jinja2.TemplateError as error:
+                said["chats"].append(str(error))
+            else:
+                said["chats"].append([text, tokenizer(text, add_special_tokens=False).input_ids])
+    return said
 
 
 def compare(reference: Reference, folder: Path, *, runtime: str = "transformers") -> Comparison:
@@ -113,23 +192,24 @@ def compare(reference: Reference, folder: Path, *, runtime: str = "transformers"
         probes, answers = Path(place) / "probes.npz", Path(place) / "answers.npz"
         np.savez(probes, *reference.probes)
         call = [sys.executable, "-m", "tunesmith.export.verify", str(folder), str(probes), str(answers)]
-        done = subprocess.run([*call, runtime, reference.dtype], capture_output=True, text=True, check=False)
+        speaks = "mute" if reference.tokenizer is None else "speaks"
+        done = subprocess.run([*call, runtime, reference.dtype, speaks], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing")
             raise ExportError(f"{runtime} cannot load what was exported: {said.strip()[:500]}")
         with np.load(answers) as loaded:
-            theirs = [loaded[name] for name in loaded.files]
+            theirs = {name: loaded[name] for name in loaded.files}
     return _comparison(reference, theirs, runtime)
 
 
-def _comparison(reference: Reference, theirs: Sequence[np.ndarray], runtime: str) -> Comparison:
+def _comparison(reference: Reference, theirs: dict[str, np.ndarray], runtime: str) -> Comparison:
     divergences, same, differences = [], [], []
     losses: tuple[list[float], list[float]] = ([], [])
-    for probe, own, other in zip(reference.probes, reference.logprobs, theirs, strict=True):
+    for index, (probe, own) in enumerate(zip(reference.probes, reference.logprobs, strict=True)):
+        other = theirs[f"logprobs-{index}"]
         if own.shape != other.shape:
             raise ExportError(f"the export has {other.shape[-1]} tokens in its vocabulary, the model {own.shape[-1]}.")
-        own, other = own.astype(np.float64), other.astype(np.float64)
-        divergences.append((np.exp(own) * (own - other)).sum(-1))
+        divergences.append(_divergence(own, other))
         same.append(own.argmax(-1) == other.argmax(-1))
         likeliest = np.argsort(own, axis=-1)[:, -50:]
         gap = np.take_along_axis(own, likeliest, -1) - np.take_along_axis(other, likeliest, -1)
@@ -137,24 +217,62 @@ def _comparison(reference: Reference, theirs: Sequence[np.ndarray], runtime: str
         for into, logprobs in zip(losses, (other, own), strict=True):
             into.extend(-logprobs[np.arange(len(probe) - 1), probe[1:]])
     kl = np.concatenate(divergences)
+    gaps = [_gap(text, logprobs, theirs[f"text-{index}"])
+            for index, (text, logprobs) in enumerate(zip(reference.texts, reference.choices, strict=True))]  # fmt: skip
     return Comparison(
-        kl=max(0.0, float(kl.mean())),
-        largest_kl=max(0.0, float(kl.max())),
+        kl=_mean(kl),
+        largest_kl=_mean(kl.max()),
         difference=float(np.concatenate(differences).max()),
         top1=float(np.concatenate(same).mean()),
-        perplexity=math.exp(float(np.mean(losses[0]))),
-        live_perplexity=math.exp(float(np.mean(losses[1]))),
+        perplexity=math.exp(float(np.mean(losses[0], dtype=np.float64))),
+        live_perplexity=math.exp(float(np.mean(losses[1], dtype=np.float64))),
         tokens=len(kl),
+        texts=len(gaps),
+        equal_texts=sum(gap is None for gap in gaps),
+        text_gap=max((gap for gap in gaps if gap is not None), default=None),
+        tokenizer=_tokenizer(reference.tokenizer, theirs),
         runtime=runtime,
     )
 
 
-def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str) -> None:
-    """Load ``folder`` and write the log-probabilities that it gives to ``probes``."""
-    if runtime == "transformers":
-        from transformers import AutoModelForCausalLM
+def _divergence(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the KL divergence of ``other`` from ``own``, both (T, V) log-probabilities, after every token."""
+    own, other = own.astype(np.float64), other.astype(np.float64)
+    return (np.exp(own) * (own - other)).sum(-1)
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+def _mean(kl: np.ndarray) -> float:
+    """Return the mean of divergences: not below zero by rounding, and infinite where one is no number."""
+    mean = float(np.mean(kl))
+    return math.inf if math.isnan(mean) else max(0.0, mean)
+
+
+def _gap(text: np.ndarray, logprobs: np.ndarray, theirs: np.ndarray) -> float | None:
+    """Return by how much the live model preferred its own token where two texts first differ; None: nowhere."""
+    for at, (own, other) in enumerate(zip(text, theirs, strict=False)):
+        if own != other:
+            return float(logprobs[at, own] - logprobs[at, other])
+    return None
+
+
+def _tokenizer(own: dict[str, Any] | None, theirs: dict[str, np.ndarray]) -> str | None:
+    if own is None:
+        return None
+    said = json.loads(str(theirs["tokenizer"]))
+    if said["ids"] != own["ids"]:
+        return "gives other ids to the same text"
+    if said["chats"] != own["chats"] or said.get("template") != own.get("template"):
+        return "has another chat template"
+    return "equal"
+
+
+def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str, speaks: str) -> None:
+    """Load ``folder`` and write what it answers to ``probes``."""
+    if runtime == "transformers":
+        from transformers import AutoConfig
+
+        kind = auto_class(AutoConfig.from_pretrained(folder))
+        model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
     elif runtime == "tunesmith":
         from tunesmith.adapters.state import load_source
 
@@ -163,9 +281,17 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str) ->
         from peft import AutoPeftModelForCausalLM
 
         model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    found: dict[str, Any] = {}
     with np.load(probes) as loaded:
-        found = [_logprobs(model, loaded[name]) for name in loaded.files]
-    np.savez(answers, *found)
+        for index, name in enumerate(loaded.files):
+            found[f"logprobs-{index}"] = _logprobs(model, loaded[name])
+            if index < _TEXTS:
+                found[f"text-{index}"], _ = _continued(model, loaded[name])
+    if speaks == "speaks":
+        from transformers import AutoTokenizer
+
+        found["tokenizer"] = np.array(json.dumps(_said(AutoTokenizer.from_pretrained(folder))))
+    np.savez(answers, **found)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ given, what they were rounded from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized, read_quantized
 from tunesmith.ops.quantized import dequantize
 
-__all__ = ["MergedWeight", "adapter_shares", "check_mergeable", "merged_weights"]
+__all__ = ["MergedWeight", "adapter_shares", "check_mergeable", "merged_weights", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,29 @@ def check_mergeable(name: str, config: Any) -> None:
                 f"adapter {name!r} has {reason}, which no plain weight can hold: it is not merged. Make the adapter "
                 f"without {reason}."
             )
+
+
+@contextmanager
+def mixed(model: Any, shares: Mapping[str, float]) -> Iterator[None]:
+    """Let ``model`` answer with the adapters of ``shares``, each by its share, for the block."""
+    active = list(model.active_adapters) if shares else []
+    if dict(shares) == dict.fromkeys(active, 1.0):
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    scales = [(layer.scaling, name, layer.scaling[name]) for layer in layers for name in shares if name in layer.scaling]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.base_model.set_adapter(list(shares))
+        for scaling, name, scale in scales:
+            scaling[name] = scale * shares[name]
+        yield
+    finally:
+        for scaling, name, scale in scales:
+            scaling[name] = scale
+        model.base_model.set_adapter(active)
+        for parameter, was_trainable in trainable:  # PEFT trains what it has just made active
+            parameter.requires_grad_(was_trainable)
 
 
 def merged_weights(

@@ -18,7 +18,16 @@ from tunesmith.ops.quantized import quantized_linear
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["keep_activations", "make_quantized", "protect_gradients", "quantization_config", "width_of"]
+__all__ = [
+    "is_four_bit",
+    "keep_activations",
+    "make_quantized",
+    "nf4_tensors",
+    "protect_gradients",
+    "quantization_config",
+    "quantize_nf4",
+    "width_of",
+]
 
 
 def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str] | None = None) -> Any:
@@ -44,14 +53,36 @@ def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str
     )
 
 
-def make_quantized(model: Any, width: Width, dtype: torch.dtype) -> None:
+def make_quantized(model: Any, width: Width, dtype: torch.dtype, *, leave_out: list[str] | None = None) -> None:
     """Put the layers of bitsandbytes where transformers would, into a model without values."""
     from transformers.quantizers import AutoHfQuantizer
 
-    config = quantization_config(width, dtype)
+    config = quantization_config(width, dtype, leave_out=leave_out)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     model.config.quantization_config = config
+
+
+def is_four_bit(module: Any) -> bool:
+    """Return whether ``module`` is a 4-bit layer of bitsandbytes."""
+    return is_quantized(module) and hasattr(module, "quant_state")
+
+
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return codes and ``QuantState`` of a weight, as bitsandbytes makes them when it loads it."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.quantize_4bit(
+        weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+
+
+def nf4_tensors(name: str, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors that a folder holds for the weight ``name`` in NF4; read again, it has ``dtype``."""
+    codes, state = quantize_nf4(weight)
+    state.dtype = dtype
+    parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {key: value.to("cpu", copy=True) for key, value in {name: codes, **parts}.items()}
 
 
 def width_of(config: Any) -> Width | None:

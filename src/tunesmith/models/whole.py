@@ -23,7 +23,7 @@ from tunesmith.core.versions import installed
 from tunesmith.engine.install import engine_of, install
 from tunesmith.engine.read import four_bit_weight
 from tunesmith.models.load import ModelFacts, facts_of
-from tunesmith.models.quantize import quantization_config
+from tunesmith.models.quantize import quantization_config, quantize_nf4
 from tunesmith.models.settings import Width
 from tunesmith.ops.quantized import dequantize
 from tunesmith.ops.quantized.weights import FourBitWeight
@@ -149,7 +149,7 @@ class FourBitLinear(nn.Linear):
 
     def quantized(self) -> tuple[torch.Tensor, Any]:
         """Return codes and ``QuantState`` of the weight, as bitsandbytes makes them when it loads it."""
-        return _quantized(self.weight.data)
+        return quantize_nf4(self.weight.data)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -177,16 +177,8 @@ class _StraightThrough(torch.autograd.Function):
         return dx, flat.T @ x.flatten(0, -2) if needs_weight else None, flat.sum(0) if needs_bias else None
 
 
-def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional.quantize_4bit(
-        weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
-    )
-
-
 def _rounded(weight: torch.Tensor) -> FourBitWeight:
-    return four_bit_weight(*_quantized(weight.detach()))
+    return four_bit_weight(*quantize_nf4(weight.detach()))
 
 
 # ---- saving ----
