@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from tunesmith.adapters.state import load_source
+from tunesmith.adapters.model import base_beside, trained_for, trained_on
+from tunesmith.adapters.state import load_beside, load_source
 from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import choose_width
 
-__all__ = ["load_for_answers"]
+__all__ = ["add_adapters", "load_for_answers"]
 
 
 def load_for_answers(
@@ -59,3 +62,29 @@ def load_for_answers(
             f"model {model} was trained for {task} and is no language model. `tunesmith evaluate` uses it."
         )
     return FastLanguageModel.for_inference(loaded), tokenizer
+
+
+def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Load the adapters of ``mix`` (folder or run, share) beside the first, which ``model`` has, and return the shares.
+
+    Raises:
+        AdapterError: one is no adapter, does not fit the base, or was trained on it in another form than the first.
+    """
+    shares = {"default": mix[0][1]}
+    for index, (name, share) in enumerate(mix[1:], start=2):
+        source = find_model(name)
+        if source.kind != "adapter":
+            raise AdapterError(f"--adapter {name} is no adapter folder: it holds no adapter_config.json.")
+        if _base_of(Path(source.path)) != _base_of(Path(find_model(mix[0][0]).path)):
+            raise AdapterError(
+                f"--adapter {name} was trained on its base in another form (bits, window, vocabulary) than {mix[0][0]}: "
+                "they cannot be added."
+            )
+        load_beside(model, f"adapter-{index}", Path(source.path))
+        shares[f"adapter-{index}"] = share
+    return shares
+
+
+def _base_of(adapter: Path) -> tuple[object, ...]:
+    """Return how the base of an adapter was when it was trained."""
+    return trained_on(adapter), trained_for(adapter), base_beside(adapter)

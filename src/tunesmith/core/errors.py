@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "EvaluationError",
     "ExportError",
+    "HubError",
     "ModelError",
     "NotSupportedYetError",
     "OutputError",
@@ -63,6 +64,10 @@ class ExportError(TunesmithError, RuntimeError):
 
 class ServingError(TunesmithError, RuntimeError):
     """A request cannot be taken now: the engine is closing, has failed, or has not the memory."""
+
+
+class HubError(TunesmithError, OSError):
+    """The model hub cannot be reached, or does not take an upload."""
 
 
 class ShapeError(TunesmithError, ValueError):

@@ -14,6 +14,7 @@ from typing import Any
 from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.core.errors import AdapterError, OutputError
 from tunesmith.core.files import whole_folder
+from tunesmith.export.card import About
 from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import compare, reference_of
 from tunesmith.models.load import facts_of
@@ -23,8 +24,12 @@ __all__ = ["ADAPTER_BAR", "export_adapter"]
 ADAPTER_BAR = 1e-6
 """Mean KL divergence in nats above which an adapter folder has failed: nothing in it is rounded."""
 
+_NOTHING = About()
 
-def export_adapter(model: Any, folder: Path, tokenizer: Any = None, *, prompts: Sequence[Any] = ()) -> ExportReport:
+
+def export_adapter(
+    model: Any, folder: Path, tokenizer: Any = None, *, prompts: Sequence[Any] = (), about: About = _NOTHING
+) -> ExportReport:
     """Write the adapter of ``model`` to ``folder`` and compare what PEFT loads from it with the live model.
 
     Args: see :func:`tunesmith.export.merge.merge_model`.
@@ -49,5 +54,5 @@ def export_adapter(model: Any, folder: Path, tokenizer: Any = None, *, prompts: 
         found = compare(reference, temporary, runtime=runtime)
         report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
                               {"adapter": found}, reference.moved)  # fmt: skip
-        write_report(report, temporary, ADAPTER_BAR)
+        write_report(report, temporary, ADAPTER_BAR, base=facts.name, about=about)
     return report

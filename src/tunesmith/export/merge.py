@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from tunesmith.core.errors import AdapterError, ModelError, OutputError
 from tunesmith.core.files import require_space, whole_folder
+from tunesmith.export.card import About
 from tunesmith.export.form import MERGE_METHODS, Form, form_of
 from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import Comparison, compare, reference_of
@@ -33,9 +34,10 @@ from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weight
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of, local_place
 
-__all__ = ["merge_model"]
+__all__ = ["SHARD_BYTES", "merge_model"]
 
-_SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9
+_NOTHING = About()
 _LAYER = re.compile(r".*?\.\d+\.")
 
 
@@ -47,7 +49,8 @@ def merge_model(
     method: str = "merged_16bit",
     adapters: Mapping[str, float] | None = None,
     prompts: Sequence[Any] = (),
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    about: About = _NOTHING,
 ) -> ExportReport:
     """Write ``model`` with its adapters merged to ``folder``, as transformers loads it, and compare it with the model.
 
@@ -59,6 +62,7 @@ def merge_model(
         adapters: name -> share of each adapter that is merged; None: the active ones in full.
         prompts: texts or token ids to compare on, beside fixed texts: a few of the training rows.
         shard_bytes: largest file of weights.
+        about: what the model card says beside the figures.
     Raises:
         AdapterError: something that no plain weight can hold.
         OutputError: the folder is there already, cannot be written, or the disk has no room.
@@ -87,13 +91,16 @@ def merge_model(
             _write(model, place, merged_weights(model, shares, originals), form, shard_bytes)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
-            comparisons[route] = compare(reference, place)
+            # Asked for another dtype than its files have, transformers would load some weights in NF4 folders in that
+            # one and leave the others.
+            own = None if form.quantization is None else "auto"
+            comparisons[route] = compare(reference, place, dtype=own)
         best = min(comparisons, key=lambda route: comparisons[route].kl)
         _keep(temporary, best)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         report = ExportReport(folder, method, best, size, str(form), time.perf_counter() - start, comparisons,
                               reference.moved)  # fmt: skip
-        write_report(report, temporary, MERGE_METHODS[method])
+        write_report(report, temporary, MERGE_METHODS[method], base=facts_of(model).name, about=about)
     return report
 
 

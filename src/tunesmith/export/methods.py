@@ -2,50 +2,114 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import tempfile
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
+from tunesmith.export.card import About
 from tunesmith.export.form import MERGE_METHODS
+from tunesmith.export.hub import Push, checked, upload
 from tunesmith.export.merge import merge_model
 from tunesmith.export.report import ExportReport
-from tunesmith.export.torchao import save_torchao
+from tunesmith.export.torchao import TORCHAO_METHODS, export_torchao
 
-__all__ = ["METHODS", "check_method", "export_model", "with_exports"]
+__all__ = ["METHODS", "bytes_of", "check_method", "export_model", "export_or_push", "with_exports"]
 
-METHODS = (*MERGE_METHODS, "lora")
+METHODS = (*MERGE_METHODS, "lora", *TORCHAO_METHODS)
 """How a model can be exported."""
+
+# Unsloth's other names.
+_ALIASES = {"merged_4bit_forced": "merged_4bit", "torchao_int8": "torchao-int8"}
+
+_SAFETENSORS = "weights are only written as safetensors"
+_CALIBRATION = "no method here calibrates"
+# Arguments of Unsloth's that nothing here could follow -> the values that ask for nothing, and why not.
+_OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "state_dict": ((None,), "the weights are those of the model"),
+    "save_function": ((None,), _SAFETENSORS),
+    "safe_serialization": ((None, True), _SAFETENSORS),
+    "variant": ((None,), "programs look for weights under their plain names"),
+    "save_peft_format": ((None, True), "adapters are only written as PEFT has them"),
+    "maximum_memory_usage": ((None,), "one shard is held at a time: give max_shard_size"),
+    "use_temp_dir": ((None, True), "what is uploaded is exported to a temporary folder"),
+    "calibration_dataset": ((None,), _CALIBRATION),
+    "num_calibration_samples": ((None,), _CALIBRATION),
+    "max_seq_length": ((None,), _CALIBRATION),
+}
 
 
 def check_method(method: str) -> str:
-    """Return the method in its own letters.
+    """Return the method in our own letters.
 
     Raises:
         SettingsError: there is none of that name.
     """
-    if method.lower() not in METHODS:
+    name = _ALIASES.get(method.lower(), method.lower())
+    if name not in METHODS:
         raise SettingsError(f"save_method={method!r}: use {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
-    return method.lower()
+    return name
 
 
-def export_model(model: Any, folder: Path, tokenizer: Any = None, *, method: str, **how: Any) -> ExportReport:
-    """Export ``model`` by a method of :data:`METHODS`; ``how`` as in the function for it."""
-    if check_method(method) == "lora":
+def export_model(
+    model: Any,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    method: str,
+    adapters: Mapping[str, float] | None = None,
+    max_shard_size: int | str | None = None,
+    **how: Any,
+) -> ExportReport:
+    """Export ``model`` by a method of :data:`METHODS`; ``how`` as in the function for it.
+
+    Raises:
+        SettingsError: no such method, or ``adapters`` or ``max_shard_size`` for one that merges nothing or writes one
+            file.
+    """
+    name = check_method(method)
+    if name in MERGE_METHODS:
+        if max_shard_size is not None:
+            how["shard_bytes"] = bytes_of(max_shard_size)
+        return merge_model(model, folder, tokenizer, method=name, adapters=adapters, **how)
+    if adapters is not None or max_shard_size is not None:
+        given = "adapters" if adapters is not None else "max_shard_size"
+        raise SettingsError(f"{given} is for {', '.join(MERGE_METHODS)}, not for save_method={name!r}. Leave it out.")
+    if name == "lora":
         return export_adapter(model, folder, tokenizer, **how)
-    return merge_model(model, folder, tokenizer, method=check_method(method), **how)
+    return export_torchao(model, folder, tokenizer, TORCHAO_METHODS[name], **how)
+
+
+def bytes_of(size: int | str) -> int:
+    """Return the bytes of a ``max_shard_size`` like 5000000000 or "5GB".
+
+    Raises:
+        SettingsError: it is neither.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    count = 0
+    if found is not None:
+        count = int(float(found[1]) * (1024 if found[3] else 1000) ** ("", *"KMGT").index(found[2].upper()))
+    if count < 1:
+        raise SettingsError(f"max_shard_size={size!r} is no size. Give bytes, or a text like '5GB' or '500MB'.")
+    return count
 
 
 def with_exports(model: Any) -> Any:
-    """Return ``model`` with :func:`save_merged` and :func:`tunesmith.export.torchao.save_torchao` as methods.
+    """Return ``model`` with :func:`save_merged`, :func:`push_merged` and :func:`save_quantized` as methods.
 
     On this instance alone: the classes of transformers and PEFT stay as they are.
     """
     model.save_pretrained_merged = types.MethodType(save_merged, model)
-    model.save_pretrained_torchao = types.MethodType(save_torchao, model)
+    model.push_to_hub_merged = types.MethodType(push_merged, model)
+    model.save_pretrained_torchao = types.MethodType(save_quantized, model)
     return model
 
 
@@ -57,19 +121,162 @@ def save_merged(
     *,
     adapters: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
+    tags: Sequence[str] | str | None = None,
+    datasets: Sequence[str] | str | None = None,
+    run: Any = None,
+    is_main_process: bool = True,
+    temporary_location: str | None = None,
     push_to_hub: bool = False,
-) -> ExportReport:
+    repo_id: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    **others: Any,
+) -> ExportReport | None:
     """Write a folder that transformers (or, with "lora", PEFT) loads, and compare it with this model.
 
     Args:
-        save_method: "merged_16bit", "merged_32bit" or "lora" (the adapter alone), in any case of letters.
+        save_method: of :data:`METHODS`, in any case of letters: "merged_16bit", "merged_32bit", "merged_4bit" (NF4),
+            "lora" (the adapter alone), "torchao-int8" and others.
         adapters: name -> share of each adapter that is merged; None: the active ones in full.
         prompts: texts to compare on, beside fixed ones.
-        push_to_hub: not supported yet.
-    Raises: see :func:`tunesmith.export.merge.merge_model` and :func:`tunesmith.export.adapter.export_adapter`.
+        max_shard_size: largest file of weights, in bytes or like "5GB", which None stands for.
+        tags, datasets: for the model card.
+        run: folder of the run that trained the model, whose figures the card names.
+        is_main_process: False writes nothing and returns None.
+        push_to_hub: upload the folder too, to ``repo_id`` or, without one, a repository named like ``save_directory``.
+        token, private, commit_message, commit_description, create_pr, revision: see
+            :class:`tunesmith.export.hub.Push`.
+        others: arguments of Unsloth's that nothing here follows, with the values that ask for nothing.
+    Raises:
+        HubError: before anything is written, where the upload could not be done.
+        SettingsError: an argument that would have no effect.
+        Others: see :func:`tunesmith.export.merge.merge_model` and :func:`tunesmith.export.adapter.export_adapter`.
     """
-    if push_to_hub:
-        raise NotSupportedYetError("push_to_hub=True is not supported yet. Leave it out and upload the folder.")
-    merging = {} if adapters is None else {"adapters": adapters}
+    _refuse("save_pretrained_merged", others)
+    if temporary_location is not None:
+        raise SettingsError("temporary_location: an export is written beside save_directory. Leave it out.")
+    hub = {"repo_id": repo_id, "token": token or None, "private": private, "commit_message": commit_message,
+           "commit_description": commit_description, "create_pr": create_pr or None, "revision": revision}  # fmt: skip
+    given = [name for name, value in hub.items() if value is not None]
+    if given and not push_to_hub:
+        raise SettingsError(f"{given[0]} is for uploads: give push_to_hub=True too, or leave it out.")
+    if not is_main_process:
+        return None
+    name = check_method(save_method)
     folder = Path(save_directory).expanduser()
-    return export_model(model, folder, tokenizer, method=save_method, prompts=prompts, **merging)
+    if folder.exists():
+        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    push = checked(_push(repo_id or _repository(save_directory), hub)) if push_to_hub else None
+    return export_or_push(model, folder, tokenizer, push=push, method=name, adapters=adapters, prompts=prompts,
+                          max_shard_size=max_shard_size, about=_about(tags, datasets, run))  # fmt: skip
+
+
+def push_merged(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    *,
+    adapters: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
+    tags: Sequence[str] | str | None = None,
+    datasets: Sequence[str] | str | None = None,
+    run: Any = None,
+    is_main_process: bool = True,
+    temporary_location: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    **others: Any,
+) -> ExportReport | None:
+    """Export to a temporary folder in ``temporary_location``, compare, upload to ``repo_id`` and remove the folder.
+
+    Args and Raises: see :func:`save_merged`. The report's ``folder`` is gone, its ``url`` is there.
+    """
+    _refuse("push_to_hub_merged", others)
+    if not is_main_process:
+        return None
+    name = check_method(save_method)
+    push = checked(_push(repo_id, {"token": token or None, "private": private, "commit_message": commit_message,
+                                   "commit_description": commit_description, "create_pr": create_pr,
+                                   "revision": revision}))  # fmt: skip
+    return export_or_push(model, None, tokenizer, push=push, place=temporary_location, method=name,
+                          adapters=adapters, prompts=prompts, max_shard_size=max_shard_size,
+                          about=_about(tags, datasets, run))  # fmt: skip
+
+
+def export_or_push(
+    model: Any, folder: Path | None, tokenizer: Any = None, *, push: Push | None, place: str | None = None, **how: Any
+) -> ExportReport:
+    """Export as :func:`export_model` does and upload that where ``push``, which is checked, says so.
+
+    Where ``folder`` is None, to one in ``place`` that only lasts until it is uploaded.
+    """
+    if folder is not None:
+        report = export_model(model, folder, tokenizer, **how)
+        return report if push is None else replace(report, url=upload(folder, push))
+    if push is None:
+        raise SettingsError("an export needs a folder, or a repository that it is uploaded to.")
+    with tempfile.TemporaryDirectory(prefix="tunesmith-", dir=place) as temporary:
+        return export_or_push(model, Path(temporary) / push.repo_id.rpartition("/")[2], tokenizer, push=push, **how)
+
+
+def save_quantized(
+    model: Any,
+    save_directory: Any,
+    tokenizer: Any = None,
+    torchao_config: Any = None,
+    *,
+    prompts: Sequence[str] = (),
+    push_to_hub: bool = False,
+    token: str | None = None,
+) -> ExportReport:
+    """Quantize with torchao, save, load in another process and compare; see :mod:`tunesmith.export.torchao`.
+
+    Args:
+        torchao_config: a name of ``models/qat.py`` or a config of torchao; None: what the model was trained for.
+        prompts: texts to compare on, beside fixed ones.
+        push_to_hub: upload the folder too, to a repository named like it, with ``token``.
+    Raises: see :func:`tunesmith.export.torchao.export_torchao` and :func:`tunesmith.export.hub.checked`.
+    """
+    if token and not push_to_hub:
+        raise SettingsError("token is for uploads: give push_to_hub=True too, or leave it out.")
+    push = checked(Push(_repository(save_directory), token=token or None)) if push_to_hub else None
+    folder = Path(save_directory).expanduser()
+    report = export_torchao(model, folder, tokenizer, torchao_config, prompts=prompts)
+    return report if push is None else replace(report, url=upload(folder, push))
+
+
+def _refuse(method: str, others: Mapping[str, Any]) -> None:
+    """Refuse what is not known, and what is known and asks for something that is not done."""
+    for name, value in others.items():
+        if name not in _OTHERS:
+            known = [*inspect.signature(save_merged).parameters, *_OTHERS]
+            raise TypeError(f"{method}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
+        empty, reason = _OTHERS[name]
+        if not any(value is nothing for nothing in empty):
+            raise SettingsError(f"{method}({name}={value!r}): {reason}. Leave it out.")
+
+
+def _push(repo_id: str, hub: Mapping[str, Any]) -> Push:
+    return Push(repo_id, **{name: value for name, value in hub.items() if name != "repo_id" and value is not None})
+
+
+def _repository(save_directory: Any) -> str:
+    """Return the repository that a folder is named like: "owner/name" as it is, of other paths the last part."""
+    text = str(save_directory)
+    return text if re.fullmatch(r"[\w][\w.-]*/[\w.-]+", text) else Path(text).name
+
+
+def _about(tags: Sequence[str] | str | None, datasets: Sequence[str] | str | None, run: Any) -> About:
+    head, rows = ((given,) if isinstance(given, str) else tuple(given or ()) for given in (tags, datasets))
+    return About(head, rows, None if run is None else Path(run).expanduser())

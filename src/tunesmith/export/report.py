@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import ExportError
+from tunesmith.export.card import About, export_card
 from tunesmith.export.verify import Comparison
 
 __all__ = ["ExportReport", "write_report"]
@@ -27,6 +28,7 @@ class ExportReport:
         seconds: for writing and comparing.
         comparisons: route -> how it compares with the live model.
         moved: mean KL divergence of the base from the live model: what the training did; None where it is not known.
+        url: where it was uploaded, None where it was not.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class ExportReport:
     seconds: float
     comparisons: dict[str, Comparison]
     moved: float | None
+    url: str | None = None
 
     @property
     def comparison(self) -> Comparison:
@@ -44,20 +47,23 @@ class ExportReport:
         return self.comparisons[self.route]
 
     def record(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return JSON values: what is true of the folder wherever it lies."""
         routes = {route: found.record() for route, found in self.comparisons.items()}
         return {"method": self.method, "route": self.route, "bytes": self.size, "dtype": self.dtype,
                 "seconds": self.seconds, "moved": self.moved, "comparisons": routes}  # fmt: skip
 
 
-def write_report(report: ExportReport, temporary: Path, bar: float) -> None:
-    """Write export_report.json into ``temporary``, where the export still lies.
+def write_report(report: ExportReport, temporary: Path, bar: float, *, base: str, about: About) -> None:
+    """Write export_report.json and the model card into ``temporary``, where the export still lies.
+
+    ``base`` is what the user called the base, ``about`` what the card says beside the figures.
 
     Raises:
         ExportError: the export is another model than the live one, or its tokenizer another; it is kept under a name
             that says so.
     """
     (temporary / "export_report.json").write_text(json.dumps(report.record(), indent=1) + "\n", encoding="utf-8")
+    (temporary / "README.md").write_text(export_card(report, base, about), encoding="utf-8")
     reason = _problem(report, bar)
     if reason is None:
         return

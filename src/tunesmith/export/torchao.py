@@ -4,31 +4,43 @@
 them while it loads that, saves the result and loads it once more. For a model that was trained for the scheme
 (``models/qat.py``) every weight must come back as what it was rounded to in training, bit for bit. Losses are compared
 too, but less strictly: where activations are rounded to int8, the last bit of a sum can become a step, and the steps of
-thirty layers add up.
+thirty layers add up. ``export_torchao`` also loads the folder in a process of its own and compares distributions.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunesmith.core.errors import ExportError, ModelError, SettingsError
+from tunesmith.core.errors import ExportError, ModelError, OutputError, SettingsError
 from tunesmith.core.files import require_space, whole_folder
 from tunesmith.engine.attention import ATTENTION, use_document_attention
 from tunesmith.engine.lora import merged_weight
 from tunesmith.engine.modes import evaluation_mode
+from tunesmith.export.card import About
+from tunesmith.export.report import ExportReport, write_report
+from tunesmith.export.verify import compare, reference_of
 from tunesmith.export.weights import adapter_shares, merged_weights
 from tunesmith.models.load import facts_of
-from tunesmith.models.qat import Scheme, conversion_fails, scheme_of
+from tunesmith.models.qat import SCHEMES, Scheme, conversion_fails, scheme_of
 from tunesmith.models.whole import decoder_linears
 
-__all__ = ["save_torchao", "why_not"]
+__all__ = ["TORCHAO_METHODS", "export_torchao", "save_torchao", "why_not"]
+
+TORCHAO_METHODS = {f"torchao-{name}": name for name in SCHEMES}
+"""Method of export -> the scheme."""
+
+TRAINED_BAR, UNTRAINED_BAR = 0.01, 0.5
+"""Mean KL divergence in nats above which an export has failed: of a model that was trained for its scheme, and not."""
 
 _log = logging.getLogger(__name__)
+_NOTHING = About()
 _TOLERANCE = 1e-2  # of a loss
 
 
@@ -46,9 +58,51 @@ def save_torchao(model: Any, save_directory: str | Path, tokenizer: Any = None, 
         OutputError: the disk is full, or the folder cannot be written.
     """
     scheme, folder = _chosen(model, torchao_config), Path(save_directory).expanduser()
+    _require_machine(model, scheme)
+    with whole_folder(folder) as temporary:
+        return _write(model, temporary, tokenizer, scheme)
+
+
+def export_torchao(
+    model: Any,
+    folder: Path,
+    tokenizer: Any = None,
+    torchao_config: Any = None,
+    *,
+    prompts: Sequence[Any] = (),
+    about: About = _NOTHING,
+) -> ExportReport:
+    """Do what :func:`save_torchao` does, load the folder in another process and compare it with the live model.
+
+    Args: as there; ``prompts`` and ``about`` as in :func:`tunesmith.export.merge.merge_model`.
+    Raises: as there, and:
+        OutputError: the folder is there already.
+        ExportError: the export differs too much from the live model; it is kept as ``<folder>-failed``.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    start, scheme = time.perf_counter(), _chosen(model, torchao_config)
+    _require_machine(model, scheme)
+    reference = reference_of(model, tokenizer, prompts)
+    bar = UNTRAINED_BAR if facts_of(model).qat is None else TRAINED_BAR
+    with whole_folder(folder) as temporary:
+        _write(model, temporary, tokenizer, scheme)
+        found = {"base": compare(reference, temporary)}
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        report = ExportReport(folder, f"torchao-{scheme.name}", "base", size, scheme.name, time.perf_counter() - start,
+                              found, reference.moved)  # fmt: skip
+        write_report(report, temporary, bar, base=facts_of(model).name, about=about)
+    return report
+
+
+def _require_machine(model: Any, scheme: Scheme) -> None:
     reason = why_not(model, scheme)
     if reason is not None:
         raise ModelError(reason)
+
+
+def _write(model: Any, temporary: Path, tokenizer: Any, scheme: Scheme) -> float:
+    """Write the quantized model into ``temporary`` and return by how much that changed its loss."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     dtype = facts_of(model).dtype.dtype
     weights = {
@@ -56,19 +110,18 @@ def save_torchao(model: Any, save_directory: str | Path, tokenizer: Any = None, 
         for weight in merged_weights(model, adapter_shares(model, None))
     }
     size = sum(value.nbytes for value in weights.values())
-    require_space(folder, 2 * size, "the weights and what torchao makes of them")
-    with whole_folder(folder) as temporary:
-        plain = temporary / ".plain"
-        base.save_pretrained(plain, state_dict=weights)
-        del weights
-        _quantize(plain, temporary, scheme)
-        shutil.rmtree(plain)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        stored = _load(temporary, base.config._attn_implementation)
-        live_loss, stored_loss = _loss(base), _loss(stored)
-        if facts_of(model).qat is not None:
-            _refuse_difference(base, stored, live_loss, stored_loss)
+    require_space(temporary, 2 * size, "the weights and what torchao makes of them")
+    plain = temporary / ".plain"
+    base.save_pretrained(plain, state_dict=weights)
+    del weights
+    _quantize(plain, temporary, scheme)
+    shutil.rmtree(plain)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    stored = _load(temporary, base.config._attn_implementation)
+    live_loss, stored_loss = _loss(base), _loss(stored)
+    if facts_of(model).qat is not None:
+        _refuse_difference(base, stored, live_loss, stored_loss)
     _log.info("%s: loss on a probe %.4f, quantized %.4f", scheme, live_loss, stored_loss)
     return stored_loss - live_loss
 

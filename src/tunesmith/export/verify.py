@@ -122,7 +122,7 @@ def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ())
             prompt = draw.integers(vocabulary, size=_LONGEST // 2) if is_random else _text(tokenizer)(prompt).input_ids
         probes.append(np.asarray(prompt[:_LONGEST], dtype=np.int64))
     found = [_logprobs(model, probe) for probe in probes]
-    texts = [_continued(model, probe) for probe in probes[:_TEXTS]]
+    texts, choices = zip(*(_continued(model, probe) for probe in probes[:_TEXTS]), strict=True)
     moved = None
     with suppress(AdapterError):  # the base lacks what the adapter started with
         if hasattr(model, "peft_config"):
@@ -130,8 +130,8 @@ def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ())
                 base = [_logprobs(model, probe) for probe in probes]
             moved = _mean(np.concatenate([_divergence(*both) for both in zip(found, base, strict=True)]))
     said = None if tokenizer is None else _said(_text(tokenizer))
-    return Reference(tuple(probes), tuple(found), *zip(*texts, strict=True), said, moved,
-                     str(model.dtype).removeprefix("torch."))  # fmt: skip
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Reference(tuple(probes), tuple(found), texts, choices, said, moved, dtype)
 
 
 def _text(tokenizer: Any) -> Any:
@@ -182,8 +182,12 @@ def _said(tokenizer: Any) -> dict[str, Any]:
     return said
 
 
-def compare(reference: Reference, folder: Path, *, runtime: str = "transformers") -> Comparison:
+def compare(
+    reference: Reference, folder: Path, *, runtime: str = "transformers", dtype: str | None = None
+) -> Comparison:
     """Load ``folder`` in a process of its own and compare it with the live model.
+
+    ``dtype`` is asked for when it is loaded, "auto" for that of its files; None: that of the live model.
 
     Raises:
         ExportError: the runtime cannot load it; the message ends with what it said.
@@ -193,7 +197,9 @@ def compare(reference: Reference, folder: Path, *, runtime: str = "transformers"
         np.savez(probes, *reference.probes)
         call = [sys.executable, "-m", "tunesmith.export.verify", str(folder), str(probes), str(answers)]
         speaks = "mute" if reference.tokenizer is None else "speaks"
-        done = subprocess.run([*call, runtime, reference.dtype, speaks], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*call, runtime, dtype or reference.dtype, speaks], capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "nothing")
             raise ExportError(f"{runtime} cannot load what was exported: {said.strip()[:500]}")
@@ -272,7 +278,7 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str, sp
         from transformers import AutoConfig
 
         kind = auto_class(AutoConfig.from_pretrained(folder))
-        model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = kind.from_pretrained(folder, dtype=dtype)
     elif runtime == "tunesmith":
         from tunesmith.adapters.state import load_source
 
@@ -280,7 +286,7 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str, sp
     else:
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
     found: dict[str, Any] = {}
     with np.load(probes) as loaded:
         for index, name in enumerate(loaded.files):

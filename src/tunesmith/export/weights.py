@@ -10,7 +10,7 @@ given, what they were rounded from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,22 +81,22 @@ def check_mergeable(name: str, config: Any) -> None:
 
 
 @contextmanager
-def mixed(model: Any, shares: Mapping[str, float]) -> Iterator[None]:
+def mixed(model: Any, shares: Mapping[str, float]) -> Generator[None]:
     """Let ``model`` answer with the adapters of ``shares``, each by its share, for the block."""
     active = list(model.active_adapters) if shares else []
     if dict(shares) == dict.fromkeys(active, 1.0):
         yield
         return
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    scales = [(layer.scaling, name, layer.scaling[name]) for layer in layers for name in shares if name in layer.scaling]
+    scalings = [module.scaling for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [(scaling, name, scaling[name]) for scaling in scalings for name in shares if name in scaling]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.base_model.set_adapter(list(shares))
-        for scaling, name, scale in scales:
+        for scaling, name, scale in before:
             scaling[name] = scale * shares[name]
         yield
     finally:
-        for scaling, name, scale in scales:
+        for scaling, name, scale in before:
             scaling[name] = scale
         model.base_model.set_adapter(active)
         for parameter, was_trainable in trainable:  # PEFT trains what it has just made active

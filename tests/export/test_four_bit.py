@@ -1,0 +1,100 @@
+"""Merged models in NF4: rounded once, as bitsandbytes rounds, in folders that transformers reads in 4 bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.export.support import adapt, disturb, loaded, logits
+
+from tunesmith.core.errors import ModelError
+from tunesmith.export import merge
+from tunesmith.export.form import Form, form_of
+from tunesmith.export.merge import merge_model
+from tunesmith.export.weights import adapter_shares, merged_weights
+from tunesmith.models.load import facts_of
+
+
+def written(model: Any, folder: Path) -> Any:
+    """Return what transformers reads of ``model`` written in NF4."""
+    from transformers import AutoModelForCausalLM
+
+    weights = merged_weights(model, adapter_shares(model, None))
+    merge._write(model, folder, weights, form_of(model, "merged_4bit"), 20_000)
+    again, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return again
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "mixtral", "gpt-oss"])
+def test_transformers_reads_the_layers_in_four_bits(family: str, tmp_path: Path) -> None:
+    import bitsandbytes
+
+    model = disturb(adapt(tiny.tiny_model(family)))
+    again = written(model, tmp_path)
+    layers = [name for name, layer in again.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
+    assert {name.rpartition(".")[2] for name in layers} >= {"o_proj"} and "lm_head" not in layers
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert torch.isfinite(logits(again)).all()
+
+
+def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
+    import bitsandbytes.functional as functional
+
+    model = disturb(adapt(tiny.tiny_model("llama")))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    whole = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
+    stored = written(model, tmp_path).model
+    again = stored.layers[0].mlp.up_proj.weight
+    codes, _ = functional.quantize_4bit(whole.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(again.data, codes) and again.quant_state.dtype == torch.bfloat16
+    assert torch.equal(stored.norm.weight, model.get_base_model().model.norm.weight.bfloat16())
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_the_report_says_what_four_bits_cost(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(merge.MERGE_METHODS, "merged_4bit", 9.0)  # random weights lose more than a trained model's
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    report = model.save_pretrained_merged(tmp_path / "out", tokenizer, save_method="merged_4bit_forced")
+    assert (report.method, report.dtype, report.route) == ("merged_4bit", "NF4", "base")
+    assert report.comparison.kl > 1e-4 and report.moved > report.comparison.kl
+    plain = sum(weight.nbytes for weight in base.parameters()) // 2
+    assert 0 < report.size < plain
+    again, _ = loaded(tmp_path / "out")
+    assert facts_of(again).width == "4bit"
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_a_base_in_four_bits_is_rounded_again_from_either_route(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merge.MERGE_METHODS, "merged_4bit", 9.0)
+    base, tokenizer = loaded(saved, load_in_4bit=True)
+    report = merge_model(disturb(adapt(base)), tmp_path / "out", tokenizer, method="merged_4bit")
+    assert set(report.comparisons) == {"dequantized", "original"}
+    assert report.comparison.kl == min(found.kl for found in report.comparisons.values())
+
+
+def test_sizes_are_known_beforehand() -> None:
+    model = tiny.tiny_model("llama")
+    form = form_of(model, "merged_4bit")
+    weights = list(merged_weights(model, {}))
+    needed = sum(form.bytes_of(weight) for weight in weights)
+    stored = sum(tensor.nbytes for weight in weights for tensor in form.stored(weight).values())
+    assert needed == pytest.approx(stored, rel=0.5)
+    assert sum(Form(torch.float32).bytes_of(weight) for weight in weights) == sum(
+        parameter.nbytes for parameter in model.parameters()
+    )
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=0, n_head=2))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no linear layer that can be 4 bits"):
+        form_of(model, "merged_4bit")
