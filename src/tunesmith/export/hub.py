@@ -26,9 +26,9 @@ class Push:
         repo_id: "owner/name", or a name in the account of the token.
         token: None: HF_TOKEN or the one that ``hf auth login`` keeps.
         private: None: as the account has it for new repositories; one that is there stays as it is.
-        commit_message, commit_description: of the one commit.
+        commit_message, commit_description: of the commit.
         create_pr: open a pull request in place of writing to ``revision``.
-        revision: branch; None: main.
+        revision: branch, made where it is not there; None: main.
     """
 
     repo_id: str
@@ -44,8 +44,8 @@ def checked(push: Push) -> Push:
     """Return ``push`` with the whole name of its repository and its token.
 
     Raises:
-        HubError: the name is none, this machine is offline, there is no token, the hub does not take it, or the
-            repository would be another account's.
+        HubError: the name is none, this machine is offline, there is no token, the hub does not take it, the
+            repository would be another account's, or both ``create_pr`` and ``revision`` are given.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -60,6 +60,8 @@ def checked(push: Push) -> Push:
             f"{push.repo_id} cannot be uploaded without a token. Set HF_TOKEN, log in with `hf auth login`, or give "
             "token=..."
         )
+    if push.create_pr and push.revision is not None:
+        raise HubError(f"create_pr=True opens a pull request to main: leave revision={push.revision!r} out.")
     with _readable(push.repo_id):
         _check_name(push.repo_id)
         account = HfApi().whoami(token=token)
@@ -74,8 +76,7 @@ def checked(push: Push) -> Push:
 
 
 def upload(folder: Path, push: Push) -> str:
-    """Upload the files of ``folder`` in one commit, to a repository that is made where it is not there, and return its
-    address.
+    """Upload the files of ``folder``, to a repository that is made where it is not there, and return its address.
 
     Raises:
         HubError: the hub cannot be reached or refuses.
@@ -85,7 +86,7 @@ def upload(folder: Path, push: Push) -> str:
     api = HfApi(token=push.token)
     with _readable(push.repo_id):
         api.create_repo(push.repo_id, private=push.private, exist_ok=True)
-        if push.revision is not None and not push.create_pr:
+        if push.revision is not None:
             api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
         done = api.upload_folder(
             folder_path=folder,
