@@ -133,3 +133,4 @@ def exports_load_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(call, 0, "", "")
 
     monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verify, "_NEW_TOKENS", 4)  # of each greedy text

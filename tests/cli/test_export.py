@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.export.fake_hub import TOKEN, fake_hub
 
 from tunesmith.training.run import run_training
 from tunesmith.training.settings import RunSettings
@@ -28,6 +30,41 @@ def test_the_command_says_how_near_the_export_is(run_folder: Path, tmp_path: Pat
     assert max(len(line) for line in outcome.out.splitlines() if str(tmp_path) not in line) <= 80
     report = json.loads((tmp_path / "out" / "export_report.json").read_text(encoding="utf-8"))
     assert report["comparisons"]["base"]["kl"] <= 1e-6
+    assert "3 of 3 greedy texts are equal" in shown and "tokenizer and chat template: equal" in shown
+    assert "for scale: the untuned base is" in shown
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_adapters_are_added_by_their_shares(run_folder: Path, model_folder: Path, tmp_path: Path, run: Any) -> None:
+    from safetensors.torch import load_file
+
+    flags = ("--method", "merged_32bit", "--dtype", "float32", "--max-shard-size", "1GB")
+    for name, mix in {"half": [f"{run_folder}:0.5"], "twice": [f"{run_folder}:0.75", f"{run_folder}/adapter:-0.25"],
+                      "whole": [run_folder]}.items():  # fmt: skip
+        words = [word for adapter in mix for word in ("--adapter", adapter)]
+        outcome = run("export", model_folder, *words, "--output", tmp_path / name, *flags)
+        assert outcome.code == 0, outcome.err
+    half, twice, whole, base = (load_file(place / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+                                for place in (tmp_path / "half", tmp_path / "twice", tmp_path / "whole", model_folder))  # fmt: skip
+    torch.testing.assert_close(half, twice)
+    torch.testing.assert_close(half - base, (whole - base) / 2, rtol=1e-3, atol=1e-6)
+    assert not torch.equal(half, base)
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_an_export_is_uploaded_and_kept_nowhere(run_folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with fake_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        outcome = run("export", run_folder, "--push-to", "ada/cats", "--private", "--method", "lora")
+        assert outcome.code == 0, outcome.err
+        assert f"uploaded: {hub.address}/ada/cats" in outcome.out
+        assert hub.made["ada/cats"]["visibility"] == "private"
+        card = hub.files["ada/cats"]["README.md"].decode()
+        assert "## Training" in card and "| steps | 2 |" in card
 
 
 @pytest.mark.parametrize(
@@ -36,6 +73,9 @@ def test_the_command_says_how_near_the_export_is(run_folder: Path, tmp_path: Pat
         (("--output", "new", "--method", "merged_16bits"), "Did you mean 'merged_16bit'"),
         (("--output", "."), "is there already and is not overwritten"),
         (("--output", "new", "--adapter", "nowhere"), "nowhere"),
+        ((), "--output FOLDER is missing. Give it, or --push-to OWNER/NAME to upload only."),
+        (("--output", "new", "--private"), "--private is for --push-to OWNER/NAME"),
+        (("--push-to", "ada/cats"), "ada/cats cannot be uploaded: HF_HUB_OFFLINE"),
     ],
 )
 def test_mistakes_are_said_in_a_sentence(words: tuple[str, ...], message: str, run_folder: Path, run: Any) -> None:

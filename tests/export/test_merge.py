@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import tiny
@@ -15,8 +17,8 @@ from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export import merge
 from tunesmith.export.form import Form
 from tunesmith.export.merge import merge_model
-from tunesmith.export.verify import Reference, compare, reference_of
-from tunesmith.export.weights import adapter_shares, merged_weights
+from tunesmith.export.verify import Comparison, Reference, _comparison, compare, reference_of
+from tunesmith.export.weights import adapter_shares, merged_weights, mixed
 from tunesmith.models.load import facts_of
 
 
@@ -107,6 +109,7 @@ def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path)
     report = merge_model(model, tmp_path / "out", tokenizer, method="merged_32bit", prompts=["the cat sat on a mat"])
     found = report.comparison
     assert (report.route, found.runtime, found.top1) == ("base", "transformers", 1.0)
+    assert (found.texts, found.equal_texts, found.tokenizer) == (3, 3, "equal")
     assert found.difference <= 1e-4 and found.kl <= 1e-6
     assert found.perplexity == pytest.approx(found.live_perplexity, rel=1e-4)
     assert json.loads((tmp_path / "out" / "export_report.json").read_text()) == report.record()
@@ -130,27 +133,85 @@ def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: P
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename_turns(folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text(encoding="utf-8").replace("<|im_end|>", "<|im_stop|>"), encoding="utf-8")
+
+
+def swap_tokens(folder: Path) -> None:
+    """Give two letters each other's ids."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["W"], vocabulary["Q"] = vocabulary["Q"], vocabulary["W"]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+_LAYER = "model.layers.0.mlp.up_proj.weight"
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a weight is another": (lambda folder: edit(folder, lambda found: found[_LAYER].mul_(1.5)), "KL divergence .*"),
+    "a weight is no number": (
+        lambda folder: edit(folder, lambda found: found[_LAYER].fill_(torch.nan)),
+        "divergence inf",
+    ),
+    "the template is another": (rename_turns, "its tokenizer has another chat template"),
+    "the tokens are others": (swap_tokens, "its tokenizer gives other ids to the same text"),
+}
+
+
 @pytest.mark.usefixtures("exports_load_here")
+@pytest.mark.parametrize("case", BROKEN)
 def test_an_export_that_answers_otherwise_is_kept_under_another_name(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, tokenizer = loaded(saved)
     model = disturb(adapt(base))
-    whole = merge._write
+    whole, (spoil, reason) = merge.compare, BROKEN[case]
 
-    def broken(model: Any, folder: Path, *rest: Any) -> None:
-        from safetensors.torch import load_file, save_file
+    def broken(reference: Reference, folder: Path, **how: Any) -> Comparison:
+        spoil(folder)
+        return whole(reference, folder, **how)
 
-        whole(model, folder, *rest)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.0.mlp.up_proj.weight"].mul_(1.5)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(merge, "_write", broken)
-    with pytest.raises(ExportError, match=r"answers otherwise than the model: KL divergence .* It is kept as .*failed"):
+    monkeypatch.setattr(merge, "compare", broken)
+    with pytest.raises(ExportError, match=rf"answers otherwise than the model: .*{reason}.* It is kept as .*failed"):
         merge_model(model, tmp_path / "out", tokenizer, method="merged_32bit")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out-failed" / "export_report.json").is_file()
+
+
+def test_texts_that_part_at_a_near_tie_are_told_and_not_refused() -> None:
+    likely = np.log(np.array([[0.5, 0.3, 0.2], [0.41, 0.39, 0.2]], dtype=np.float32))
+    same = {"logprobs-0": likely, "text-0": np.array([0, 0])}
+    reference = Reference((np.array([0, 1]),), (likely,), (np.array([0, 0]),), (likely,), None, None, "float32")
+    found = _comparison(reference, same, "transformers")
+    assert (found.texts, found.equal_texts, found.text_gap, found.kl) == (1, 1, None, 0)
+    found = _comparison(reference, {**same, "text-0": np.array([0, 1])}, "transformers")
+    assert (found.texts, found.equal_texts) == (1, 0)
+    assert found.text_gap == pytest.approx(np.log(0.41 / 0.39), abs=1e-6)
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_mixed_adapters_are_compared_as_they_are_mixed(saved: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False))
+    before, trained = logits(model), {name: value.requires_grad for name, value in model.named_parameters()}
+    shares = {"default": 0.25, "other": 0.5}
+    report = model.save_pretrained_merged(tmp_path / "out", tokenizer, "merged_32bit", adapters=shares)
+    assert report.comparison.kl < 1e-6 and report.moved > 1e-3
+    assert model.active_adapters == ["default"] and torch.equal(logits(model), before)
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == trained
+    with mixed(model, shares):
+        torch.testing.assert_close(logits(loaded(tmp_path / "out")[0]), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_an_export_that_cannot_be_loaded_says_why(saved: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.export.support import adapt, disturb, loaded, logits
 from transformers import AutoModelForCausalLM
 
-from tunesmith.core.errors import AdapterError, ExportError, NotSupportedYetError, OutputError
+from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export.adapter import export_adapter
 from tunesmith.training.probes import probes_of_run
 from tunesmith.training.run import run_training
@@ -38,8 +38,6 @@ def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
     report = model.save_pretrained_merged(str(tmp_path / "out"), tokenizer, save_method="Merged_32bit")
     assert (report.method, report.route) == ("merged_32bit", "base")
     torch.testing.assert_close(logits(loaded(tmp_path / "out")[0]), logits(model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(NotSupportedYetError, match="push_to_hub=True"):
-        model.save_pretrained_merged(str(tmp_path / "other"), push_to_hub=True)
 
 
 @pytest.mark.usefixtures("exports_load_here")

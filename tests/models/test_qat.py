@@ -26,6 +26,8 @@ from tunesmith.models.load import facts_of
 from tunesmith.models.qat import SCHEMES, conversion_fails, scheme_of, training_fails
 from tunesmith.training.settings import load_run_settings
 
+pytestmark = pytest.mark.usefixtures("exports_load_here")
+
 CONVERTED_HERE = ("int8-int4", "int8")
 # transformers' attention adds in another order, and where activations are rounded to int8 a last bit can become a step.
 FOUR_DIGITS = 1e-4
@@ -224,7 +226,8 @@ def test_the_converted_model_has_the_loss_of_the_trained_one(
     run = trainer(tmp_path / "run", model=model, max_steps=2, eval_dataset=tiny.chat_rows(6, seed=9), eval_steps=10)
     run.train()
     live = run.evaluate()["eval_loss"]
-    assert abs(model.save_pretrained_torchao(tmp_path / "out", tiny.tiny_tokenizer())) < 5e-5
+    report = model.save_pretrained_torchao(tmp_path / "out", tiny.tiny_tokenizer())
+    assert report.comparison.kl < 1e-5 and report.comparison.tokenizer == "equal"
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
     assert loss_of(load_plain(tmp_path / "out")) == pytest.approx(live, rel=FOUR_DIGITS)
 
@@ -255,7 +258,7 @@ def test_a_model_that_was_not_trained_for_it_can_be_quantized_too(folders: dict[
     model = load(folders["wide"])
     with pytest.raises(SettingsError, match="torchao_config is missing"):
         model.save_pretrained_torchao(tmp_path / "out")
-    assert model.save_pretrained_torchao(tmp_path / "out", None, "int8-int4") != 0
+    assert 1e-4 < model.save_pretrained_torchao(tmp_path / "out", None, "int8-int4").comparison.kl < 0.5
     torch.testing.assert_close(
         logits(load_plain(tmp_path / "out")), logits(whole(folders["wide"])), rtol=1e-4, atol=1e-4
     )
