@@ -44,8 +44,9 @@ def test_adapters_are_added_by_their_shares(run_folder: Path, model_folder: Path
         words = [word for adapter in mix for word in ("--adapter", adapter)]
         outcome = run("export", model_folder, *words, "--output", tmp_path / name, *flags)
         assert outcome.code == 0, outcome.err
-    half, twice, whole, base = (load_file(place / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-                                for place in (tmp_path / "half", tmp_path / "twice", tmp_path / "whole", model_folder))  # fmt: skip
+    places = (tmp_path / "half", tmp_path / "twice", tmp_path / "whole", model_folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    half, twice, whole, base = (load_file(place / "model.safetensors")[name] for place in places)
     torch.testing.assert_close(half, twice)
     torch.testing.assert_close(half - base, (whole - base) / 2, rtol=1e-3, atol=1e-6)
     assert not torch.equal(half, base)

@@ -12,8 +12,9 @@ from tunesmith.export.card import About, export_card
 from tunesmith.export.report import ExportReport
 from tunesmith.export.verify import Comparison
 
-FOUND = Comparison(kl=0.012, largest_kl=0.3, difference=0.5, top1=0.97, perplexity=8.1, live_perplexity=8.0, tokens=320,
-                   texts=3, equal_texts=2, text_gap=0.01, tokenizer="equal", runtime="transformers")  # fmt: skip
+FOUND = Comparison(kl=0.012, largest_kl=0.3, difference=0.5, top1=0.97, kept=0.98, perplexity=8.1, live_perplexity=8.0,
+                   tokens=320, texts=3, equal_texts=2, text_gap=0.01, tokenizer="equal",
+                   runtime="transformers")  # fmt: skip
 REPORT = ExportReport(Path("/home/ada/out"), "merged_16bit", "original", 10, "bfloat16", 1.0, {"original": FOUND}, 0.8)
 
 
@@ -29,6 +30,7 @@ def test_a_base_on_the_hub_is_named_for_the_hub() -> None:
     assert "the adapter merged in float32 into the weights that its base was quantized from" in card
     assert "| KL divergence from the trained model, nats a token | 0.012 |" in card
     assert "| equal greedy texts | 2 of 3 |" in card and "| KL divergence of the untuned base | 0.8 |" in card
+    assert "| share of what the training changed that is there | 98.0% |" in card
 
 
 def test_no_licence_and_no_path_is_told(tmp_path: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import tiny
 from tests.export.support import adapt, disturb, loaded, logits
 
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.export import merge
 from tunesmith.export.form import Form, form_of
 from tunesmith.export.merge import merge_model
+from tunesmith.export.report import ExportReport, _problem
+from tunesmith.export.verify import Reference, _comparison
 from tunesmith.export.weights import adapter_shares, merged_weights
 from tunesmith.models.load import facts_of
 
@@ -70,14 +74,37 @@ def test_the_report_says_what_four_bits_cost(saved: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("exports_load_here")
-def test_a_base_in_four_bits_is_rounded_again_from_either_route(
+def test_what_was_rounded_before_the_training_is_not_rounded_again(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(merge.MERGE_METHODS, "merged_4bit", 9.0)
     base, tokenizer = loaded(saved, load_in_4bit=True)
-    report = merge_model(disturb(adapt(base)), tmp_path / "out", tokenizer, method="merged_4bit")
-    assert set(report.comparisons) == {"dequantized", "original"}
-    assert report.comparison.kl == min(found.kl for found in report.comparisons.values())
+    model = disturb(adapt(base))
+    report = merge_model(model, tmp_path / "out", tokenizer, method="merged_4bit")
+    assert set(report.comparisons) == {"original"} and report.comparison.kept > 0.5
+    monkeypatch.setattr(merge, "_originals", lambda _: {})
+    with pytest.raises(AdapterError, match=r"'merged_4bit' would undo the training: .* Use 'lora', to be loaded with"):
+        merge_model(model, tmp_path / "other", tokenizer, method="merged_4bit")
+
+
+def test_a_training_that_rounding_has_undone_is_caught(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    base, own, noise = (np.log(draw.dirichlet(np.ones(50), size=40)).astype(np.float32) for _ in range(3))
+    probe = np.arange(40)
+    reference = Reference((probe,), (own,), (), (), None, (base,), "float32")
+
+    def judged(logprobs: np.ndarray) -> tuple[float | None, str | None]:
+        found = replace(_comparison(reference, {"logprobs-0": logprobs}, "transformers"), kl=0.5)
+        report = ExportReport(tmp_path, "merged_4bit", "base", 1, "NF4", 1.0, {"base": found}, reference.moved)
+        return found.kept, _problem(report, 1.0)
+
+    assert judged(own) == (1.0, None)
+    kept, reason = judged(base)
+    assert kept == 0 and reason == "only 0% of what the training changed is left"
+    kept, reason = judged(own + 0.3 * (noise - noise.mean()))
+    assert kept == pytest.approx(1, abs=0.2) and reason is None
+    reference = replace(reference, base=(own + 1e-3 * (base - own),))  # too little was changed to tell
+    assert judged(base)[1] is None
 
 
 def test_sizes_are_known_beforehand() -> None:

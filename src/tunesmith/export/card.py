@@ -109,6 +109,8 @@ def export_card(report: ExportReport, base: str, about: About) -> str:
     }
     if report.moved is not None:
         figures["KL divergence of the untuned base"] = report.moved
+    if found.kept is not None:
+        figures["share of what the training changed that is there"] = f"{found.kept:.1%}"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title} {name}",

@@ -21,7 +21,7 @@ from tunesmith.models.vision import has_vision, outside_decoder
 
 __all__ = ["MERGE_METHODS", "Form", "form_of"]
 
-MERGE_METHODS = {"merged_16bit": 1e-3, "merged_32bit": 1e-6, "merged_4bit": 0.5}
+MERGE_METHODS = {"merged_16bit": 1e-3, "merged_32bit": 1e-6, "merged_4bit": 1.0}
 """Method -> the mean KL divergence (nats a token) between live model and export above which the export has failed."""
 
 _NF4_BYTES = 0.52  # of a weight: 4 bits, and its share of the scales

@@ -36,7 +36,7 @@ __all__ = ["TORCHAO_METHODS", "export_torchao", "save_torchao", "why_not"]
 TORCHAO_METHODS = {f"torchao-{name}": name for name in SCHEMES}
 """Method of export -> the scheme."""
 
-TRAINED_BAR, UNTRAINED_BAR = 0.01, 0.5
+TRAINED_BAR, UNTRAINED_BAR = 0.01, 1.0
 """Mean KL divergence in nats above which an export has failed: of a model that was trained for its scheme, and not."""
 
 _log = logging.getLogger(__name__)

@@ -59,7 +59,7 @@ class Reference:
         texts: ids that follow greedily on each of the first probes.
         choices: (len(text), V) log-probabilities out of which each of these was chosen.
         tokenizer: what the tokenizer makes of texts and chats, None where there is none.
-        moved: mean KL divergence of the untuned base from it; None where its adapters cannot be switched off.
+        base: what the untuned base answers to the probes; None where adapters are none or cannot be switched off.
         dtype: in which it was computed, and in which the export is.
     """
 
@@ -68,8 +68,16 @@ class Reference:
     texts: tuple[np.ndarray, ...]
     choices: tuple[np.ndarray, ...]
     tokenizer: dict[str, Any] | None
-    moved: float | None
+    base: tuple[np.ndarray, ...] | None
     dtype: str
+
+    @property
+    def moved(self) -> float | None:
+        """Mean KL divergence of the untuned base from the live model: how far the training moved it."""
+        if self.base is None:
+            return None
+        pairs = zip(self.logprobs, self.base, strict=True)
+        return _mean(np.concatenate([_divergence(own, base) for own, base in pairs]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,9 @@ class Comparison:
         largest_kl: of all tokens.
         difference: largest difference of two log-probabilities among the 50 likeliest tokens.
         top1: share of tokens after which both find the same one likeliest.
+        kept: share of what the training changed that is still there: the component of the export's log-probabilities
+            along the change from base to live model. Rounding moves them too, but hardly in that direction, so that
+            this tells rounding from training that was lost. None where the base is not known.
         perplexity, live_perplexity: of export and live model on the probes.
         tokens: positions compared.
         texts: greedy continuations compared.
@@ -95,6 +106,7 @@ class Comparison:
     largest_kl: float
     difference: float
     top1: float
+    kept: float | None
     perplexity: float
     live_perplexity: float
     tokens: int
@@ -123,15 +135,14 @@ def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ())
         probes.append(np.asarray(prompt[:_LONGEST], dtype=np.int64))
     found = [_logprobs(model, probe) for probe in probes]
     texts, choices = zip(*(_continued(model, probe) for probe in probes[:_TEXTS]), strict=True)
-    moved = None
+    base = None
     with suppress(AdapterError):  # the base lacks what the adapter started with
         if hasattr(model, "peft_config"):
             with adapter_disabled(model):
-                base = [_logprobs(model, probe) for probe in probes]
-            moved = _mean(np.concatenate([_divergence(*both) for both in zip(found, base, strict=True)]))
+                base = tuple(_logprobs(model, probe) for probe in probes)
     said = None if tokenizer is None else _said(_text(tokenizer))
     dtype = str(model.dtype).removeprefix("torch.")
-    return Reference(tuple(probes), tuple(found), texts, choices, said, moved, dtype)
+    return Reference(tuple(probes), tuple(found), texts, choices, said, base, dtype)
 
 
 def _text(tokenizer: Any) -> Any:
@@ -230,6 +241,7 @@ def _comparison(reference: Reference, theirs: dict[str, np.ndarray], runtime: st
         largest_kl=_mean(kl.max()),
         difference=float(np.concatenate(differences).max()),
         top1=float(np.concatenate(same).mean()),
+        kept=_kept(reference, theirs),
         perplexity=math.exp(float(np.mean(losses[0], dtype=np.float64))),
         live_perplexity=math.exp(float(np.mean(losses[1], dtype=np.float64))),
         tokens=len(kl),
@@ -245,6 +257,16 @@ def _divergence(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the KL divergence of ``other`` from ``own``, both (T, V) log-probabilities, after every token."""
     own, other = own.astype(np.float64), other.astype(np.float64)
     return (np.exp(own) * (own - other)).sum(-1)
+
+
+def _kept(reference: Reference, theirs: dict[str, np.ndarray]) -> float | None:
+    """Return <other - base, own - base> / <own - base, own - base>, tokens weighted by how likely they are."""
+    along = whole = 0.0
+    for index, (own, base) in enumerate(zip(reference.logprobs, reference.base or (), strict=False)):
+        weighted = (np.exp(own) + np.exp(base)) / 2 * (own - base)
+        along += float(np.sum(weighted * (theirs[f"logprobs-{index}"] - base), dtype=np.float64))
+        whole += float(np.sum(weighted * (own - base), dtype=np.float64))
+    return along / whole if whole > 0 else None
 
 
 def _mean(kl: np.ndarray) -> float:
