@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def test_adapters_are_added_by_their_shares(run_folder: Path, model_folder: Path
     torch.testing.assert_close(half, twice)
     torch.testing.assert_close(half - base, (whole - base) / 2, rtol=1e-3, atol=1e-6)
     assert not torch.equal(half, base)
+
+
+def test_adapters_that_cannot_be_added_are_refused(
+    run_folder: Path, model_folder: Path, tmp_path: Path, run: Any
+) -> None:
+    other = shutil.copytree(run_folder / "adapter", tmp_path / "other")
+    (other / "base.json").write_text(json.dumps({"width": "4bit"}), encoding="utf-8")
+    for second, message in (
+        (model_folder, "is no adapter folder: it holds no adapter_config.json"),
+        (other, "was trained on its base in another form (bits, window, vocabulary) than"),
+    ):
+        words = ("--adapter", run_folder, "--adapter", second, "--output", tmp_path / "new")
+        outcome = run("export", model_folder, *words)
+        assert outcome.code == 2 and message in " ".join(outcome.err.split())
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("exports_load_here")

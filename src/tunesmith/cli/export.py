@@ -91,8 +91,9 @@ def _lines(report: ExportReport, rows: int, *, kept: bool) -> Iterator[str]:
     yield f"loaded by {found.runtime} in another process; on {found.tokens} tokens ({rows} training rows):"
     yield f"KL divergence {found.kl:.2g} nats (at most {found.largest_kl:.2g})"
     if report.moved is not None:
-        kept = "" if found.kept is None else f"; {found.kept:.0%} of what training changed is there"
-        yield f"for scale: the untuned base is {report.moved:.2g} nats away{kept}"
+        yield f"for scale: the untuned base is {report.moved:.2g} nats away"
+    if found.kept is not None:
+        yield f"{found.kept:.1%} of what the training changed is there"
     yield f"the same likeliest token after {found.top1:.1%} of them"
     yield f"perplexity {found.perplexity:.4g}, of the run {found.live_perplexity:.4g}"
     gap = "" if found.text_gap is None else f"; they part where the run chose by {found.text_gap:.2g} nats"

@@ -77,8 +77,8 @@ def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, floa
             raise AdapterError(f"--adapter {name} is no adapter folder: it holds no adapter_config.json.")
         if _base_of(Path(source.path)) != _base_of(Path(find_model(mix[0][0]).path)):
             raise AdapterError(
-                f"--adapter {name} was trained on its base in another form (bits, window, vocabulary) than {mix[0][0]}: "
-                "they cannot be added."
+                f"--adapter {name} was trained on its base in another form (bits, window, vocabulary) than "
+                f"{mix[0][0]}: they cannot be added."
             )
         load_beside(model, f"adapter-{index}", Path(source.path))
         shares[f"adapter-{index}"] = share
