@@ -14,8 +14,9 @@ from tunesmith.export.verify import Comparison
 
 __all__ = ["ExportReport", "write_report"]
 
-# Below it, in nats, there is too little training to tell it from rounding. Seen on SmolLM2 after 12 steps (0.26 nats):
-# an adapter that was merged into NF4 weights and rounded to NF4 again keeps nothing, one that was not keeps nearly all.
+# Below _LITTLE nats there is too little training to tell it from rounding. Seen on SmolLM2 after 12 steps: merged into
+# its 16-bit base and rounded to NF4, an adapter keeps 99.5 %; into what its NF4 base stands for and rounded again, 1 % of
+# the gain in loss is left.
 _LITTLE, _KEPT = 0.01, 0.5
 
 
