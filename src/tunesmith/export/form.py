@@ -26,7 +26,7 @@ MERGE_METHODS = {"merged_16bit": 1e-3, "merged_32bit": 1e-6, "merged_4bit": 1.0}
 
 What NF4 costs depends on the model, and SmolLM2-135M loses much: 0.40 against the model in 16 bits, 0.08 against one
 that was trained on an NF4 base. A broken export is several nats away, and training that was lost is told by the share
-of it that is left (``report.py``), which was 99 % and more there.
+of it that is left (``report.py``), which was 98 % and more there.
 """
 
 _NF4_BYTES = 0.52  # of a weight: 4 bits, and its share of the scales

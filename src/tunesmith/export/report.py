@@ -15,8 +15,8 @@ from tunesmith.export.verify import Comparison
 __all__ = ["ExportReport", "write_report"]
 
 # Below _LITTLE nats there is too little training to tell it from rounding. Seen on SmolLM2 after 12 steps: merged into
-# its 16-bit base and rounded to NF4, an adapter keeps 99.5 %; into what its NF4 base stands for and rounded again, 1 % of
-# the gain in loss is left.
+# its 16-bit base and rounded to NF4, an adapter keeps 98 % or more; into what its NF4 base stands for and rounded
+# again, 1 % of what it had gained in loss.
 _LITTLE, _KEPT = 0.01, 0.5
 
 
