@@ -144,6 +144,10 @@ def test_an_adapter_beside_another_has_to_fit(base: Path, adapter: Path, tmp_pat
         with pytest.raises(AdapterError, match=message):
             load_beside(model, "x", tmp_path / start)
     save_adapter(base, tmp_path / "cut")
+    (tmp_path / "cut" / "base.json").write_text(json.dumps({"vocabulary": 400}))
+    with pytest.raises(AdapterError, match="with 400 rows of vocabulary, the base has its own"):
+        load_beside(model, "x", tmp_path / "cut")
+    (tmp_path / "cut" / "base.json").unlink()
     stored = load_file(tmp_path / "cut" / "adapter_model.safetensors")
     name = next(iter(stored))
     for change, message in (

@@ -45,6 +45,7 @@ __all__ = [
     "load_source_tokenizer",
     "own_tokenizer",
     "refuse_lost_base",
+    "refuse_other_base",
 ]
 
 _log = logging.getLogger(__name__)
@@ -356,6 +357,7 @@ def load_beside(model: PeftModel, name: str, adapter: Path) -> None:
     from peft import PeftConfig
 
     refuse_lost_base(adapter)
+    refuse_other_base(name, adapter, model)
     for config in (*model.peft_config.values(), PeftConfig.from_pretrained(str(adapter))):
         start = str(getattr(config, "init_lora_weights", True))
         if start.startswith(("pissa", "olora")):
@@ -387,6 +389,25 @@ def own_tokenizer(name: str, adapter: Path, shared: Any) -> Any:
         )
     same = own.chat_template == shared.chat_template and own.eos_token == shared.eos_token
     return None if same else own
+
+
+def refuse_other_base(name: str, adapter: Path, model: Any) -> None:
+    """Raise where an adapter was trained with another vocabulary or other positions than the loaded base has.
+
+    Raises: AdapterError.
+    """
+    own, facts = trained_on(adapter), facts_of(model)
+    if own.vocabulary != facts.vocabulary:
+        raise AdapterError(
+            f"adapter {name} was trained with {own.vocabulary or 'the own'} rows of vocabulary, the base has "
+            f"{facts.vocabulary or 'its own'}. Load it by itself, or merge it (tunesmith export)."
+        )
+    if own.stretch != facts.stretch:
+        window = f"a window of {own.stretch.window} tokens" if own.stretch else "the own window of its base"
+        raise AdapterError(
+            f"adapter {name} was trained with {window}, which the base does not have here: positions would mean "
+            "something else. Load it by itself, or merge it (tunesmith export)."
+        )
 
 
 def _config(adapter: Path) -> dict[str, Any]:

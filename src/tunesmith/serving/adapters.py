@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.model import trained_for, trained_on
-from tunesmith.adapters.state import base_of, own_tokenizer, refuse_lost_base
+from tunesmith.adapters.state import base_of, own_tokenizer, refuse_lost_base, refuse_other_base
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.names import did_you_mean
 from tunesmith.models.aliases import find_model
@@ -178,17 +178,7 @@ def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
         raise AdapterError(f"adapter {name} trained biases of its base (bias={config.bias!r}). {_REMEDY}")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise AdapterError(f"adapter {name} was trained for {config.task_type} and writes no text.")
-    own, facts = trained_on(folder), facts_of(model)
-    if own.vocabulary != facts.vocabulary:
-        raise AdapterError(
-            f"adapter {name} was trained with {own.vocabulary or 'the own'} rows of vocabulary, the base has "
-            f"{facts.vocabulary or 'its own'}. {_REMEDY}"
-        )
-    if own.stretch != facts.stretch:
-        raise AdapterError(
-            f"adapter {name} was trained with a window of {own.stretch.window if own.stretch else 'its base'} tokens "
-            f"that its base does not have here: positions would mean something else. {_REMEDY}"
-        )
+    refuse_other_base(name, folder, model)
 
 
 def _modules(name: str, stored: dict[str, torch.Tensor], model: Any) -> list[str]:
