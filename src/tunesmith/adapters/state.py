@@ -84,6 +84,7 @@ def load_source(
     offload_embedding: bool = False,
     qat_scheme: Any = None,
     trainable: bool = True,
+    attach: bool = True,
     with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -99,6 +100,7 @@ def load_source(
         offload_embedding: whether the embedding stays in host memory.
         qat_scheme: what an adapter is trained on for; None: what it was trained for, unless ``whole``.
         trainable: whether the adapter's weights take gradients.
+        attach: false gives the base alone, as the adapter wants it, with the adapter's tokenizer.
         with_processor: give the processor of a vision-language model in place of its tokenizer.
         hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
@@ -143,6 +145,8 @@ def load_source(
         facts_of(model).tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
+    if not attach:
+        return model, tokenizer
     _round_as_trained(model, folder, qat_scheme, whole)
     return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
 

@@ -12,11 +12,12 @@ from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.tasks import CAUSAL_LM
+from tunesmith.engine.install import engine_of
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import choose_width
 
-__all__ = ["add_adapters", "load_for_answers"]
+__all__ = ["add_adapters", "load_for_answers", "load_to_serve"]
 
 
 def load_for_answers(
@@ -88,3 +89,40 @@ def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, floa
 def _base_of(adapter: Path) -> tuple[object, ...]:
     """Return how the base of an adapter was when it was trained."""
     return trained_on(adapter), trained_for(adapter), base_beside(adapter)
+
+
+def load_to_serve(
+    model: str,
+    *,
+    max_seq_length: int | None = None,
+    dtype: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    load_in_16bit: bool = False,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) for a :class:`tunesmith.serving.engine.Engine`: the base alone, its layers as
+    transformers wrote them. Of an adapter it is the base that it was trained on, with the adapter's tokenizer.
+
+    Raises:
+        ModelError: nothing usable is at ``model``, or it does not write text.
+        SettingsError: more than one ``load_in_*``.
+    """
+    width = choose_width(
+        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit or None, dtype=dtype
+    )
+    loaded, tokenizer = load_source(
+        model,
+        max_seq_length=max_seq_length,
+        dtype=dtype,
+        width=width,
+        whole=load_in_16bit,
+        trainable=False,
+        attach=False,
+    )
+    task = facts_of(loaded).task
+    if task != CAUSAL_LM:
+        raise ModelError(f"model {model} was trained for {task} and is no language model: there is nothing to serve.")
+    engine = engine_of(loaded)
+    if engine is not None:
+        engine.revert()
+    return loaded, tokenizer

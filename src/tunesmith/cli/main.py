@@ -28,6 +28,7 @@ COMMANDS = {
     "check-adapter": ("tunesmith.cli.check_adapter", "Check an adapter folder against its base and against servers."),
     "chat": ("tunesmith.cli.chat", "Talk to a model or a trained run."),
     "generate": ("tunesmith.cli.generate", "Answer one prompt and print only the answer."),
+    "serve": ("tunesmith.cli.serve", "Serve a base and its adapters to many clients, as OpenAI's API."),
     "explain": ("tunesmith.cli.explain", "Say what a setting means, and what too little or too much of it does."),
     "doctor": ("tunesmith.cli.doctor", "Show versions, devices, the dtype choice and optional packages."),
     "demo": ("tunesmith.cli.demo", "Train a small model on a generated task and show what changed."),

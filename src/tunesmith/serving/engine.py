@@ -146,6 +146,11 @@ class Engine:
         """Answers that are being written."""
         return len(self._active)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests are taken: false once it closes or has failed."""
+        return not self._is_closing
+
     def submit(self, request: Request, deliver: Callable[[Delta], None]) -> Ticket:
         """Take a request; ``deliver`` is called from the engine's thread with every part of its answer.
 
