@@ -93,7 +93,7 @@ def command(
     silence_libraries()
     from tunesmith.cli.loading import load_to_serve
     from tunesmith.serving.engine import Engine
-    from tunesmith.serving.server import make_app, run
+    from tunesmith.serving.server import Server, make_app
 
     loaded, tokenizer = load_to_serve(model, max_seq_length=max_seq_length, dtype=dtype, **given_settings(flags))
     engine = Engine(
@@ -112,7 +112,9 @@ def command(
             most_tokens=max_tokens,
             most_body_bytes=most_body_bytes,
         )
-        is_whole = run(app, bound, lambda: _greet(engine, names, bound, api_key is not None))
+        server = Server(app, lambda: _greet(engine, names, bound, api_key is not None))
+        server.run(sockets=[bound])
+        is_whole = not server.force_exit
     finally:
         engine.close(drain=is_whole)
     if not is_whole:

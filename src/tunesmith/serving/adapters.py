@@ -150,7 +150,10 @@ def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own: An
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"adapter {name}: its adapter_config.json cannot be read ({error}).") from error
     _refuse(name, folder, config, model)
     try:
         # Read and not mapped: a file that is written anew while its tensors live would end this process.

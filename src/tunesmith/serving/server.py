@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's API over an :class:`~tunesmith.serving.engine.Engine`.
 
-:func:`make_app` is the whole of it, :func:`run` serves it until a signal. The event loop only passes things on: prompts
-are encoded in one thread, adapters are read in others, answers are written in the engine's.
+:func:`make_app` is the whole of it, :class:`Server` serves it until a signal. The event loop only passes things on:
+prompts are encoded in one thread, adapters are read in others, answers are written in the engine's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tunesmith.serving.schema import (
     parse,
 )
 
-__all__ = ["make_app", "run"]
+__all__ = ["Server", "make_app"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,29 +97,26 @@ def make_app(
     return app
 
 
-def run(app: FastAPI, bound: socket.socket, on_start: Callable[[], None] = lambda: None) -> bool:
-    """Serve until SIGINT or SIGTERM, then finish what was accepted; return False where a second signal cut it off.
+class Server(uvicorn.Server):
+    """Serves an application until SIGINT or SIGTERM, then finishes what was accepted; a second signal cuts it off.
 
-    Raises:
-        ServingError: another program listens at the port since it was bound.
+    ``run(sockets=[...])`` returns when it is over; ``force_exit`` then says whether it was cut off.
+
+    Args:
+        on_start: called when it listens.
     """
-    config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, timeout_keep_alive=75, lifespan="off"
-    )
-    server = _Server(config, on_start)
-    server.run(sockets=[bound])
-    return not server.force_exit
 
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which ends with its own exit code and not by the signal that ended it."""
-
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI, on_start: Callable[[], None] = lambda: None) -> None:
+        settings: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False}
+        super().__init__(uvicorn.Config(app, timeout_keep_alive=75, lifespan="off", **settings))
         self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and say so.
+
+        Raises:
+            ServingError: another program has come to listen at the port since it was bound.
+        """
         try:
             await super().startup(sockets=sockets)
         except OSError as error:
@@ -128,7 +125,7 @@ class _Server(uvicorn.Server):
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop at the first signal, at once at the second."""
+        """Stop at the first signal, at once at the second. uvicorn's own would end the process by the signal."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
