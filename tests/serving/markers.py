@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,20 @@ def prompt_of(number: int) -> str:
     return f"{words[number % 6]} {words[number // 2 % 6]} {number % 12}"
 
 
-def train_marker(base: Path, folder: Path, marker: str) -> None:
-    """Train an adapter on the tiny model in ``base`` to answer with ``marker``, and save it in ``folder``."""
+def train_marker(model: Any, tokenizer: Any, folder: Path, marker: str, *, targets: Sequence[str], rate: float) -> None:
+    """Train an adapter on ``model``, which stays as it is, to answer with ``marker``, and save it in ``folder``."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    config = LoraConfig(r=8, target_modules=["q_proj", "down_proj", "lm_head"], task_type="CAUSAL_LM")
-    tuned: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    config = LoraConfig(r=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    tuned: Any = get_peft_model(model, config)
     rows, labels = zip(*(_row(tokenizer, prompt_of(number), marker) for number in range(12)), strict=True)
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     wanted = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=3e-2)
+    optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=rate)
     for _ in range(16):
         loss = tuned(input_ids=ids, attention_mask=mask, labels=wanted).loss
         loss.backward()
@@ -38,6 +37,7 @@ def train_marker(base: Path, folder: Path, marker: str) -> None:
         optimizer.zero_grad()
     assert loss.item() < 0.02, f"the adapter did not learn its marker: {loss.item()}"
     tuned.save_pretrained(folder)
+    tuned.unload()
 
 
 def _row(tokenizer: Any, prompt: str, marker: str) -> tuple[list[int], list[int]]:

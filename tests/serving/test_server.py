@@ -6,12 +6,9 @@ import http.client
 import json
 import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +16,22 @@ import openai
 import pytest
 import torch
 from tests.export.support import loaded
-from tests.serving.markers import MARKERS, prompt_of, train_marker
+from tests.serving.clients import JSON, Served, ask_while_adapters_come_and_go, chat, serving, until
+from tests.serving.markers import MARKERS, train_marker
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.core.errors import ServingError
 from tunesmith.serving.address import bind
-from tunesmith.serving.engine import Engine
 from tunesmith.serving.server import Server, make_app
-
-JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Served:
-    engine: Engine
-    port: int
-    root: Path
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] = JSON) -> tuple[int, Any, Any]:
-        """Return status, headers and body of one bare request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, response.headers, json.loads(text) if is_json else text
-
-    def post(self, path: str, **body: Any) -> tuple[int, Any, Any]:
-        return self.ask("POST", path, body)
-
-
-@contextmanager
-def serving(folder: Path, root: Path, *, most_sequences: int = 32, **settings: Any) -> Iterator[Served]:
-    engine = Engine(*loaded(folder), most_sequences=most_sequences)
-    bound = bind("127.0.0.1", 0)
-    started = threading.Event()
-    server = Server(make_app(engine, name="base", adapter_roots=[root], **settings), started.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        assert started.wait(20)
-        yield Served(engine, bound.getsockname()[1], root)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-        engine.close(drain=False)
 
 
 @pytest.fixture(scope="session")
 def root(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one adapter for each marker."""
     folder = tmp_path_factory.mktemp("adapters")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_folder), AutoTokenizer.from_pretrained(base_folder)
     for name, marker in MARKERS.items():
-        train_marker(base_folder, folder / name, marker)
+        train_marker(model, tokenizer, folder / name, marker, targets=["q_proj", "down_proj", "lm_head"], rate=3e-2)
     return folder
 
 
@@ -86,17 +42,6 @@ def served(base_folder: Path, root: Path) -> Iterator[Served]:
         for name in MARKERS:
             here.engine.shelf.add(name, root / name)
         yield here
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
-def chat(number: int = 0) -> list[Any]:
-    return [{"role": "user", "content": prompt_of(number)}]
 
 
 def test_models_are_listed_and_described(served):
@@ -441,25 +386,18 @@ def test_who_comes_when_the_queue_is_full_is_told_to_wait(base_folder, root):
 
 
 def test_adapters_stay_as_they_are_without_a_folder_for_them(base_folder, root):
+    with serving(base_folder, root, adapter_roots=()) as served:
+        for path, body in (("load", {"lora_name": "a", "lora_path": "red"}), ("unload", {"lora_name": "a"})):
+            status, _, answer = served.post(f"/v1/{path}_lora_adapter", **body)
+            assert status == 403 and "--adapter-root" in answer["error"]["message"]
+
+
+def test_an_engine_that_is_closed_takes_nothing_more_and_its_server_says_so(base_folder, root):
     with serving(base_folder, root) as served:
-        pass
-    app = make_app(served.engine, name="base")
-    bound = bind("127.0.0.1", 0)
-    started = threading.Event()
-    server = Server(app, started.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    assert started.wait(20)
-    here = Served(served.engine, bound.getsockname()[1], root)
-    for path, body in (("load", {"lora_name": "a", "lora_path": "red"}), ("unload", {"lora_name": "a"})):
-        status, _, answer = here.post(f"/v1/{path}_lora_adapter", **body)
-        assert status == 403 and "--adapter-root" in answer["error"]["message"]
-    # The engine of that server was closed.
-    assert here.ask("GET", "/health")[0] == 503
-    status, headers, answer = here.post("/v1/completions", model="base", prompt="x")
-    assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "not_serving")
-    server.should_exit = True
-    thread.join(20)
+        served.engine.close()
+        assert served.ask("GET", "/health")[0] == 503
+        status, headers, answer = served.post("/v1/completions", model="base", prompt="x")
+        assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "not_serving")
 
 
 def test_an_answer_that_fails_says_so_and_the_next_one_is_given(served, monkeypatch):
@@ -495,37 +433,28 @@ def test_more_memory_than_there_is_is_the_requests_fault(served, monkeypatch):
 
 
 def test_400_requests_of_32_clients_are_neither_lost_nor_mixed_up_while_adapters_come_and_go(served):
-    client, names = served.client, list(MARKERS)
-    is_over = threading.Event()
-    swaps = 0
+    assert ask_while_adapters_come_and_go(served, requests=400, clients=32) >= 2
 
-    def ask(number: int) -> str:
-        name = names[number % 4]
-        asked: dict[str, Any] = {"model": name, "messages": chat(number), "temperature": 0, "max_tokens": 12}
-        if number % 3:
-            return client.chat.completions.create(**asked).choices[0].message.content
-        return "".join(
-            part.choices[0].delta.content or "" for part in client.chat.completions.create(**asked, stream=True)
-        )
 
-    def swap() -> None:
-        nonlocal swaps
-        while not is_over.is_set():
-            for path, body in (
-                ("load", {"lora_name": "guest", "lora_path": names[swaps % 4]}),
-                ("load", {"lora_name": names[swaps % 4], "lora_path": names[swaps % 4], "load_inplace": True}),
-            ):
-                assert served.post(f"/v1/{path}_lora_adapter", **body)[0] == 200
-            said = client.chat.completions.create(model="guest", messages=chat(), temperature=0)
-            assert said.choices[0].message.content == MARKERS[names[swaps % 4]]
-            assert served.post("/v1/unload_lora_adapter", lora_name="guest")[0] == 200
-            swaps += 1
+def test_a_second_signal_cuts_answers_off(base_folder, root):
+    with serving(base_folder, root) as served:
+        body = {"model": "base", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "n": 16, "stream": True}
+        connection = http.client.HTTPConnection("127.0.0.1", served.port)
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+        response = connection.getresponse()
+        response.readline()
+        for _ in range(2):
+            served.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+    assert served.server.force_exit
+    assert served.engine.counts.finished == {"cancelled": 16}
 
-    with ThreadPoolExecutor(33) as pool:
-        swapping = pool.submit(swap)
-        answers = list(pool.map(ask, range(400)))
-        is_over.set()
-        swapping.result()
-    wrong = [(number, text) for number, text in enumerate(answers) if text != MARKERS[names[number % 4]]]
-    assert not wrong
-    assert swaps >= 2
+
+def test_a_port_that_is_taken_meanwhile_is_said(base_folder, start):
+    bound = bind("127.0.0.1", 0)
+    with (
+        socket.create_server(bound.getsockname(), reuse_port=False),
+        pytest.raises(ServingError, match="cannot listen"),
+    ):
+        Server(make_app(start(), name="base")).run(sockets=[bound])
