@@ -5,100 +5,42 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-
-Start = Callable[..., tuple[subprocess.Popen[str], list[str], int]]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """``start(*words)``: a server process at a free port, the lines that it printed, and the port."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def begin(*words: Any, **environment: str) -> tuple[subprocess.Popen[str], list[str], int]:
-        paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-        call = [sys.executable, "-m", "tunesmith.cli.main", "serve", *map(str, words), "--port", "0"]
-        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
-        processes.append(process)
-        assert process.stdout is not None
-        lines: list[str] = []
-        while not lines or not lines[-1].startswith("curl "):
-            line = process.stdout.readline()
-            assert line, process.communicate()[1]
-            lines.append(line.rstrip())
-        return process, lines, int(lines[0].split()[2].rpartition(":")[2])
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.communicate()
+from tests.serving.processes import server_process, stream, until_accepted
 
 
-def stream(port: int, model: str, begun: Callable[[], Any] = int, **body: Any) -> tuple[str, bool]:
-    """Return the text of a streamed answer and whether it came to its end."""
-    asked = {"model": model, "prompt": "the cat", "max_tokens": 200, "ignore_eos": True, "stream": True, **body}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
-    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 200
-    text, is_whole = "", False
-    try:
-        while line := response.readline():
-            if line.startswith(b"data: {"):
-                begun()
-                text += json.loads(line[6:])["choices"][0]["text"]
-            is_whole |= line == b"data: [DONE]\n"
-    except (http.client.IncompleteRead, ConnectionError):
-        is_whole = False
-    return text, is_whole
-
-
-def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(start, trained_run, model_folder):
-    process, lines, port = start(trained_run, "--adapter", f"other={trained_run}", "--max-concurrent", 2)
-    assert lines[0] == f"serving at http://127.0.0.1:{port} (Ctrl-C ends)"
-    assert lines[1].startswith("base: tiny-llama (") and lines[1].endswith(", window of 512 tokens)")
-    assert lines[2] == "adapters: done, other"
-    assert lines[3].startswith(f"curl http://127.0.0.1:{port}/v1/chat/completions ")
-    asked = json.loads(lines[3].partition("-d '")[2].rstrip("'"))
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
-    assert json.loads(connection.getresponse().read())["model"] == "done"
-    # The connection stays open and idle: it must not hold up the end.
-    with ThreadPoolExecutor(6) as pool:
-        # Two are being written, four wait for them.
-        jobs = [pool.submit(stream, port, model, temperature=0) for model in ["done", "other", "tiny-llama"] * 2]
-        _until_accepted(port, 7)
-        process.send_signal(signal.SIGTERM)
-        answers = [job.result(60) for job in jobs]
-    assert all(is_whole and text for text, is_whole in answers)
-    assert answers[0] == answers[3] and answers[1] == answers[4] and answers[2] == answers[5]
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert out.endswith("stopped; every request that was accepted has its answer\n")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-
-
-def _until_accepted(port: int, count: int) -> None:
-    """Wait until so many answers are written, wait or have ended."""
-    names = ("tunesmith_answers_running", "tunesmith_answers_waiting", "tunesmith_answers_total")
-    accepted = 0
-    while accepted < count:
+def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run):
+    words = trained_run, "--adapter", f"other={trained_run}", "--max-concurrent", 2
+    with server_process(*words) as (process, lines, port):
+        assert lines[0] == f"serving at http://127.0.0.1:{port} (Ctrl-C ends)"
+        assert lines[1].startswith("base: tiny-llama (") and lines[1].endswith(", window of 512 tokens)")
+        assert lines[2] == "adapters: done, other"
+        assert lines[3].startswith(f"curl http://127.0.0.1:{port}/v1/chat/completions ")
+        asked = json.loads(lines[3].partition("-d '")[2].rstrip("'"))
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        accepted = sum(int(line.split()[1]) for line in lines if line.startswith(names))
+        connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
+        assert json.loads(connection.getresponse().read())["model"] == "done"
+        # The connection stays open and idle: it must not hold up the end.
+        with ThreadPoolExecutor(6) as pool:
+            # Two are being written, four wait for them.
+            jobs = [pool.submit(stream, port, model, temperature=0) for model in ["done", "other", "tiny-llama"] * 2]
+            until_accepted(port, 7)
+            process.send_signal(signal.SIGTERM)
+            answers = [job.result(60) for job in jobs]
+        assert all(is_whole and text for text, is_whole in answers)
+        assert answers[0] == answers[3] and answers[1] == answers[4] and answers[2] == answers[5]
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert out.endswith("stopped; every request that was accepted has its answer\n")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize(
@@ -157,16 +99,17 @@ def test_a_missing_package_is_named_with_its_remedy(run, model_folder, monkeypat
 
 
 @pytest.mark.slow
-def test_a_second_signal_cuts_answers_off_and_who_opens_the_server_to_all_is_told_so(start, model_folder):
-    process, lines, port = start(model_folder, "--served-name", "base", "--host", "0.0.0.0")
-    assert lines[1].startswith("base: base (") and lines[2] == "adapters: none"
-    begun = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(stream, port, "base", begun.set, max_tokens=500, n=16)
-        assert begun.wait(60)
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
-        assert not job.result(60)[1]
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "note: everyone who reaches 0.0.0.0 can ask; --api-key" in out
+def test_a_second_signal_cuts_answers_off_and_who_opens_the_server_to_all_is_told_so(model_folder):
+    words = model_folder, "--served-name", "base", "--host", "0.0.0.0"
+    with server_process(*words) as (process, lines, port):
+        assert lines[1].startswith("base: base (") and lines[2] == "adapters: none"
+        begun = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(stream, port, "base", begun.set, max_tokens=500, n=16)
+            assert begun.wait(60)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            assert not job.result(60)[1]
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "note: everyone who reaches 0.0.0.0 can ask; --api-key" in out

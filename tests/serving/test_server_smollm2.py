@@ -15,6 +15,7 @@ import torch
 from tests.export.support import adapt, loaded
 from tests.serving.clients import Served, ask_while_adapters_come_and_go, chat, serving
 from tests.serving.markers import MARKERS, train_marker
+from tests.serving.processes import server_process, stream, until_accepted
 
 from tunesmith.cli.loading import load_to_serve
 from tunesmith.models.prompts import require_prompt
@@ -121,15 +122,15 @@ def test_16_clients_get_at_least_four_times_the_tokens_of_one(served):
     assert ratio >= 4
 
 
-def test_sigterm_under_load_loses_no_accepted_request(start, root):
+def test_sigterm_under_load_loses_no_accepted_request(root):
     adapters = [word for name in ("first", "second") for word in ("--adapter", f"{name}={root / name}")]
-    process, _, port = start(MODEL, *adapters, "--dtype", "float32", "--max-concurrent", 8)
-    with ThreadPoolExecutor(16) as pool:
+    words = MODEL, *adapters, "--dtype", "float32", "--max-concurrent", 8
+    with server_process(*words) as (process, _, port), ThreadPoolExecutor(16) as pool:
         names = [MODEL, "first", "second", "first"] * 4
         jobs = [pool.submit(stream, port, name, max_tokens=40, seed=1) for name in names]
         until_accepted(port, 16)
         process.send_signal(signal.SIGTERM)
         answers = [job.result(300) for job in jobs]
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     assert all(is_whole and text for text, is_whole in answers)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
