@@ -16,7 +16,16 @@ def prompt_of(number: int) -> str:
     return f"{words[number % 6]} {words[number // 2 % 6]} {number % 12}"
 
 
-def train_marker(model: Any, tokenizer: Any, folder: Path, marker: str, *, targets: Sequence[str], rate: float) -> None:
+def train_marker(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    marker: str,
+    *,
+    targets: Sequence[str],
+    rate: float,
+    prompts: int = 12,
+) -> None:
     """Train an adapter on ``model``, which stays as it is, to answer with ``marker``, and save it in ``folder``."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -24,18 +33,20 @@ def train_marker(model: Any, tokenizer: Any, folder: Path, marker: str, *, targe
     torch.manual_seed(0)
     config = LoraConfig(r=8, target_modules=list(targets), task_type="CAUSAL_LM")
     tuned: Any = get_peft_model(model, config)
-    rows, labels = zip(*(_row(tokenizer, prompt_of(number), marker) for number in range(12)), strict=True)
+    rows, labels = zip(*(_row(tokenizer, prompt_of(number), marker) for number in range(prompts)), strict=True)
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     wanted = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     optimizer = torch.optim.AdamW([weight for weight in tuned.parameters() if weight.requires_grad], lr=rate)
-    for _ in range(16):
+    for _ in range(30):
         loss = tuned(input_ids=ids, attention_mask=mask, labels=wanted).loss
+        if loss.item() < 0.01:
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.02, f"the adapter did not learn its marker: {loss.item()}"
+    assert loss.item() < 0.01, f"the adapter did not learn its marker: {loss.item()}"
     tuned.save_pretrained(folder)
     tuned.unload()
 

@@ -40,7 +40,8 @@ def root(smollm2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     model, tokenizer = load_to_serve(MODEL, dtype="float32")
     for name, marker in MARKERS.items():
-        train_marker(model, tokenizer, folder / name, marker, targets=["q_proj", "v_proj", "down_proj"], rate=5e-3)
+        targets = ["q_proj", "v_proj", "down_proj"]
+        train_marker(model, tokenizer, folder / name, marker, targets=targets, rate=5e-3, prompts=4)
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
         tuned = adapt(smollm2()[0], r=8, lora_alpha=16)
