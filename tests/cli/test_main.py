@@ -29,7 +29,9 @@ def test_help_is_there_within_half_a_second():
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["explain", "r"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["serve", "--help"], ["explain", "r"]], ids=" ".join
+)
 def test_nothing_heavy_is_imported_for_words_alone(words):
     code = (
         "import sys\nfrom tunesmith.cli.main import main\n"

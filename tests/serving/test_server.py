@@ -272,6 +272,11 @@ def _nonsense(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "NOTHING"}', encoding="utf-8")
 
 
+def _takes_from_the_base(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}), encoding="utf-8")
+
+
 def _no_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
@@ -296,6 +301,7 @@ def _linked_out(folder: Path) -> None:
         (_damaged, "damaged"),
         (_not_json, "not valid JSON|cannot be read"),
         (_nonsense, "NOTHING"),
+        (_takes_from_the_base, "took a part out of its base"),
         (_no_adapter, "adapter_config.json"),
         (_runs_code, "Python code of its own"),
         (_linked_out, "leads outside"),

@@ -174,6 +174,9 @@ def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise AdapterError(f"adapter {name} is of the kind {kind}; only LORA is served. {_REMEDY}")
+    start = str(getattr(config, "init_lora_weights", True))
+    if start.startswith(("pissa", "olora")):
+        raise AdapterError(f"adapter {name} (init_lora_weights={start!r}) took a part out of its base. {_REMEDY}")
     for setting, what in _NOT_BESIDE.items():
         if getattr(config, setting, None):
             raise AdapterError(f"adapter {name} uses {what}, which cannot lie beside a shared base. {_REMEDY}")
