@@ -190,8 +190,8 @@ def _greet(engine: Engine, names: _Names, bound: socket.socket, has_key: bool) -
         f"serving at {url} (Ctrl-C ends)",
         f"base: {names.base} ({facts.dtype.name}, window of {engine.window:,} tokens)",
         f"adapters: {', '.join(names.adapters) or 'none'}",
-        f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",
     ]
     if not has_key and host not in _LOCAL:
         lines.append(f"note: everyone who reaches {host} can ask; --api-key lets only those who know it")
+    lines.append(f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'")
     print_lines(lines)
