@@ -117,6 +117,7 @@ class Engine:
         self._most = most_sequences
         self._prompt_tokens = prompt_tokens or (2048 if on_gpu else 128)
         self._routing = Routing(self.shelf.holds)
+        self._wrapped: set[str] = set()  # modules that add what adapters add
         self._ends = frozenset(stop_token_ids(model, tokenizer))
         self._cache = _cache_for(model, self.device)
         self._memory = memory_bytes if memory_bytes is not None else _spare_bytes(self.device)
@@ -170,8 +171,9 @@ class Engine:
                 "fewer tokens."
             )
         adapter = None if request.adapter is None else self.shelf.get(request.adapter)
-        if adapter is not None:
+        if adapter is not None and not self._wrapped.issuperset(adapter.pairs):
             lora.install(self.model, list(adapter.pairs), self._routing)
+            self._wrapped.update(adapter.pairs)
         seed = int.from_bytes(os.urandom(7), "little") if request.seed is None else request.seed
         chooser = Chooser.of(
             request.sampling,
