@@ -149,7 +149,11 @@ def test_what_was_trained_otherwise_than_it_is_served_is_refused_or_said(shelf, 
     edit(copy, task_type="SEQ_CLS")
     with pytest.raises(AdapterError, match="trained for SEQ_CLS and writes no text"):
         shelf.add("x", copy)
-    edit(copy, task_type="CAUSAL_LM")
+    edit(copy, task_type="CAUSAL_LM", lora_alpha="x")
+    with pytest.raises(AdapterError, match="are no numbers"):
+        shelf.add("x", copy)
+    edit(copy, lora_alpha=8)
+    assert shelf.add("y", copy).notes == ()
     record = copy / "base.json"
     for change, message in (
         ({"vocabulary": 400}, "with 400 rows of vocabulary, the base has its own"),

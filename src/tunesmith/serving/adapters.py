@@ -20,7 +20,7 @@ from tunesmith.adapters.state import base_of, own_tokenizer, refuse_lost_base, r
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.names import did_you_mean
 from tunesmith.models.aliases import find_model
-from tunesmith.models.load import facts_of
+from tunesmith.models.load import facts_of, local_place
 from tunesmith.serving.lora import Adapter
 
 __all__ = ["AdapterShelf", "read_adapter"]
@@ -174,6 +174,10 @@ def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise AdapterError(f"adapter {name} is of the kind {kind}; only LORA is served. {_REMEDY}")
+    patterns = config.alpha_pattern
+    alphas = [config.lora_alpha, *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(isinstance(alpha, (int, float)) for alpha in alphas):
+        raise AdapterError(f"adapter {name}: lora_alpha and alpha_pattern in its adapter_config.json are no numbers.")
     start = str(getattr(config, "init_lora_weights", True))
     if start.startswith(("pissa", "olora")):
         raise AdapterError(f"adapter {name} (init_lora_weights={start!r}) took a part out of its base. {_REMEDY}")
@@ -259,7 +263,7 @@ def _notes(folder: Path, model: Any) -> list[str]:
         notes.append("it was trained to be rounded (qat_scheme) and is served without rounding")
     try:
         base = base_of(folder)
-        if Path(base.path).resolve() != Path(find_model(facts.name).path).resolve():
+        if Path(local_place(base)).resolve() != Path(model.name_or_path).resolve():
             notes.append(f"it was trained on {base.name} and is served on {facts.name}")
     except ModelError as error:
         notes.append(f"whether it was trained on {facts.name} cannot be seen: {error}")
