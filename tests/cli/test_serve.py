@@ -46,10 +46,10 @@ def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adapter", "x"], "--adapter 'x': write NAME=PATH"),
+        (["--adapter", "x"], "'x' is neither a folder"),
         (["--adapter", "a/b=DONE"], "'a/b' is no name for an adapter"),
-        (["--adapter", "x=DONE", "--adapter", "x=DONE"], "'x' is the name of two models"),
-        (["--adapter", "tiny-llama=DONE"], "'tiny-llama' is the name of two models"),
+        (["--adapter", "x=DONE", "--adapter", "x=DONE"], "the name 'x' is taken"),
+        (["--adapter", "tiny-llama=DONE"], "the name 'tiny-llama' is taken"),
         (["--adapter", "x=MODEL"], "holds no adapter"),
         (["--adapter", "x=/no/where"], "no such file or folder"),
         (["--adapter", "x=PICKLE"], "adapter_model.bin, a pickle, which can run code"),

@@ -14,6 +14,7 @@ import typer
 
 from tunesmith.cli.console import print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.voices import named_folders
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.memory import parse_bytes
 from tunesmith.models.aliases import ModelSource, find_model
@@ -42,9 +43,7 @@ def command(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH", help="Adapter folder or run to serve as NAME; repeatable.", show_default=False
-        ),
+        typer.Option(help="Adapter folder or run to serve, or NAME=FOLDER; repeatable.", show_default=False),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -135,22 +134,15 @@ def _names(model: str, typed: Sequence[str], served_name: str | None) -> _Names:
     from tunesmith.serving.schema import NAME_PATTERN
 
     source = find_model(model)
-    named = [entry.partition("=") for entry in typed]
-    if source.kind == "adapter":
-        named.insert(0, (Path(model).resolve().name, "=", model))
     base = served_name or _base_name(source)
-    adapters: dict[str, Path] = {}
-    for name, equals, path in named:
-        if not equals or not path:
-            raise SettingsError(f"--adapter {name!r}: write NAME=PATH, for example --adapter support=runs/support.")
+    places = named_folders([*([model] if source.kind == "adapter" else []), *typed], base)
+    for name in places:
         if re.fullmatch(NAME_PATTERN, name) is None:
             raise SettingsError(
-                f"{name!r} is no name for an adapter: letters, digits and ._:- make one. Give the base as MODEL and "
-                "--adapter NAME=PATH."
+                f"{name!r} is no name for an adapter: letters, digits and ._:- make one. Give one with --adapter "
+                "NAME=FOLDER."
             )
-        if name in adapters or name == base:
-            raise SettingsError(f"{name!r} is the name of two models. Give --adapter another, or --served-name.")
-        adapters[name] = require_adapter(path)
+    adapters = {name: require_adapter(folder) for name, folder in places.items()}
     return _Names(base, adapters)
 
 

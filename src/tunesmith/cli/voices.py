@@ -72,33 +72,28 @@ def load_voices(model: str, adapters: Sequence[str], **how: Any) -> Voices:
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.models.aliases import find_model
 
-    places = named_folders(adapters)
-    source = find_model(model)
-    if source.kind == "adapter":
-        first: tuple[str, str] | None = (_name_of(model), source.path)
-        others = places
-        if first[0] in others:
-            raise SettingsError(f"--adapter {first[0]}: {model} is called that already. Give it another name.")
-        loaded, tokenizer = load_for_answers(model, None, **how)
-    else:
-        first = next(iter(places.items()), None)
-        others = dict(list(places.items())[1:])
-        loaded, tokenizer = load_for_answers(model, first and first[1], **how)
-    if first is None:
+    is_adapter = find_model(model).kind == "adapter"
+    places = named_folders([*([model] if is_adapter else []), *adapters])
+    loaded, tokenizer = load_for_answers(model, None if is_adapter else next(iter(places.values()), None), **how)
+    if not places:
         return Voices(loaded, {}, {BASE: tokenizer}, BASE)
-    names, tokenizers = {first[0]: "default"}, {BASE: tokenizer, first[0]: tokenizer}
-    for index, (name, folder) in enumerate(others.items()):
+    first, *others = places
+    names, tokenizers = {first: "default"}, {BASE: tokenizer, first: tokenizer}
+    for index, (name, folder) in enumerate((name, places[name]) for name in others):
         beside = find_model(folder)
         if beside.kind != "adapter":
             raise AdapterError(f"--adapter {folder} is no adapter: it holds no adapter_config.json.")
         names[name] = f"beside_{index}"  # a name of PEFT's may hold no dot
         load_beside(loaded, names[name], Path(beside.path))
         tokenizers[name] = own_tokenizer(name, Path(beside.path), tokenizer) or tokenizer
-    return Voices(loaded, names, tokenizers, first[0])
+    return Voices(loaded, names, tokenizers, first)
 
 
-def named_folders(adapters: Sequence[str]) -> dict[str, str]:
+def named_folders(adapters: Sequence[str], base: str = BASE) -> dict[str, str]:
     """Return name -> folder for values FOLDER or NAME=FOLDER; a folder alone gives its name.
+
+    Args:
+        base: what the base is called: no adapter can be.
 
     Raises: SettingsError for a name that is taken.
     """
@@ -107,7 +102,7 @@ def named_folders(adapters: Sequence[str]) -> dict[str, str]:
         name, equals, folder = value.partition("=")
         if not equals or Path(value).exists():
             name, folder = _name_of(value), value
-        if not name or name in places or name == BASE:
+        if not name or name in places or name == base:
             taken = "is empty" if not name else "is taken"
             raise SettingsError(f"--adapter {value}: the name {name!r} {taken}. Give it one: --adapter NAME={folder}")
         places[name] = folder
