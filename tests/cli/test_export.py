@@ -88,6 +88,10 @@ def test_an_export_is_uploaded_and_kept_nowhere(run_folder: Path, run: Any, monk
     ("words", "message"),
     [
         (("--output", "new", "--method", "merged_16bits"), "Did you mean 'merged_16bit'"),
+        (("--output", "new", "--method", "q8_0,q4_k_n"), "--method q4_k_n: only methods of GGUF can be several"),
+        (("--output", "new", "--method", "q8_0,lora"), "only methods of GGUF can be several"),
+        (("--output", "new", "--method", "iq1_s"), "needs an importance matrix"),
+        (("--output", "new", "--method", "lora", "--imatrix", "a"), "--imatrix has no meaning for --method lora"),
         (("--output", "."), "is there already and is not overwritten"),
         (("--output", "new", "--adapter", "nowhere"), "nowhere"),
         ((), "--output FOLDER is missing. Give it, or --push-to OWNER/NAME to upload only."),
@@ -99,3 +103,18 @@ def test_mistakes_are_said_in_a_sentence(words: tuple[str, ...], message: str, r
     outcome = run("export", run_folder, *words)
     assert outcome.code == 2 and message in " ".join(outcome.err.split())
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(("method", "names"), [("F16,q8_0", ["out.F16.gguf", "out.Q8_0.gguf"]),
+                                               ("gguf_lora", ["out.LORA.F32.gguf"])])  # fmt: skip
+def test_gguf_is_written_and_told(method: str, names: list[str], run_folder: Path, tmp_path: Path, run: Any,
+                                  without_llama: None) -> None:  # fmt: skip
+    outcome = run("export", run_folder, "--output", tmp_path / "out", "--method", method, "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.gguf")) == names
+    shown = " ".join(outcome.out.split())
+    assert all(name in shown for name in names) and "read again, as in the run" in shown
+    if method != "gguf_lora":
+        assert "14 Q8_0, 5 F32, 2 F16" in shown and "(4 training rows)" in shown and "KL divergence" in shown
+    lines = [line for line in outcome.out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80, lines

@@ -9,22 +9,29 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
 from tunesmith.export.card import About
 from tunesmith.export.form import MERGE_METHODS
+from tunesmith.export.gguf.methods import is_gguf_method
 from tunesmith.export.hub import Push, checked, upload
 from tunesmith.export.merge import merge_model
 from tunesmith.export.report import ExportReport
 from tunesmith.export.torchao import TORCHAO_METHODS, export_torchao
 
-__all__ = ["METHODS", "bytes_of", "check_method", "export_model", "export_or_push", "with_exports"]
+if TYPE_CHECKING:
+    from tunesmith.export.gguf.save import GgufReport
+
+__all__ = ["GGUF_LORA", "METHODS", "bytes_of", "check_method", "export_model", "export_or_push", "with_exports"]
 
 METHODS = (*MERGE_METHODS, "lora", *TORCHAO_METHODS)
 """How a model can be exported."""
+
+GGUF_LORA = "gguf_lora"
+"""The adapter alone as a GGUF file."""
 
 # Unsloth's other names.
 _ALIASES = {"merged_4bit_forced": "merged_4bit", "torchao_int8": "torchao-int8"}
@@ -50,11 +57,12 @@ def check_method(method: str) -> str:
     """Return the method in our own letters.
 
     Raises:
-        SettingsError: there is none of that name.
+        SettingsError: there is none of that name, or it is one of GGUF.
     """
     name = _ALIASES.get(method.lower(), method.lower())
     if name not in METHODS:
-        raise SettingsError(f"save_method={method!r}: use {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
+        other = " save_pretrained_gguf writes that." if is_gguf_method(method) else did_you_mean(method, METHODS)
+        raise SettingsError(f"save_method={method!r}: use {', '.join(METHODS)}.{other}")
     return name
 
 
@@ -63,17 +71,21 @@ def export_model(
     folder: Path,
     tokenizer: Any = None,
     *,
-    method: str,
+    method: str | Sequence[str],
     adapters: Mapping[str, float] | None = None,
     max_shard_size: int | str | None = None,
     **how: Any,
-) -> ExportReport:
-    """Export ``model`` by a method of :data:`METHODS`; ``how`` as in the function for it.
+) -> Any:
+    """Export ``model`` by a method of :data:`METHODS` or methods of GGUF; ``how`` as in the function for it.
+
+    Returns its report: :class:`ExportReport`, or :class:`tunesmith.export.gguf.save.GgufReport`.
 
     Raises:
         SettingsError: no such method, or ``adapters`` or ``max_shard_size`` for one that merges nothing or writes one
             file.
     """
+    if not isinstance(method, str) or method == GGUF_LORA:
+        return _export_gguf(model, folder, tokenizer, method, adapters, max_shard_size, **how)
     name = check_method(method)
     if name in MERGE_METHODS:
         if max_shard_size is not None:
@@ -85,6 +97,21 @@ def export_model(
     if name == "lora":
         return export_adapter(model, folder, tokenizer, **how)
     return export_torchao(model, folder, tokenizer, TORCHAO_METHODS[name], **how)
+
+
+def _export_gguf(
+    model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str], adapters: Any, shard: Any, **how: Any
+) -> GgufReport:
+    from tunesmith.export.gguf.save import save_gguf
+    from tunesmith.export.gguf.save_lora import save_lora_gguf
+
+    if shard is not None:
+        raise SettingsError("max_shard_size is for merged models, and a GGUF is one file. Leave it out.")
+    if methods != GGUF_LORA:
+        return save_gguf(model, folder, tokenizer, methods=methods, adapters=adapters, **how)
+    if adapters is not None:
+        raise SettingsError(f"adapters is for what merges them, not for {GGUF_LORA}. Leave it out.")
+    return save_lora_gguf(model, folder, tokenizer, **how)
 
 
 def bytes_of(size: int | str) -> int:
@@ -103,12 +130,13 @@ def bytes_of(size: int | str) -> int:
 
 
 def with_exports(model: Any) -> Any:
-    """Return ``model`` with :func:`save_merged`, :func:`push_merged` and :func:`save_quantized` as methods.
+    """Return ``model`` with the functions below that save and push as methods.
 
     On this instance alone: the classes of transformers and PEFT stay as they are.
     """
     model.save_pretrained_merged = types.MethodType(save_merged, model)
     model.push_to_hub_merged = types.MethodType(push_merged, model)
+    model.save_pretrained_gguf = types.MethodType(save_gguf_files, model)
     model.save_pretrained_torchao = types.MethodType(save_quantized, model)
     return model
 
@@ -216,7 +244,7 @@ def push_merged(
 
 def export_or_push(
     model: Any, folder: Path | None, tokenizer: Any = None, *, push: Push | None, place: str | None = None, **how: Any
-) -> ExportReport:
+) -> Any:
     """Export as :func:`export_model` does and upload that where ``push``, which is checked, says so.
 
     Where ``folder`` is None, to one in ``place`` that only lasts until it is uploaded.
@@ -254,6 +282,68 @@ def save_quantized(
     folder = Path(save_directory).expanduser()
     report = export_torchao(model, folder, tokenizer, torchao_config, prompts=prompts)
     return report if push is None else replace(report, url=upload(folder, push))
+
+
+def save_gguf_files(
+    model: Any,
+    save_directory: Any,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    first_conversion: str | None = None,
+    push_to_hub: bool = False,
+    *,
+    save_method: str | None = None,
+    imatrix_file: Any = None,
+    adapters: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = (),
+    token: str | None = None,
+    private: bool | None = None,
+) -> GgufReport:
+    """Write GGUF files and a Modelfile, and compare them with this model; llama.cpp is run where it is installed.
+
+    Args:
+        quantization_method: one name or several of ``gguf/methods.py``, in any case of letters.
+        first_conversion: what llama.cpp makes K- and I-quants of: "f32", "bf16" or "f16".
+        push_to_hub: upload the folder too, to a repository named like it, with ``token``, ``private`` where it is new.
+        save_method: None for the model with its adapters merged; "lora" for the adapter alone, in f32, f16 or bf16.
+        imatrix_file: importance matrix of ``llama-imatrix``, for K- and I-quants.
+        adapters: name -> share of each adapter that is merged; None: the active ones in full.
+        prompts: texts to compare on, beside fixed ones.
+    Raises: see :func:`tunesmith.export.gguf.save.save_gguf`, ``gguf/save_lora.py`` and
+        :func:`tunesmith.export.hub.checked`.
+    """
+    if (token or private is not None) and not push_to_hub:
+        raise SettingsError("token and private are for uploads: give push_to_hub=True too, or leave them out.")
+    if save_method is not None and save_method.lower() != "lora":
+        raise SettingsError(f"save_method={save_method!r}: leave it out, or use 'lora' for the adapter alone.")
+    push = None
+    if push_to_hub:
+        push = checked(Push(_repository(save_directory), token=token or None, private=private))
+    folder = Path(save_directory).expanduser()
+    if save_method is None:
+        from tunesmith.export.gguf.save import save_gguf
+
+        imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
+        report = save_gguf(model, folder, tokenizer, methods=quantization_method, first=first_conversion,
+                           imatrix=imatrix, adapters=adapters, prompts=prompts)  # fmt: skip
+    else:
+        unused = {"first_conversion": first_conversion, "imatrix_file": imatrix_file, "adapters": adapters}
+        report = _save_gguf_adapter(model, folder, tokenizer, quantization_method, prompts, unused)
+    return report if push is None else replace(report, url=upload(folder, push))
+
+
+def _save_gguf_adapter(
+    model: Any, folder: Path, tokenizer: Any, asked: str | Sequence[str], prompts: Sequence[Any], unused: dict[str, Any]
+) -> GgufReport:
+    from tunesmith.export.gguf.save_lora import save_lora_gguf
+
+    for name, value in unused.items():
+        if value is not None:
+            raise SettingsError(f"{name} has no meaning for save_method='lora'. Leave it out.")
+    if not isinstance(asked, str):
+        raise SettingsError("save_method='lora' writes one file: quantization_method is 'f32', 'f16' or 'bf16'.")
+    method = None if asked == "fast_quantized" else asked
+    return save_lora_gguf(model, folder, tokenizer, method=method, prompts=prompts)
 
 
 def _refuse(method: str, others: Mapping[str, Any]) -> None:

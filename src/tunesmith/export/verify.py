@@ -26,7 +26,7 @@ from tunesmith.core.errors import AdapterError, ExportError
 from tunesmith.engine.modes import adapter_disabled, evaluation_mode
 from tunesmith.models.vision import auto_class
 
-__all__ = ["PROBES", "Comparison", "Reference", "compare", "reference_of"]
+__all__ = ["PROBES", "Comparison", "Reference", "compare", "compared", "reference_of"]
 
 PROBES = (
     "The harbour was quiet that morning, and the first boats were already far out when the fog began to lift.",
@@ -70,6 +70,11 @@ class Reference:
     tokenizer: dict[str, Any] | None
     base: tuple[np.ndarray, ...] | None
     dtype: str
+
+    @property
+    def beginnings(self) -> tuple[np.ndarray, ...]:
+        """What the greedy texts go on from."""
+        return tuple(probe[: _LONGEST // 2] for probe in self.probes[: len(self.texts)])
 
     @property
     def moved(self) -> float | None:
@@ -216,10 +221,17 @@ def compare(
             raise ExportError(f"{runtime} cannot load what was exported: {said.strip()[:500]}")
         with np.load(answers) as loaded:
             theirs = {name: loaded[name] for name in loaded.files}
-    return _comparison(reference, theirs, runtime)
+    return compared(reference, theirs, runtime)
 
 
-def _comparison(reference: Reference, theirs: dict[str, np.ndarray], runtime: str) -> Comparison:
+def compared(reference: Reference, theirs: dict[str, np.ndarray], runtime: str) -> Comparison:
+    """Return how ``theirs`` compare with the live model: ``logprobs-<n>`` of each probe, ``text-<n>`` of each text.
+
+    And ``tokenizer`` where the reference has one.
+
+    Raises:
+        ExportError: they are over another vocabulary.
+    """
     divergences, same, differences = [], [], []
     losses: tuple[list[float], list[float]] = ([], [])
     for index, (probe, own) in enumerate(zip(reference.probes, reference.logprobs, strict=True)):
@@ -301,6 +313,12 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str, sp
 
         kind = auto_class(AutoConfig.from_pretrained(folder))
         model = kind.from_pretrained(folder, dtype=dtype)
+    elif runtime == "transformers (GGUF)":
+        from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+        how: dict[str, Any] = {"config": AutoConfig.from_pretrained(folder), "dtype": dtype}
+        how["quantization_config"] = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", **how)
     elif runtime == "tunesmith":
         from tunesmith.adapters.state import load_source
 
