@@ -18,7 +18,7 @@ from tunesmith.export import merge
 from tunesmith.export.form import Form, form_of
 from tunesmith.export.merge import merge_model
 from tunesmith.export.report import ExportReport, _problem
-from tunesmith.export.verify import Reference, _comparison
+from tunesmith.export.verify import Reference, compared
 from tunesmith.export.weights import adapter_shares, merged_weights
 from tunesmith.models.load import facts_of
 
@@ -94,7 +94,7 @@ def test_a_training_that_rounding_has_undone_is_caught(tmp_path: Path) -> None:
     reference = Reference((probe,), (own,), (), (), None, (base,), "float32")
 
     def judged(logprobs: np.ndarray) -> tuple[float | None, str | None]:
-        found = replace(_comparison(reference, {"logprobs-0": logprobs}, "transformers"), kl=0.5)
+        found = replace(compared(reference, {"logprobs-0": logprobs}, "transformers"), kl=0.5)
         report = ExportReport(tmp_path, "merged_4bit", "base", 1, "NF4", 1.0, {"base": found}, reference.moved)
         return found.kept, _problem(report, 1.0)
 

@@ -17,7 +17,7 @@ from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export import merge
 from tunesmith.export.form import Form
 from tunesmith.export.merge import merge_model
-from tunesmith.export.verify import Comparison, Reference, _comparison, compare, reference_of
+from tunesmith.export.verify import Comparison, Reference, compare, compared, reference_of
 from tunesmith.export.weights import adapter_shares, merged_weights, mixed
 from tunesmith.models.load import facts_of
 
@@ -190,9 +190,9 @@ def test_texts_that_part_at_a_near_tie_are_told_and_not_refused() -> None:
     likely = np.log(np.array([[0.5, 0.3, 0.2], [0.41, 0.39, 0.2]], dtype=np.float32))
     same = {"logprobs-0": likely, "text-0": np.array([0, 0])}
     reference = Reference((np.array([0, 1]),), (likely,), (np.array([0, 0]),), (likely,), None, None, "float32")
-    found = _comparison(reference, same, "transformers")
+    found = compared(reference, same, "transformers")
     assert (found.texts, found.equal_texts, found.text_gap, found.kl) == (1, 1, None, 0)
-    found = _comparison(reference, {**same, "text-0": np.array([0, 1])}, "transformers")
+    found = compared(reference, {**same, "text-0": np.array([0, 1])}, "transformers")
     assert (found.texts, found.equal_texts) == (1, 0)
     assert found.text_gap == pytest.approx(np.log(0.41 / 0.39), abs=1e-6)
 
