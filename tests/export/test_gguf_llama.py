@@ -83,10 +83,40 @@ def too_far(report: GgufReport) -> dict[str, float]:
     return {method: one.kl for method, one in found.items() if one.kl > BARS[method]}
 
 
+PROSE = """\
+The library opened in the autumn of that year, in a house that had been a school. There were four rooms on the
+ground floor and two above them, and the books stood in no order at all for the first weeks, because nobody had
+thought of labels.
+
+Water boils at a lower temperature on a mountain than at the sea, because the air presses less on it. That is why
+potatoes take longer to cook there, and why some cooks close the lid of the pot with a clamp, which keeps the steam
+inside.
+
+To change a tyre, first loosen the nuts while the wheel still stands on the ground. Then lift the car with the jack
+until the wheel turns freely, take the nuts off, and pull the wheel towards you. Put the other one on in the same
+way, in the opposite order.
+
+My grandmother kept bees behind the barn. Every summer she gave us a jar of honey each, and every winter she told
+the same story of the swarm that had settled on the bell of the church and stopped it from ringing on a Sunday.
+
+A computer stores numbers as rows of switches. With eight of them it can count to two hundred and fifty-five, with
+sixteen to sixty-five thousand, and each further switch doubles what can be said. Fractions are kept in two parts,
+like numbers in scientific notation.
+
+The train to the coast leaves at seven in the morning and stops at every village on the way. In the afternoon it
+comes back with baskets of fish in the last carriage, and people open the windows even when it rains.
+"""
+
+
 def test_the_model_as_it_was_published_answers_alike(smollm2: Any, tmp_path: Path) -> None:
     model, tokenizer = smollm2()
-    chats = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in generate("train", 4, 0)]
-    report = save_gguf(model, tmp_path / "smol", tokenizer, methods=[*BARS], prompts=chats)
+    report = save_gguf(
+        model,
+        tmp_path / "smol",
+        tokenizer,
+        methods=[*BARS],
+        prompts=PROSE.replace("\n\n", "|").replace("\n", " ").split("|"),
+    )
     assert too_far(report) == {}
 
 
