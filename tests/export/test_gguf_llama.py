@@ -71,7 +71,7 @@ def tuned(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
 @pytest.fixture(scope="module")
 def exported(tuned: tuple[Any, Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     model, tokenizer, run = tuned
-    prompts = probes_of_run(run, tokenizer)
+    prompts = [*probes_of_run(run, tokenizer), *prose()]
     return save_gguf(model, tmp_path_factory.mktemp("gguf") / "smol", tokenizer, methods=[*BARS], prompts=prompts)
 
 
@@ -108,6 +108,10 @@ comes back with baskets of fish in the last carriage, and people open the window
 """
 
 
+def prose() -> list[str]:
+    return [paragraph.replace("\n", " ") for paragraph in PROSE.strip().split("\n\n")]
+
+
 def test_the_model_as_it_was_published_answers_alike(smollm2: Any, tmp_path: Path) -> None:
     model, tokenizer = smollm2()
     report = save_gguf(
@@ -115,7 +119,7 @@ def test_the_model_as_it_was_published_answers_alike(smollm2: Any, tmp_path: Pat
         tmp_path / "smol",
         tokenizer,
         methods=[*BARS],
-        prompts=PROSE.replace("\n\n", "|").replace("\n", " ").split("|"),
+        prompts=prose(),
     )
     assert too_far(report) == {}
 
