@@ -303,14 +303,16 @@ class AdapterModel(PeftModel):
             AdapterError: the tensors do not fit, or the base lacks what the first adapter took out of it.
         """
         self._refuse_beside(adapter_name)
+        is_new = adapter_name not in self.peft_config
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except RuntimeError:  # other shapes: what was read of it must not be left to be chosen
-            if adapter_name in self.peft_config:
+            if is_new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
         missing = [name for name in result.missing_keys if f".{adapter_name}." in name]
-        if missing or result.unexpected_keys:
+        # A checkpoint of the adapter itself is checked by its own manifest.
+        if is_new and (missing or result.unexpected_keys):
             self.delete_adapter(adapter_name)
             what, names = ("are missing", missing) if missing else ("fit nothing", result.unexpected_keys)
             raise AdapterError(f"adapter {model_id} does not fit its base: {len(names)} tensors {what} ({names[0]}).")
