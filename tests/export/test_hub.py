@@ -62,6 +62,39 @@ def test_a_merged_model_is_uploaded_as_it_was_compared(hub: FakeHub, model: tupl
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gguf_files_are_uploaded_with_their_modelfile(hub: FakeHub, model: tuple[Any, Any], tmp_path: Path) -> None:
+    report = model[0].push_to_hub_gguf("ada/cats", model[1], ["f16", "Q8_0"], token=TOKEN, private=True,
+                                       commit_message="Add cats", temporary_location=str(tmp_path),
+                                       max_shard_size="5GB")  # fmt: skip
+    assert report.url == f"{hub.address}/ada/cats" and hub.commits["ada/cats"]["summary"] == "Add cats"
+    files = hub.files["ada/cats"]
+    assert {"cats.F16.gguf", "cats.Q8_0.gguf", "Modelfile", "export_report.json"} <= files.keys()
+    assert files["cats.F16.gguf"][:4] == b"GGUF" and b"FROM ./cats.F16.gguf" in files["Modelfile"]
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert list(tmp_path.iterdir()) == []
+    adapter = model[0].save_pretrained_gguf(
+        tmp_path / "kept", model[1], save_method="lora", push_to_hub=True, token=TOKEN
+    )
+    assert adapter.url == f"{hub.address}/ada/kept"
+    assert any(name.endswith(".gguf") for name in hub.files["ada/kept"])
+
+
+@pytest.mark.usefixtures("nothing_is_exported")
+def test_arguments_of_gguf_that_nothing_follows_are_refused(model: tuple[Any, Any], tmp_path: Path) -> None:
+    save, push = model[0].save_pretrained_gguf, model[0].push_to_hub_gguf
+    with pytest.raises(SettingsError, match=r"maximum_memory_usage=0.5\): one shard is held at a time"):
+        save(tmp_path / "x", model[1], maximum_memory_usage=0.5)
+    with pytest.raises(SettingsError, match=r"tags=\['a'\]\): GGUF files are written without a model card"):
+        push("ada/cats", model[1], tags=["a"])
+    with pytest.raises(
+        TypeError, match=r"push_to_hub_gguf\(\) got an unknown argument 'quantisation_method'.*Did you mean"
+    ):
+        push("ada/cats", model[1], quantisation_method="f16")
+    assert save(tmp_path / "x", model[1], is_main_process=False) is None
+    assert push("ada/cats", model[1], is_main_process=False) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("exports_load_here")
 def test_a_saved_folder_is_uploaded_too(hub: FakeHub, model: tuple[Any, Any], tmp_path: Path) -> None:
     folder = tmp_path / "kept"

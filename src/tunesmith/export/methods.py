@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import OutputError, SettingsError
@@ -50,6 +51,13 @@ _OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "calibration_dataset": ((None,), _CALIBRATION),
     "num_calibration_samples": ((None,), _CALIBRATION),
     "max_seq_length": ((None,), _CALIBRATION),
+}
+
+_NOT_FOR_GGUF: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_shard_size": ((None, "5GB"), "a GGUF is one file"),
+    "tags": ((None,), "GGUF files are written without a model card"),
+    "datasets": ((None,), "GGUF files are written without a model card"),
+    "merge_is_disposable": ((None, True), "no merged model is kept beside the GGUF files"),
 }
 
 
@@ -137,6 +145,7 @@ def with_exports(model: Any) -> Any:
     model.save_pretrained_merged = types.MethodType(save_merged, model)
     model.push_to_hub_merged = types.MethodType(push_merged, model)
     model.save_pretrained_gguf = types.MethodType(save_gguf_files, model)
+    model.push_to_hub_gguf = types.MethodType(push_gguf, model)
     model.save_pretrained_torchao = types.MethodType(save_quantized, model)
     return model
 
@@ -296,9 +305,11 @@ def save_gguf_files(
     imatrix_file: Any = None,
     adapters: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
+    is_main_process: bool = True,
     token: str | None = None,
     private: bool | None = None,
-) -> GgufReport:
+    **others: Any,
+) -> GgufReport | None:
     """Write GGUF files and a Modelfile, and compare them with this model; llama.cpp is run where it is installed.
 
     Args:
@@ -309,27 +320,84 @@ def save_gguf_files(
         imatrix_file: importance matrix of ``llama-imatrix``, for K- and I-quants.
         adapters: name -> share of each adapter that is merged; None: the active ones in full.
         prompts: texts to compare on, beside fixed ones.
+        is_main_process: False writes nothing and returns None.
+        others: arguments of Unsloth's that nothing here follows, with the values that ask for nothing.
     Raises: see :func:`tunesmith.export.gguf.save.save_gguf`, ``gguf/save_lora.py`` and
         :func:`tunesmith.export.hub.checked`.
     """
+    _refuse("save_pretrained_gguf", others, _NOT_FOR_GGUF)
     if (token or private is not None) and not push_to_hub:
         raise SettingsError("token and private are for uploads: give push_to_hub=True too, or leave them out.")
-    if save_method is not None and save_method.lower() != "lora":
-        raise SettingsError(f"save_method={save_method!r}: leave it out, or use 'lora' for the adapter alone.")
+    if not is_main_process:
+        return None
     push = None
     if push_to_hub:
         push = checked(Push(_repository(save_directory), token=token or None, private=private))
     folder = Path(save_directory).expanduser()
-    if save_method is None:
-        from tunesmith.export.gguf.save import save_gguf
-
-        imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
-        report = save_gguf(model, folder, tokenizer, methods=quantization_method, first=first_conversion,
-                           imatrix=imatrix, adapters=adapters, prompts=prompts)  # fmt: skip
-    else:
-        unused = {"first_conversion": first_conversion, "imatrix_file": imatrix_file, "adapters": adapters}
-        report = _save_gguf_adapter(model, folder, tokenizer, quantization_method, prompts, unused)
+    report = _write_gguf(model, folder, tokenizer, quantization_method, first_conversion, save_method, imatrix_file,
+                         adapters, prompts)  # fmt: skip
     return report if push is None else replace(report, url=upload(folder, push))
+
+
+def push_gguf(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    first_conversion: str | None = None,
+    *,
+    save_method: str | None = None,
+    imatrix_file: Any = None,
+    adapters: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = (),
+    is_main_process: bool = True,
+    temporary_location: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    **others: Any,
+) -> GgufReport | None:
+    """Write GGUF files to a temporary folder in ``temporary_location``, compare, upload to ``repo_id`` and remove it.
+
+    Args and Raises: see :func:`save_gguf_files` and :class:`tunesmith.export.hub.Push`.
+    """
+    _refuse("push_to_hub_gguf", others, _NOT_FOR_GGUF)
+    if not is_main_process:
+        return None
+    push = checked(_push(repo_id, {"token": token or None, "private": private, "commit_message": commit_message,
+                                   "commit_description": commit_description, "create_pr": create_pr,
+                                   "revision": revision}))  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="tunesmith-", dir=temporary_location) as temporary:
+        folder = Path(temporary) / push.repo_id.rpartition("/")[2]
+        report = _write_gguf(model, folder, tokenizer, quantization_method, first_conversion, save_method, imatrix_file,
+                             adapters, prompts)  # fmt: skip
+        return replace(report, url=upload(folder, push))
+
+
+def _write_gguf(
+    model: Any,
+    folder: Path,
+    tokenizer: Any,
+    asked: str | Sequence[str],
+    first: str | None,
+    save_method: str | None,
+    imatrix_file: Any,
+    adapters: Mapping[str, float] | None,
+    prompts: Sequence[Any],
+) -> GgufReport:
+    if save_method is not None and save_method.lower() != "lora":
+        raise SettingsError(f"save_method={save_method!r}: leave it out, or use 'lora' for the adapter alone.")
+    if save_method is not None:
+        unused = {"first_conversion": first, "imatrix_file": imatrix_file, "adapters": adapters}
+        return _save_gguf_adapter(model, folder, tokenizer, asked, prompts, unused)
+    from tunesmith.export.gguf.save import save_gguf
+
+    imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
+    return save_gguf(model, folder, tokenizer, methods=asked, first=first, imatrix=imatrix, adapters=adapters,
+                     prompts=prompts)  # fmt: skip
 
 
 def _save_gguf_adapter(
@@ -346,14 +414,16 @@ def _save_gguf_adapter(
     return save_lora_gguf(model, folder, tokenizer, method=method, prompts=prompts)
 
 
-def _refuse(method: str, others: Mapping[str, Any]) -> None:
-    """Refuse what is not known, and what is known and asks for something that is not done."""
+def _refuse(method: str, others: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse what is not known, and what is known (``_OTHERS`` and ``besides``) and asks for what is not done."""
+    refused = {**_OTHERS, **besides}
     for name, value in others.items():
-        if name not in _OTHERS:
-            known = [*inspect.signature(save_merged).parameters, *_OTHERS]
+        if name not in refused:
+            known = [*inspect.signature(push_gguf if besides else save_merged).parameters, *refused]
             raise TypeError(f"{method}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
-        empty, reason = _OTHERS[name]
-        if not any(value is nothing for nothing in empty):
+        empty, reason = refused[name]
+        # Not by ==, for which 1 is True.
+        if not any(value is nothing or (isinstance(value, str) and value == nothing) for nothing in empty):
             raise SettingsError(f"{method}({name}={value!r}): {reason}. Leave it out.")
 
 
