@@ -144,13 +144,15 @@ def measure(
     """Return the record of one run."""
     from tunesmith.cli.loading import load_to_serve
     from tunesmith.models.load import facts_of
-    from tunesmith.serving.engine import Engine
+    from tunesmith.serving.engine import Engine, made_apart
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_adapters(model, folder)
-        base, tokenizer = load_to_serve(model, dtype=dtype)
-        engine = Engine(base, tokenizer)
+        # Not in this thread: see made_apart.
+        writer = threading.Thread(target=write_adapters, args=(model, folder))
+        writer.start()
+        writer.join()
+        engine = made_apart(lambda: Engine(*load_to_serve(model, dtype=dtype)))
         for name in ADAPTERS:
             engine.shelf.add(name, folder / name)
         cases = {"base": ("base",), "adapters": ADAPTERS}
@@ -168,7 +170,7 @@ def measure(
     medians = {case: {count: statistics.median(values) for count, values in own.items()} for case, own in rates.items()}
     few, many = str(min(clients)), str(max(clients))
     return {
-        "model": model, "dtype": facts_of(base).dtype.name, "tokens": tokens, "rank": RANK, "rates": rates,
+        "model": model, "dtype": facts_of(engine.model).dtype.name, "tokens": tokens, "rank": RANK, "rates": rates,
         "tokens_per_second": medians, "gain": {case: own[many] / own[few] for case, own in medians.items()},
         "swap": swapped,
     }  # fmt: skip

@@ -91,13 +91,16 @@ def command(
     bound = bind(host, port)
     silence_libraries()
     from tunesmith.cli.loading import load_to_serve
-    from tunesmith.serving.engine import Engine
+    from tunesmith.serving.engine import Engine, made_apart
     from tunesmith.serving.server import Server, make_app
 
-    loaded, tokenizer = load_to_serve(model, max_seq_length=max_seq_length, dtype=dtype, **given_settings(flags))
-    engine = Engine(
-        loaded, tokenizer, most_sequences=max_concurrent, most_adapters=max_adapters, memory_bytes=memory_bytes
-    )
+    def make() -> Engine:
+        loaded, tokenizer = load_to_serve(model, max_seq_length=max_seq_length, dtype=dtype, **given_settings(flags))
+        return Engine(
+            loaded, tokenizer, most_sequences=max_concurrent, most_adapters=max_adapters, memory_bytes=memory_bytes
+        )
+
+    engine = made_apart(make)
     is_whole = False
     try:
         for name, folder in names.adapters.items():

@@ -17,6 +17,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ from tunesmith.serving.lora import Adapter, Routing
 from tunesmith.serving.request import Delta, Finish, Request
 from tunesmith.serving.text import TextStream
 
-__all__ = ["Counts", "Engine", "Ticket"]
+__all__ = ["Counts", "Engine", "Ticket", "made_apart"]
 
 _log = logging.getLogger(__name__)
 
@@ -428,6 +429,17 @@ class Engine:
         for ticket in tickets:
             self.counts.finished["error"] = self.counts.finished.get("error", 0) + 1
             ticket.deliver(Delta("", (), "error", f"{type(error).__name__}: {error}"))
+
+
+def made_apart(make: Callable[[], Engine]) -> Engine:
+    """Return the engine that ``make`` loads a model for, made in a thread that ends with it.
+
+    OpenMP keeps a team for every thread that has computed on several cores. Where there are two teams for the same
+    cores, libgomp lets their members fall asleep between operations, and the engine's steps take twice as long. The
+    team of a thread that has ended is gone.
+    """
+    with ThreadPoolExecutor(1, "tunesmith-load") as pool:
+        return pool.submit(make).result()
 
 
 def _text_of(parts: queue.SimpleQueue[Delta]) -> str:
