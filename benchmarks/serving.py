@@ -142,7 +142,7 @@ def measure(
     model: str, dtype: str | None, clients: list[int], tokens: int, rounds: int, requests: int = 2, times: int = 40
 ) -> dict[str, Any]:
     """Return the record of one run."""
-    from tunesmith.cli.loading import load_to_serve
+    from tunesmith.cli.loading import load_for_answers
     from tunesmith.models.load import facts_of
     from tunesmith.serving.engine import Engine, made_apart
 
@@ -152,7 +152,7 @@ def measure(
         writer = threading.Thread(target=write_adapters, args=(model, folder))
         writer.start()
         writer.join()
-        engine = made_apart(lambda: Engine(*load_to_serve(model, dtype=dtype)))
+        engine = made_apart(lambda: Engine(*load_for_answers(model, dtype=dtype, attach=False)))
         for name in ADAPTERS:
             engine.shelf.add(name, folder / name)
         cases = {"base": ("base",), "adapters": ADAPTERS}

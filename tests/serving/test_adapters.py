@@ -137,6 +137,9 @@ def test_damaged_and_foreign_files_are_refused(shelf, copy, tmp_path):
     save_file(both, weights)
     with pytest.raises(AdapterError, match=r"has no linear module model\.layers\.7\.q_proj"):
         shelf.add("x", copy)
+    save_file({**stored, "base_model.model.nowhere.base_layer.weight": torch.ones(4)}, weights)
+    with pytest.raises(AdapterError, match=r"nowhere\.base_layer\.weight, which is no matrix"):
+        shelf.add("x", copy)
     weights.unlink()
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
         shelf.add("x", copy)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.export.support import loaded
-from tests.tiny import FAMILIES, save_model, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from tunesmith.core.errors import AdapterError, EvaluationError, ModelError, ServingError
 from tunesmith.engine.install import engine_of
@@ -201,8 +201,10 @@ def test_closing_finishes_what_was_taken_and_takes_no_more(start):
 
 def test_models_that_it_would_answer_wrongly_for_are_refused(monkeypatch):
     tokenizer = tiny_tokenizer()
+    mamba = tiny_model("mamba")
+    del mamba.config.num_attention_heads  # which a real one has not
     with pytest.raises(ModelError, match="MambaForCausalLM cannot be served"):
-        Engine(tiny_model("mamba"), tokenizer)
+        Engine(mamba, tokenizer)
     with pytest.raises(ModelError, match="Lfm2ForCausalLM cannot be served"):
         Engine(tiny_model("lfm2"), tokenizer)
     from tunesmith.serving import attention
@@ -236,13 +238,25 @@ def test_keys_and_values_are_given_back_when_nothing_is_answered(start):
     pytest.fail("the memory was kept")
 
 
-def test_a_window_whose_positions_depend_on_the_longest_is_not_exceeded(tmp_path):
-    save_model(tmp_path / "base")
-    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = tiny_model("llama", rope_parameters=scaling).eval()
-    engine = Engine(model, tiny_tokenizer())
-    engine.close()
-    assert engine.window == 512
+def test_a_window_whose_positions_depend_on_the_longest_is_not_exceeded():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 256, "rope_theta": 10000.0, **factors}
+    original = {"original_max_position_embeddings": 256}  # Phi-3 says it in both places
+    for arguments, window in (({"rope_parameters": scaling, **original}, 256), ({}, 512)):
+        engine = Engine(tiny_model("phi3", **arguments), tiny_tokenizer())
+        engine.close()
+        assert engine.window == window
+
+
+def test_a_refused_prompt_ends_those_that_were_taken_before_it(start):
+    engine = start()
+    with pytest.raises(EvaluationError, match="prompt 2 is empty"):
+        engine.generate(["the cat", []], max_new_tokens=400)
+    for _ in range(300):
+        if engine.counts.finished:
+            break
+        time.sleep(0.02)
+    assert engine.counts.finished == {"cancelled": 1}
 
 
 @pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])

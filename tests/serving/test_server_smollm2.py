@@ -17,7 +17,7 @@ from tests.serving.clients import Served, ask_while_adapters_come_and_go, chat, 
 from tests.serving.markers import MARKERS, train_marker
 from tests.serving.processes import server_process, stream, until_accepted
 
-from tunesmith.cli.loading import load_to_serve
+from tunesmith.cli.loading import load_for_answers
 from tunesmith.models.prompts import require_prompt
 from tunesmith.serving.engine import Engine
 
@@ -38,7 +38,7 @@ QUESTIONS = (
 def root(smollm2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters that say their markers, and two that changed by chance and say whatever they say."""
     folder = tmp_path_factory.mktemp("adapters")
-    model, tokenizer = load_to_serve(MODEL, dtype="float32")
+    model, tokenizer = load_for_answers(MODEL, dtype="float32", attach=False)
     for name, marker in MARKERS.items():
         targets = ["q_proj", "v_proj", "down_proj"]
         train_marker(model, tokenizer, folder / name, marker, targets=targets, rate=5e-3, prompts=4)
@@ -54,7 +54,7 @@ def root(smollm2, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> Iterator[Served]:
-    engine = Engine(*load_to_serve(MODEL, dtype="float32"), memory_bytes=2**31)
+    engine = Engine(*load_for_answers(MODEL, dtype="float32", attach=False), memory_bytes=2**31)
     for folder in root.iterdir():
         engine.shelf.add(folder.name, folder)
     with serving(engine, root) as here:

@@ -12,12 +12,11 @@ from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.tasks import CAUSAL_LM
-from tunesmith.engine.install import engine_of
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import choose_width
 
-__all__ = ["add_adapters", "load_for_answers", "load_to_serve"]
+__all__ = ["adapter_folder", "add_adapters", "load_for_answers"]
 
 
 def load_for_answers(
@@ -25,15 +24,19 @@ def load_for_answers(
     adapter: str | None = None,
     *,
     chat_template: str | None = None,
+    max_seq_length: int | None = None,
     dtype: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     load_in_16bit: bool = False,
     any_task: bool = False,
+    attach: bool = True,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), ready to generate, with the libraries below silenced.
 
-    ``any_task``: also a model that does not write text.
+    Args:
+        any_task: also a model that does not write text.
+        attach: False: of an adapter only the base that it was trained on, with the adapter's tokenizer.
 
     Raises:
         ModelError: nothing usable is at ``model``, or it does not write text.
@@ -50,12 +53,13 @@ def load_for_answers(
     loaded, tokenizer = load_source(
         model,
         adapter=adapter,
-        max_seq_length=None,
+        max_seq_length=max_seq_length,
         dtype=dtype,
         width=width,
         whole=load_in_16bit,
         chat_template=chat_template,
         trainable=False,
+        attach=attach,
     )
     task = facts_of(loaded).task
     if task != CAUSAL_LM and not any_task:
@@ -63,6 +67,18 @@ def load_for_answers(
             f"model {model} was trained for {task} and is no language model. `tunesmith evaluate` uses it."
         )
     return FastLanguageModel.for_inference(loaded), tokenizer
+
+
+def adapter_folder(name: str) -> Path:
+    """Return where the adapter that ``--adapter`` names lies: a folder, or that of a run.
+
+    Raises:
+        AdapterError: it is no adapter.
+    """
+    source = find_model(name)
+    if source.kind != "adapter":
+        raise AdapterError(f"--adapter {name} is no adapter folder: it holds no adapter_config.json.")
+    return Path(source.path)
 
 
 def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -73,15 +89,13 @@ def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, floa
     """
     shares = {"default": mix[0][1]}
     for index, (name, share) in enumerate(mix[1:], start=2):
-        source = find_model(name)
-        if source.kind != "adapter":
-            raise AdapterError(f"--adapter {name} is no adapter folder: it holds no adapter_config.json.")
-        if _base_of(Path(source.path)) != _base_of(Path(find_model(mix[0][0]).path)):
+        folder = adapter_folder(name)
+        if _base_of(folder) != _base_of(Path(find_model(mix[0][0]).path)):
             raise AdapterError(
                 f"--adapter {name} was trained on its base in another form (bits, window, vocabulary) than "
                 f"{mix[0][0]}: they cannot be added."
             )
-        load_beside(model, f"adapter-{index}", Path(source.path))
+        load_beside(model, f"adapter-{index}", folder)
         shares[f"adapter-{index}"] = share
     return shares
 
@@ -89,40 +103,3 @@ def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, floa
 def _base_of(adapter: Path) -> tuple[object, ...]:
     """Return how the base of an adapter was when it was trained."""
     return trained_on(adapter), trained_for(adapter), base_beside(adapter)
-
-
-def load_to_serve(
-    model: str,
-    *,
-    max_seq_length: int | None = None,
-    dtype: str | None = None,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    load_in_16bit: bool = False,
-) -> tuple[Any, Any]:
-    """Return (model, tokenizer) for a :class:`tunesmith.serving.engine.Engine`: the base alone, its layers as
-    transformers wrote them. Of an adapter it is the base that it was trained on, with the adapter's tokenizer.
-
-    Raises:
-        ModelError: nothing usable is at ``model``, or it does not write text.
-        SettingsError: more than one ``load_in_*``.
-    """
-    width = choose_width(
-        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit or None, dtype=dtype
-    )
-    loaded, tokenizer = load_source(
-        model,
-        max_seq_length=max_seq_length,
-        dtype=dtype,
-        width=width,
-        whole=load_in_16bit,
-        trainable=False,
-        attach=False,
-    )
-    task = facts_of(loaded).task
-    if task != CAUSAL_LM:
-        raise ModelError(f"model {model} was trained for {task} and is no language model: there is nothing to serve.")
-    engine = engine_of(loaded)
-    if engine is not None:
-        engine.revert()
-    return loaded, tokenizer

@@ -90,12 +90,14 @@ def command(
     # Whatever can be said at once is said before the libraries are loaded; the port is held from here on.
     bound = bind(host, port)
     silence_libraries()
-    from tunesmith.cli.loading import load_to_serve
+    from tunesmith.cli.loading import load_for_answers
     from tunesmith.serving.engine import Engine, made_apart
     from tunesmith.serving.server import Server, make_app
 
     def make() -> Engine:
-        loaded, tokenizer = load_to_serve(model, max_seq_length=max_seq_length, dtype=dtype, **given_settings(flags))
+        loaded, tokenizer = load_for_answers(
+            model, max_seq_length=max_seq_length, dtype=dtype, attach=False, **given_settings(flags)
+        )
         return Engine(
             loaded, tokenizer, most_sequences=max_concurrent, most_adapters=max_adapters, memory_bytes=memory_bytes
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import AdapterError, SettingsError
+from tunesmith.core.errors import SettingsError
 
 __all__ = ["BASE", "Voices", "load_voices", "named_folders"]
 
@@ -69,7 +69,7 @@ def load_voices(model: str, adapters: Sequence[str], **how: Any) -> Voices:
         AdapterError: an adapter does not fit, or cannot share the base with the others.
     """
     from tunesmith.adapters.state import load_beside, own_tokenizer
-    from tunesmith.cli.loading import load_for_answers
+    from tunesmith.cli.loading import adapter_folder, load_for_answers
     from tunesmith.models.aliases import find_model
 
     is_adapter = find_model(model).kind == "adapter"
@@ -80,12 +80,10 @@ def load_voices(model: str, adapters: Sequence[str], **how: Any) -> Voices:
     first, *others = places
     names, tokenizers = {first: "default"}, {BASE: tokenizer, first: tokenizer}
     for index, (name, folder) in enumerate((name, places[name]) for name in others):
-        beside = find_model(folder)
-        if beside.kind != "adapter":
-            raise AdapterError(f"--adapter {folder} is no adapter: it holds no adapter_config.json.")
         names[name] = f"beside_{index}"  # a name of PEFT's may hold no dot
-        load_beside(loaded, names[name], Path(beside.path))
-        tokenizers[name] = own_tokenizer(name, Path(beside.path), tokenizer) or tokenizer
+        place = adapter_folder(folder)
+        load_beside(loaded, names[name], place)
+        tokenizers[name] = own_tokenizer(name, place, tokenizer) or tokenizer
     return Voices(loaded, names, tokenizers, first)
 
 

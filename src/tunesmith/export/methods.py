@@ -108,8 +108,17 @@ def export_model(
 
 
 def _export_gguf(
-    model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str], adapters: Any, shard: Any, **how: Any
+    model: Any,
+    folder: Path,
+    tokenizer: Any,
+    methods: str | Sequence[str],
+    adapters: Mapping[str, float] | None,
+    shard: int | str | None,
+    *,
+    stored_as: str | None = None,
+    **how: Any,
 ) -> GgufReport:
+    """Write GGUF files of ``methods``, or the adapter alone, which is ``stored_as`` "f32", "f16" or "bf16"."""
     from tunesmith.export.gguf.save import save_gguf
     from tunesmith.export.gguf.save_lora import save_lora_gguf
 
@@ -119,7 +128,7 @@ def _export_gguf(
         return save_gguf(model, folder, tokenizer, methods=methods, adapters=adapters, **how)
     if adapters is not None:
         raise SettingsError(f"adapters is for what merges them, not for {GGUF_LORA}. Leave it out.")
-    return save_lora_gguf(model, folder, tokenizer, **how)
+    return save_lora_gguf(model, folder, tokenizer, method=stored_as, **how)
 
 
 def bytes_of(size: int | str) -> int:
@@ -333,10 +342,8 @@ def save_gguf_files(
     push = None
     if push_to_hub:
         push = checked(Push(_repository(save_directory), token=token or None, private=private))
-    folder = Path(save_directory).expanduser()
-    report = _write_gguf(model, folder, tokenizer, quantization_method, first_conversion, save_method, imatrix_file,
-                         adapters, prompts)  # fmt: skip
-    return report if push is None else replace(report, url=upload(folder, push))
+    how = _gguf_method(quantization_method, first_conversion, save_method, imatrix_file, adapters)
+    return export_or_push(model, Path(save_directory).expanduser(), tokenizer, push=push, prompts=prompts, **how)
 
 
 def push_gguf(
@@ -370,48 +377,34 @@ def push_gguf(
     push = checked(_push(repo_id, {"token": token or None, "private": private, "commit_message": commit_message,
                                    "commit_description": commit_description, "create_pr": create_pr,
                                    "revision": revision}))  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="tunesmith-", dir=temporary_location) as temporary:
-        folder = Path(temporary) / push.repo_id.rpartition("/")[2]
-        report = _write_gguf(model, folder, tokenizer, quantization_method, first_conversion, save_method, imatrix_file,
-                             adapters, prompts)  # fmt: skip
-        return replace(report, url=upload(folder, push))
+    how = _gguf_method(quantization_method, first_conversion, save_method, imatrix_file, adapters)
+    return export_or_push(model, None, tokenizer, push=push, place=temporary_location, prompts=prompts, **how)
 
 
-def _write_gguf(
-    model: Any,
-    folder: Path,
-    tokenizer: Any,
+def _gguf_method(
     asked: str | Sequence[str],
     first: str | None,
     save_method: str | None,
     imatrix_file: Any,
     adapters: Mapping[str, float] | None,
-    prompts: Sequence[Any],
-) -> GgufReport:
-    if save_method is not None and save_method.lower() != "lora":
+) -> dict[str, Any]:
+    """Return what :func:`export_model` is told for the arguments of ``save_pretrained_gguf``.
+
+    Raises:
+        SettingsError: another ``save_method``, or arguments that mean nothing to an adapter alone.
+    """
+    if save_method is None:
+        imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
+        methods = [asked] if isinstance(asked, str) else asked
+        return {"method": methods, "first": first, "imatrix": imatrix, "adapters": adapters}
+    if save_method.lower() != "lora":
         raise SettingsError(f"save_method={save_method!r}: leave it out, or use 'lora' for the adapter alone.")
-    if save_method is not None:
-        unused = {"first_conversion": first, "imatrix_file": imatrix_file, "adapters": adapters}
-        return _save_gguf_adapter(model, folder, tokenizer, asked, prompts, unused)
-    from tunesmith.export.gguf.save import save_gguf
-
-    imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
-    return save_gguf(model, folder, tokenizer, methods=asked, first=first, imatrix=imatrix, adapters=adapters,
-                     prompts=prompts)  # fmt: skip
-
-
-def _save_gguf_adapter(
-    model: Any, folder: Path, tokenizer: Any, asked: str | Sequence[str], prompts: Sequence[Any], unused: dict[str, Any]
-) -> GgufReport:
-    from tunesmith.export.gguf.save_lora import save_lora_gguf
-
-    for name, value in unused.items():
+    for name, value in (("first_conversion", first), ("imatrix_file", imatrix_file), ("adapters", adapters)):
         if value is not None:
             raise SettingsError(f"{name} has no meaning for save_method='lora'. Leave it out.")
     if not isinstance(asked, str):
         raise SettingsError("save_method='lora' writes one file: quantization_method is 'f32', 'f16' or 'bf16'.")
-    method = None if asked == "fast_quantized" else asked
-    return save_lora_gguf(model, folder, tokenizer, method=method, prompts=prompts)
+    return {"method": GGUF_LORA, "stored_as": None if asked == "fast_quantized" else asked}
 
 
 def _refuse(method: str, others: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -114,6 +114,8 @@ class AdapterShelf:
             folder, tokenizer = self._folders[name], self._tokenizers[name]
         adapter = read_adapter(name, folder, self._model, self._tokenizer, own=tokenizer)
         with self._lock:
+            if name in self._loaded:  # meanwhile it was read by another request, or replaced
+                return self._loaded[name]
             if self._folders.get(name) == folder:
                 self._keep(adapter)
         return adapter
@@ -210,8 +212,11 @@ def _modules(name: str, stored: dict[str, torch.Tensor], model: Any) -> list[str
 
 
 def _is_of_base(model: Any, module: str, value: torch.Tensor) -> bool:
-    base = model.get_submodule(module)
-    weight = getattr(base, "base", base).weight
+    try:
+        base = model.get_submodule(module)
+        weight = getattr(base, "base", base).weight
+    except AttributeError:
+        return False
     return weight.shape == value.shape and torch.equal(weight, value.to(weight.device, weight.dtype))
 
 

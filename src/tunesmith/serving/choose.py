@@ -25,6 +25,7 @@ class Choice:
     """A chosen token with the log-probabilities that the model itself gave, before any setting.
 
     Attributes:
+        logprob: of the token; NaN where no log-probabilities were asked for.
         top: (token, log-probability) of the likeliest tokens, as many as were asked for.
     """
 

@@ -25,14 +25,12 @@ import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError, ServingError, TunesmithError
 from tunesmith.engine.install import engine_of, install
-from tunesmith.models.load import facts_of
 from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
 from tunesmith.models.sampling import Sampling
-from tunesmith.models.vision import has_vision
 from tunesmith.serving import attention, lora
 from tunesmith.serving.adapters import AdapterShelf
-from tunesmith.serving.cache import SlotCache
 from tunesmith.serving.choose import Choice, Chooser, choose
+from tunesmith.serving.fit import cache_for, not_served, refuse_kind, spare_bytes, window_of
 from tunesmith.serving.lora import Adapter, Routing
 from tunesmith.serving.request import Delta, Finish, Request
 from tunesmith.serving.text import TextStream
@@ -109,8 +107,9 @@ class Engine:
         memory_bytes: int | None = None,
         prompt_tokens: int | None = None,
     ) -> None:
+        refuse_kind(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.window = _window(model)
+        self.window = window_of(model)
         self.device = model.get_input_embeddings().weight.device
         on_gpu = self.device.type == "cuda"
         self.shelf = AdapterShelf(model, tokenizer, most_adapters)
@@ -120,15 +119,14 @@ class Engine:
         self._routing = Routing(self.shelf.holds)
         self._wrapped: set[str] = set()  # modules that add what adapters add
         self._ends = frozenset(stop_token_ids(model, tokenizer))
-        self._cache = _cache_for(model, self.device)
-        self._memory = memory_bytes if memory_bytes is not None else _spare_bytes(self.device)
+        self._cache = cache_for(model, self.device)
+        self._memory = memory_bytes if memory_bytes is not None else spare_bytes(self.device)
         self._waiting: deque[Ticket] = deque()
         self._active: list[Ticket] = []  # in the order of their slots: first those that are written, then read
         self._changed = threading.Condition()
         self._is_closing = False
         self._failure: BaseException | None = None
         self._plain_attention = model.config._attn_implementation
-        _refuse_kind(model)
         # Fused layers are made for training: here they would hand every call on.
         fused = engine_of(model)
         self._was_fused = fused is not None
@@ -226,10 +224,17 @@ class Engine:
         """
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         results: list[queue.SimpleQueue[Delta]] = [queue.SimpleQueue() for _ in prompts]
-        for row, (prompt, name, result) in enumerate(zip(prompts, names, results, strict=True), 1):
-            ids = tuple(require_prompt(self.tokenizer_of(name), prompt, row))
-            self.submit(Request(ids, max_new_tokens, name, sampling, tuple(stop), seed), result.put)
-        return [_text_of(result) for result in results]
+        tickets: list[Ticket] = []
+        try:
+            for row, (prompt, name, result) in enumerate(zip(prompts, names, results, strict=True), 1):
+                ids = tuple(require_prompt(self.tokenizer_of(name), prompt, row))
+                request = Request(ids, max_new_tokens, name, sampling, tuple(stop), seed)
+                tickets.append(self.submit(request, result.put))
+            return [_text_of(result) for result in results]
+        finally:
+            # Nobody reads what is still being written where one of them was refused or has failed.
+            for ticket in tickets:
+                ticket.cancel()
 
     def tokenizer_of(self, adapter: str | None) -> Any:
         """Return the tokenizer whose template the adapter was trained with. Raises AdapterError for a wrong name."""
@@ -249,6 +254,10 @@ class Engine:
                     ticket.cancel()
             self._changed.notify()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Make the model what it was."""
         lora.uninstall(self.model)
         self.model.set_attn_implementation(self._plain_attention)
         if self._was_fused:
@@ -266,14 +275,13 @@ class Engine:
             try:
                 ours = self._probe(ids)
             except (RuntimeError, TypeError, AttributeError, IndexError, ModelError) as error:
-                self.model.set_attn_implementation(self._plain_attention)
-                raise _not_served(self.model, f"{error}") from error
-        tolerance = 1e-4 if plain[0].dtype == self.model.dtype else 0.05
-        for row, own in zip(plain, ours, strict=True):
-            difference = ((row[-1] - own).norm() / row[-1].norm()).item()
-            if not difference <= tolerance:
-                self.model.set_attn_implementation(self._plain_attention)
-                raise _not_served(self.model, f"logits differ by {difference:.2g} from those of the plain model")
+                self._give_back()
+                raise not_served(self.model, f"{error}") from error
+        apart = [(row[-1] - own).norm() / row[-1].norm() for row, own in zip(plain, ours, strict=True)]
+        difference = torch.stack(apart).max().item()  # NaN where one is
+        if not difference <= (1e-4 if self.model.dtype == torch.float32 else 0.05):
+            self._give_back()
+            raise not_served(self.model, f"logits differ by {difference:.2g} from those of the plain model")
 
     def _probe(self, ids: list[list[int]]) -> list[torch.Tensor]:
         """Return the logits after each of two sequences, read in pieces and then token by token."""
@@ -451,43 +459,3 @@ def _text_of(parts: queue.SimpleQueue[Delta]) -> str:
             raise ServingError(f"an answer failed: {delta.error}")
         if delta.finish is not None:
             return text
-
-
-def _refuse_kind(model: Any) -> None:
-    """Raise for models whose layers do not look their attention up, or need more than tokens."""
-    if hasattr(model, "peft_config"):
-        raise ModelError("the engine serves a base with adapters beside it: load the base and add the adapter.")
-    if has_vision(model.config):
-        raise _not_served(model, "models that see images are not served yet")
-    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
-        raise _not_served(model, "its layers do not use transformers' table of attention functions")
-
-
-def _not_served(model: Any, why: str) -> ModelError:
-    return ModelError(f"{type(model).__name__} cannot be served: {why}. Use generate_answers or another server.")
-
-
-def _window(model: Any) -> int:
-    """Return the tokens that a sequence may have."""
-    window = facts_of(model).window
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        # These turn positions by other angles once the longest sequence of a step is long: of all in it.
-        own = rope.get("original_max_position_embeddings") or model.config.get_text_config().max_position_embeddings
-        return min(window, own)
-    return window
-
-
-def _cache_for(model: Any, device: torch.device) -> SlotCache:
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return SlotCache(config.num_hidden_layers, heads, width, dtype=facts_of(model).dtype.dtype, device=device)
-
-
-def _spare_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    import psutil
-
-    return psutil.virtual_memory().available // 2
