@@ -188,3 +188,44 @@ def test_a_run_that_is_continued_keeps_its_lanes() -> None:
     assert two.restored(one.record()).lanes == 1 and one.restored(two.record()).lanes == 2
     older = {name: value for name, value in one.record().items() if name != "lanes"}
     assert two.restored(older).lanes == 1
+
+
+def four_bits(**changes: Any) -> MemoryShape:
+    """The same model in 4 bits: 0.4 GB a layer where it is written out."""
+    entries = 4096 * (4096 + 4096 + 2 * 1024 + 3 * 14336)
+    return large_shape(base_bytes=6 * GIB, written_out=2 * 4096 * 14336, quantized=entries, **changes)
+
+
+def test_quantized_weights_stay_written_out_in_half_of_the_memory_that_is_left() -> None:
+    shape = four_bits()
+    layer = shape.quantized * shape.itemsize
+    whole = planned("auto", 80 * GIB, shape=shape)
+    assert whole.dense == 32 and whole.parts["dense"] == 32 * layer
+    assert whole.describe() == "all layers none, and the quantized weights of all layers written out"
+    # With nothing left to write out in a step, its buffer is not needed.
+    without = planned("auto", 80 * GIB, shape=replace(shape, quantized=0))
+    assert without.parts["scratch"] - whole.parts["scratch"] == shape.written_out * shape.itemsize
+    memory = int(1.05 * (without.peak + 9 * layer))
+    some = planned("auto", memory, shape=shape)
+    assert some.dense == 4 and some.peak == without.peak + 4 * layer
+    assert "the quantized weights of 4 layers written out" in some.describe()
+
+
+@pytest.mark.parametrize(("mode", "memory"), [(True, 200), ("selective", 200), ("auto", 14), (False, None)])
+def test_none_stay_where_something_else_is_short_or_memory_is_not_known(mode: bool | str, memory: int | None) -> None:
+    plan = planned(mode, None if memory is None else memory * GIB, shape=four_bits(), length=2048)
+    assert plan.dense == 0 and "dense" not in plan.parts and "written out" not in plan.describe()
+
+
+def test_unsloth_stays_below_its_share_with_them() -> None:
+    shape = four_bits(vocabulary=500_000)
+    plan = planned("unsloth", 300 * GIB, shape=shape, length=2048)
+    assert 0 < plan.dense < 32
+    assert plan.peak <= UNSLOTH_SHARE * transformers_peak(shape, 4, 2048)[0]
+
+
+def test_a_run_that_is_continued_keeps_them() -> None:
+    rich, poor = (planned("auto", memory * GIB, shape=four_bits()) for memory in (80, 24))
+    assert poor.restored(rich.record()).dense == 32 and rich.restored(poor.record()).dense == poor.dense < 32
+    older = {name: value for name, value in rich.record().items() if name != "dense"}
+    assert rich.restored(older).dense == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import bitsandbytes
 import pytest
 import torch
 from tests import tiny
+from tests.training.support import trainer
+from transformers import TrainerCallback
 
 from tunesmith import FastLanguageModel
 from tunesmith.adapters.inject import trainable_share
@@ -123,6 +126,47 @@ def test_every_policy_gives_the_same_gradients(policy: Policy, folders: dict[str
     wanted = gradients(model, IDS)
     engine.set_policy(policy)
     assert_same(gradients(model, IDS), wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_weights_that_stay_written_out_give_the_same_gradients(width: str, folders: dict[str, Path]) -> None:
+    model = adapted(load(folders["qwen3"], width))
+    engine = engine_of(model)
+    wanted = gradients(model, IDS)
+    before = engine.scratch.nbytes()
+    engine.dense.count = 2
+    with torch.no_grad():
+        outputs = model(IDS).logits
+    assert engine.dense.nbytes() == 0
+    engine.scratch.clear()
+    assert all(torch.equal(grad, wanted[name]) for name, grad in gradients(model, IDS).items())
+    linear = [module for module in model.modules() if is_quantized(module)]
+    assert engine.dense.nbytes() == 4 * sum(module.in_features * module.out_features for module in linear)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, outputs)
+    assert engine.scratch.nbytes() < before
+    twin = copy.deepcopy(model)
+    assert engine_of(twin).dense.nbytes() == 0
+    assert_same(gradients(twin, IDS), wanted)
+    engine.dense.clear()
+    assert engine.dense.nbytes() == 0
+    engine.dense.count = 1
+    assert all(torch.equal(grad, wanted[name]) for name, grad in gradients(model, IDS).items())
+
+
+def test_a_run_keeps_what_its_plan_says_and_gives_it_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(engine_of(made.model).dense.nbytes())
+
+    model = adapted(load(folders["llama"], "4bit"), use_gradient_checkpointing=False)
+    made = trainer(tmp_path, model=model, max_steps=2, callbacks=[Watch()])
+    assert made.plan.dense == made.plan.record()["dense"] == 2
+    made.train()
+    assert min(seen) > 0 and max(seen) == made.plan.parts["dense"]
+    assert engine_of(made.model).dense.nbytes() == 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)

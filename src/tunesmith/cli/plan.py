@@ -30,6 +30,7 @@ _MEANING = {
     "adapter": "trained weights",
     "gradients": "of the trained weights, float32",
     "optimizer": "its states",
+    "dense": "quantized weights that stay written out",
     "scratch": "buffers that all layers share",
     "kept": "what layers keep for the backward pass",
     "layer": "backward of one layer",

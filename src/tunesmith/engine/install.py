@@ -28,6 +28,7 @@ from torch import nn
 
 from tunesmith.core.memory import forget_pages
 from tunesmith.engine.attention import ATTENTION, document_lengths
+from tunesmith.engine.dense import DenseWeights
 from tunesmith.engine.families import LayerShape, describe
 from tunesmith.engine.layer import FusedLayer, Group, LayerCall
 from tunesmith.engine.offload import HostStore
@@ -81,6 +82,7 @@ class Engine:
         notes: reasons for which a fused layer ran its original forward, each once.
         scratch: buffers used by all layers in turn.
         store: where inputs of layers go under ``Policy.OFFLOAD``.
+        dense: quantized weights that stay written out.
     """
 
     model: Any
@@ -90,6 +92,7 @@ class Engine:
     notes: list[str] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
     store: HostStore = field(default_factory=HostStore)
+    dense: DenseWeights = field(default_factory=DenseWeights)
     _originals: dict[int, Any] = field(default_factory=dict)
     # Of each thread: parts of a micro-batch may be computed side by side.
     _batches: dict[int, _Batch] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class Engine:
             layers[index] = original
         self._originals.clear()
         self.scratch.clear()
+        self.dense.clear()
         self.store.close()
         if getattr(self.model, "tunesmith_engine", None) is self:
             del self.model.tunesmith_engine
@@ -367,7 +371,8 @@ class _FusedMixin:
             norms.append(weight)
             parameters += [] if weight is None else [weight]
         head_norms = (norms[4], norms[5]) if shape.head_norms else None
-        return tuple(groups), tuple(norms[:4]), head_norms, tuple(parameters)
+        filled = self._engine.dense.filled(self._index, groups, hidden)
+        return filled, tuple(norms[:4]), head_norms, tuple(parameters)
 
     def _stacks(self) -> list[torch.Tensor | None]:
         """Return the stacked weights of each group, made again where a Parameter has moved."""

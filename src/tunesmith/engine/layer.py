@@ -25,7 +25,7 @@ from tunesmith.engine.policies import Policy, kept_names
 from tunesmith.engine.scratch import Loan, Scratch
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.lora_linear import cpu as lora
-from tunesmith.ops.lora_linear.cpu import Projection
+from tunesmith.ops.lora_linear.cpu import Projection, dense_shape, write_out
 
 __all__ = ["FusedLayer", "Group", "LayerCall"]
 
@@ -34,7 +34,10 @@ QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  (the name of the projection)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Projections that read one input, their weights stacked in one tensor (or None), and seeds of their dropout."""
+    """Projections that read one input, their weights stacked in one tensor, and seeds of their dropout.
+
+    ``stacked`` is None where the weights lie apart, or are in few bits and written out for every product.
+    """
 
     projections: tuple[Projection, ...]
     stacked: torch.Tensor | None
@@ -127,7 +130,7 @@ class _Pass:
         self.grads: dict[int, torch.Tensor] = {}
         self._norm, self._rope = primitives("rms_norm", x), primitives("rope", x)
         self._swiglu, self._attention = primitives("swiglu", x), primitives("attention_varlen", x)
-        self._quantized, self._written = primitives("quantized", x), -1
+        self._written = -1
         self._size = (self.shape.heads + 2 * self.shape.key_heads) * self.shape.head_dim
 
     # ---- forward ----
@@ -331,16 +334,11 @@ class _Pass:
     def _weights(self, group: int) -> torch.Tensor | None:
         """Return the stacked weights of ``group``; those in few bits are written out into one buffer for all groups."""
         g = self.call.groups[group]
-        if not any(p.quantized for p in g.projections):
+        if g.stacked is not None or not any(p.quantized for p in g.projections):
             return g.stacked
-        sizes = [p.weight.shape[0] for p in g.projections]
-        whole = self._temporary("weights", sum(sizes), g.projections[0].weight.shape[1])
+        whole = self._temporary("weights", *dense_shape(g.projections))
         if self._written != group:
-            for p, rows in zip(g.projections, whole.split(sizes), strict=True):
-                if p.quantized is None:
-                    rows.copy_(p.weight.detach())
-                else:
-                    self._quantized.dequantize(p.quantized, rows)
+            write_out(g.projections, whole)
             self._written = group
         return whole
 

@@ -79,6 +79,7 @@ class MemoryShape:
         kind: "cpu" or "cuda".
         load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
         written_out: entries of the largest group of quantized weights, dense while a product reads them.
+        quantized: entries of the quantized weights of the layer that has the most.
         rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
         gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
     """
@@ -100,6 +101,7 @@ class MemoryShape:
     head_dim: int = 1
     softcap: bool = False
     written_out: int = 0
+    quantized: int = 0
     rebuilt: int = 0
     gradient_bytes: int = 0
 
@@ -130,11 +132,13 @@ class Setting:
         policies: one a layer.
         state_bytes: bytes of optimizer state a trained parameter; 8 for AdamW.
         lanes: parts that are computed side by side, which share the tokens.
+        dense: layers whose quantized weights stay written out.
     """
 
     policies: tuple[Policy, ...]
     state_bytes: int = 8
     lanes: int = 1
+    dense: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     fused = engine is not None and not engine.plan.unknown and engine.plan.known
     layers = tuple(engine.plan.known[index] for index in sorted(engine.plan.known)) if engine and fused else ()
     decoder = list(base.get_decoder().layers) if fused else []
+    dense = [_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)]
     ranks = tuple(_ranks(layer, shape) for layer, shape in zip(decoder, layers, strict=True))
     heads = getattr(config, "num_attention_heads", None) or 1
     return MemoryShape(
@@ -206,7 +211,8 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         rebuilt=sum(module.get_param().nbytes for module in model.modules() if hasattr(module, "get_param")) // count,
-        written_out=max((_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)), default=0),
+        written_out=max((size for sizes in dense for size in sizes), default=0),
+        quantized=max(map(sum, dense), default=0),
         gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
     )
 
@@ -244,6 +250,7 @@ def estimate(
         "adapter": shape.trained_bytes,
         "gradients": shape.gradient_bytes or shape.trained_bytes,
         "optimizer": setting.state_bytes * shape.trained,
+        "dense": setting.dense * shape.quantized * shape.itemsize,
     }
     lanes = setting.lanes
     head = lanes * _head_bytes(shape, -(-part.rows // lanes))
@@ -254,7 +261,7 @@ def estimate(
     parts = {
         **fixed,
         "scratch": int(_scratch_bytes(shape, part, setting.policies) * (_LANE_SCRATCH if lanes > 1 else 1.0))
-        + lanes * shape.written_out * shape.itemsize,
+        + lanes * shape.written_out * shape.itemsize * (setting.dense < shape.count),
         "kept": kept,
         # The head runs when everything is kept; so does the backward of the last layer. What was kept waits in the
         # engine's buffers for the next part, while each lane gathers gradients of its own.
@@ -330,9 +337,10 @@ def _ffn(layer: Any, shape: LayerShape) -> int:
     return _base(layer.get_submodule(shape.groups[3][0])).in_features
 
 
-def _written_out(layer: Any, shape: LayerShape) -> int:
+def _written_out(layer: Any, shape: LayerShape) -> list[int]:
+    """Return the entries of each group that holds quantized weights, 0 for the others."""
     groups = [[_base(layer.get_submodule(path)) for path in paths] for paths in shape.groups]
-    return max(sum(m.in_features * m.out_features for m in group) * any(map(is_quantized, group)) for group in groups)
+    return [sum(m.in_features * m.out_features for m in group) * any(map(is_quantized, group)) for group in groups]
 
 
 def _base(module: Any) -> Any:

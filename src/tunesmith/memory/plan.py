@@ -87,6 +87,7 @@ class TrainingPlan:
         alternatives: the choices that were looked at, the fastest first.
         advice: the cheapest change that fits, when nothing that was asked for does.
         lanes: parts of what is computed together that threads compute side by side.
+        dense: layers whose quantized weights stay written out, where every layer keeps all.
     """
 
     mode: bool | str
@@ -102,6 +103,7 @@ class TrainingPlan:
     advice: str | None = None
     least: int = 0
     lanes: int = 1
+    dense: int = 0
 
     @property
     def fits(self) -> bool:
@@ -109,8 +111,11 @@ class TrainingPlan:
         return self.advice is None
 
     def describe(self) -> str:
-        """Return the policies in words: ``"12 layers none, 18 layers sel_mlp"``."""
-        return describe_policies(self.policies)
+        """Return in words what is kept: ``"12 layers none, 18 layers sel_mlp"``."""
+        whole = self.dense == len(self.policies)
+        layers = "all layers" if whole else f"{self.dense} layers"
+        dense = f", and the quantized weights of {layers} written out" if self.dense else ""
+        return describe_policies(self.policies) + dense
 
     def together(self) -> str:
         """Return what is computed together in words: ``"at most 512 tokens, in 2 lanes side by side"``."""
@@ -127,10 +132,11 @@ class TrainingPlan:
         """Return this plan with the choice that ``record`` holds: that of the run which is continued."""
         chosen = tuple(Policy(name) for name in record["policies"])
         # Records of older runs have no lanes: they had one.
-        record = {"lanes": 1, **record}
-        if chosen == self.policies and all(record[name] == getattr(self, name) for name in ("part_tokens", "lanes")):
+        record = {"lanes": 1, "dense": 0, **record}
+        names = ("part_tokens", "lanes", "dense")
+        if chosen == self.policies and all(record[name] == getattr(self, name) for name in names):
             return self
-        same = {name: record[name] for name in ("part_tokens", "parts", "phases", "peak", "reason", "tokens", "lanes")}
+        same = {name: record[name] for name in (*names, "parts", "phases", "peak", "reason", "tokens")}
         return replace(self, policies=chosen, alternatives=(), advice=None, **same)
 
 
@@ -175,7 +181,7 @@ def plan_training(
     tried.sort(key=lambda choice: (choice.time, choice.estimate.peak))
     least = min(tried, key=lambda choice: choice.estimate.peak)
     fitting = [choice for choice in tried if limit is None or choice.estimate.peak <= limit]
-    budget, advice = limit, None
+    budget, advice, room = limit, None, 0
     if not fitting and lanes > 1:
         # In one piece a step needs fewer buffers and one set of gradients.
         return plan_training(
@@ -187,14 +193,17 @@ def plan_training(
         advice = _cheapest_change(shape, work, mode, limit or 0, planner)
         reason = f"the least memory that use_gradient_checkpointing={mode!r} can do with"
     elif mode == "unsloth":
-        chosen, budget, reason = _saver(fitting, shape, work, state_bytes, present, limit)
+        chosen, budget, room, reason = _saver(fitting, shape, work, state_bytes, present, limit)
     else:
-        chosen = fitting[0]
+        chosen, room = fitting[0], limit or 0
         reason = (
             "the fastest that fits the memory"
             if mode == "auto"
             else f"use_gradient_checkpointing={mode!r} was asked for"
         )
+    room = 0 if limit is None else min(room, limit - chosen.estimate.peak)
+    dense = _layers_to_keep(shape, chosen, room)
+    chosen = planner.try_out(chosen.policies, chosen.tokens, dense) if dense else chosen
     return TrainingPlan(
         mode=mode,
         policies=chosen.policies,
@@ -208,6 +217,7 @@ def plan_training(
         alternatives=tuple(_alternatives(tried, tried[0].time, budget)),
         advice=advice,
         lanes=planner.lanes_under(chosen.policies),
+        dense=dense,
         least=min(planner.try_out(p, t).estimate.peak for t in _token_choices(shape.kind, work, splits)[:1]
                   for p in _policy_choices(shape, "auto")[-1:]),
     )  # fmt: skip
@@ -237,8 +247,8 @@ class _Planner:
         """Return the lanes that ``policies`` allow: the file of offloaded inputs has one reader."""
         return 1 if Policy.OFFLOAD in policies else self.lanes
 
-    def try_out(self, policies: tuple[Policy, ...], tokens: int | None) -> _Choice:
-        """Estimate one choice."""
+    def try_out(self, policies: tuple[Policy, ...], tokens: int | None, dense: int = 0) -> _Choice:
+        """Estimate one choice, with the quantized weights of ``dense`` layers written out."""
         for of in ("batches", "evaluated"):
             if (of, tokens) not in self._parts and getattr(self.work, of):
                 self._parts[of, tokens] = self.work.largest(tokens, of=of)
@@ -250,7 +260,7 @@ class _Planner:
         found = estimate(
             self.shape,
             part,
-            Setting(policies, self.state_bytes, lanes),
+            Setting(policies, self.state_bytes, lanes, dense),
             present=self.present,
             peak_so_far=self.peak_so_far,
             evaluated=self._parts.get(("evaluated", tokens)),
@@ -291,8 +301,8 @@ def _saver(
     state_bytes: int,
     present: int | None,
     limit: int | None,
-) -> tuple[_Choice, int | None, str]:
-    """Return the choice of "unsloth", its budget and the reason."""
+) -> tuple[_Choice, int | None, int, str]:
+    """Return the choice of "unsloth", its budget, the room that it leaves and the reason."""
     theirs, activations = transformers_peak(shape, *work.padded, state_bytes=state_bytes)
     # Compared without what this process happens to hold, so that the same settings give the same plan anywhere.
     held = 0 if present is None else present
@@ -303,7 +313,9 @@ def _saver(
 
     below = [choice for choice in fitting if alone(choice) <= budget]
     if below:
-        return below[0], budget, f"the fastest below {UNSLOTH_SHARE:g} of the peak of transformers' own checkpointing"
+        room = budget - alone(below[0])
+        reason = f"the fastest below {UNSLOTH_SHARE:g} of the peak of transformers' own checkpointing"
+        return below[0], budget, room, reason
     share = int(UNSLOTH_SHARE * activations)
     below = [choice for choice in fitting if choice.estimate.activations <= share]
     if below:
@@ -311,10 +323,22 @@ def _saver(
             f"the weights alone come near {UNSLOTH_SHARE:g} of the peak of transformers' own checkpointing; the "
             f"fastest below {UNSLOTH_SHARE:g} of what it adds to them"
         )
-        return below[0], limit, reason
+        return below[0], limit, 0, reason
     least = min(choice.estimate.peak for choice in fitting)
     near = [choice for choice in fitting if choice.estimate.peak <= _NEARLY * least]
-    return near[0], limit, f"the fastest within {_NEARLY - 1:.0%} of the least memory: steps are small beside the rest"
+    reason = f"the fastest within {_NEARLY - 1:.0%} of the least memory: steps are small beside the rest"
+    return near[0], limit, 0, reason
+
+
+def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int) -> int:
+    """Return how many layers' quantized weights stay written out in half of ``room``, where all else is kept already.
+
+    Writing them out costs less than anything that a policy computes again.
+    """
+    size = shape.quantized * shape.itemsize
+    if not size or any(policy is not Policy.NONE for policy in choice.policies):
+        return 0
+    return min(shape.count, max(0, room) // 2 // size)
 
 
 def _standing(shape: MemoryShape) -> int:

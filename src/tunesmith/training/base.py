@@ -170,6 +170,9 @@ class RunTrainer(Trainer):
         finally:
             # An error ends the run without on_train_end.
             self._interrupts.release()
+            engine = engine_of(self.model)
+            if engine is not None:
+                engine.dense.clear()
 
     def forget_buffers(self) -> None:
         """Give back what the engine holds for the next step, before something else needs memory."""

@@ -108,8 +108,11 @@ def plan_run(trainer: SFTTrainer) -> TrainingPlan:
 
 
 def apply_plan(model: Any, plan: TrainingPlan) -> None:
-    """Give the layers the policies of a plan, where its mode leaves them to it."""
+    """Let the engine keep what a plan says; policies only where its mode leaves them to the plan."""
     engine = engine_of(model)
+    if engine is not None:
+        engine.dense.clear()
+        engine.dense.count = plan.dense
     is_open = plan.mode in ("unsloth", "auto") or isinstance(plan.mode, Policy)
     if engine is not None and is_open and len(plan.policies) == len(engine.policies):
         engine.set_policy(plan.policies)

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
+from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.quantized.weights import QuantizedWeight
 
 __all__ = [
     "Projection",
+    "dense_shape",
     "forward",
     "input_gradient",
     "low_rank",
     "low_rank_gradient",
     "parameter_gradients",
+    "write_out",
 ]
 
 
@@ -161,6 +164,21 @@ def parameter_gradients(
             grads["b"] = turned.t().to(p.b.dtype, memory_format=torch.contiguous_format, copy=True).mul_(p.scale)
         found.append(grads)
     return found
+
+
+def dense_shape(projections: Sequence[Projection]) -> tuple[int, int]:
+    """Return the shape (F, D) of all weights stacked."""
+    return sum(p.weight.shape[0] for p in projections), projections[0].weight.shape[1]
+
+
+def write_out(projections: Sequence[Projection], out: torch.Tensor) -> None:
+    """Write all weights, those in few bits as the numbers that they stand for, to ``out`` of :func:`dense_shape`."""
+    dequantize = primitives("quantized", out).dequantize
+    for p, rows, _ in _parts(projections):
+        if p.quantized is None:
+            out[rows].copy_(p.weight.detach())
+        else:
+            dequantize(p.quantized, out[rows])
 
 
 def _parts(projections: Sequence[Projection]) -> list[tuple[Projection, slice, slice]]:
