@@ -55,20 +55,22 @@ def test_the_dtype_asked_for_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx", "dtype", "reason"),
+    ("amx", "avx", "dtype", "reason", "asked"),
     [
-        (True, False, torch.bfloat16, "this CPU has AMX units"),
-        (False, True, torch.bfloat16, "this CPU has AVX512-BF16 units"),
-        (False, False, torch.float32, "this CPU has no bfloat16 units, float32 is faster there"),
+        (True, False, torch.bfloat16, "this CPU has AMX units", "asked for"),
+        (False, True, torch.bfloat16, "this CPU has AVX512-BF16 units", "asked for"),
+        (False, False, torch.float32, "this CPU has no bfloat16 units, float32 is faster there",
+         "asked for, but this CPU has no bfloat16 units: float32 trains at least 8 times as fast"),
     ],
-)
+)  # fmt: skip
 def test_the_hardware_decides_with_a_reason(
-    amx: bool, avx: bool, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+    amx: bool, avx: bool, dtype: torch.dtype, reason: str, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
     choice = choose_dtype(None, torch.device("cpu"))
     assert (choice.dtype, choice.reason) == (dtype, reason)
+    assert choose_dtype("bfloat16", torch.device("cpu")).reason == asked
 
 
 @pytest.mark.parametrize(
