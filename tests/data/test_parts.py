@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +17,7 @@ from tests import tiny
 from tests.engine.support import adapted, base_of, fused
 
 from tunesmith.data.collate import IGNORED, DocumentCollator
-from tunesmith.data.parts import split_batch
+from tunesmith.data.parts import even_shares, lanes_of, split_batch
 from tunesmith.engine.head import LossHead
 
 
@@ -134,3 +137,32 @@ def test_loss_and_gradients_of_the_parts_sum_to_those_of_the_batch(family: str, 
     for parameter, gradient in zip(parameters, exact, strict=True):
         assert parameter.grad is not None
         assert float((parameter.grad - gradient).norm()) <= 1e-9 * float(gradient.norm())
+
+
+def test_shares_are_evened_by_exchanging_entries() -> None:
+    # Placed one after the other, the largest first, they would be 16 and 14: 8 4 4 and 7 7.
+    assert even_shares([8, 7, 7, 4, 4], 2) == [[1, 3, 4], [0, 2]]
+    generator, found, possible = random.Random(0), 0.0, 0.0
+    for _ in range(200):
+        sizes = [generator.lognormvariate(5, 0.9) for _ in range(8)]
+        shares = even_shares(sizes, 2)
+        best = min(max(part, sum(sizes) - part) for part in map(sum, powerset(sizes)))
+        if shares is None:
+            assert best > 0.55 * sum(sizes)
+            continue
+        assert sorted(index for share in shares for index in share) == list(range(8))
+        found += max(sum(sizes[index] for index in share) for share in shares)
+        possible += best
+    assert possible <= found < 1.01 * possible
+
+
+def powerset(sizes: list[float]) -> Iterator[tuple[float, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(sizes, count) for count in range(len(sizes) + 1))
+
+
+def test_a_long_document_counts_for_more_than_its_tokens() -> None:
+    documents = [{"input_ids": range(n), "labels": range(n), "where": [f"{n}"]} for n in (400, 100, 100, 100, 100)]
+    batch = DocumentCollator()(documents)
+    assert {tuple(lane["lengths"]) for lane in lanes_of(batch, 2, width=4096)} == {(400,), (100,) * 4}
+    # Four widths of tokens before a token take as long as all else: 400 (1 + 1) beside 4 * 100 (1 + 1/4) is too uneven.
+    assert lanes_of(batch, 2, width=100) == [batch]

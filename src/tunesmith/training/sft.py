@@ -259,12 +259,12 @@ class SFTTrainer(RunTrainer):
 
     def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
         """Return the loss of a part after its backward; in lanes where the plan and the part allow it."""
-        least = least_tokens(self.head.model.get_input_embeddings().embedding_dim)
+        width = self.head.model.get_input_embeddings().embedding_dim
         lanes = [part]
         # Whoever has written a loss of his own does not expect to be called by two threads.
         own_loss = type(self).compute_loss is not SFTTrainer.compute_loss
-        if self.plan.lanes > 1 and divisor is not None and not own_loss and sum(part["lengths"]) >= least:
-            lanes = lanes_of(part, self.plan.lanes, multiple=self.axis_multiple)
+        if self.plan.lanes > 1 and divisor is not None and not own_loss and sum(part["lengths"]) >= least_tokens(width):
+            lanes = lanes_of(part, self.plan.lanes, width=width, multiple=self.axis_multiple)
         if len(lanes) < 2:
             return super().training_step(model, part, divisor)
         model.train()
