@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_WIDTHS = {None: "", "4bit": ", linear layers in 4 bits", "8bit": ", linear layers in 8 bits"}
 
 
 @settings_flags(["load_in_4bit", "load_in_8bit", "load_in_16bit"])
@@ -185,7 +186,7 @@ def _greet(engine: Engine, names: _Names, bound: socket.socket, has_key: bool) -
     key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
     lines = [
         f"serving at {url} (Ctrl-C ends)",
-        f"base: {names.base} ({facts.dtype.name}, window of {engine.window:,} tokens)",
+        f"base: {names.base} ({facts.dtype.name}{_WIDTHS[facts.width]}, window of {engine.window:,} tokens)",
         f"adapters: {', '.join(names.adapters) or 'none'}",
     ]
     if not has_key and host not in _LOCAL:
