@@ -84,7 +84,7 @@ def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def supports(query: Any, key: Any, value: Any, lengths: Any, *, softcap: Any = None) -> tuple[bool, str]:
         sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, lengths)))
-        return cuda._fits(torch.bfloat16, *sizes, softcap)
+        return cuda.fits(torch.bfloat16, *sizes, softcap)
 
     monkeypatch.setattr(cuda, "supports", supports)
 
@@ -165,13 +165,13 @@ def test_no_tokens() -> None:
     ],
 )
 def test_what_does_not_fit_has_a_reason(sizes: tuple[Any, ...], reason: str) -> None:
-    possible, said = cuda._fits(*sizes)
+    possible, said = cuda.fits(*sizes)
     assert not possible and reason in said
 
 
 def test_what_fits() -> None:
-    assert cuda._fits(torch.bfloat16, 32, 128, 128, 2**19 - 129, 1, None) == (True, "")
-    assert cuda._fits(torch.float16, 9, 64, 64, 8192, 40, None) == (True, "")
+    assert cuda.fits(torch.bfloat16, 32, 128, 128, 2**19 - 129, 1, None) == (True, "")
+    assert cuda.fits(torch.float16, 9, 64, 64, 8192, 40, None) == (True, "")
 
 
 def test_tensors_on_a_cpu_are_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
