@@ -106,6 +106,7 @@ class LossHead:
                 logit_scale=self._logit_scale,
                 softcap=self._softcap,
                 label_smoothing=smoothing,
+                has_idle=batch.get("has_idle", False),
             )
         logits = self._trained_logits(batch)
         return (
