@@ -9,9 +9,9 @@ CUDA graph is launched at once, but reads and writes the same places in every ru
   ``.grad`` of the parameters: micro-batches add up there, whether they ran from a recording or not;
 * what is allocated on the way comes from one pool of memory that all recordings share, since they run one at a time.
 
-A bucket is run as it is when it is first seen, which compiles and allocates whatever a first run does, and recorded when
-it is seen again. A :class:`Recorder` does both: that for CUDA, or :class:`PlainRecorder`, which runs the work again and
-is the truth that a recording is compared with.
+A bucket is run as it is when it is first seen, which compiles and allocates whatever a first run does, and recorded
+when it is seen again. A :class:`Recorder` does both: that for CUDA, or :class:`PlainRecorder`, which runs the work again
+and is the truth that a recording is compared with.
 
 Not yet run on a GPU.
 """
@@ -207,9 +207,15 @@ class GraphRunner:
         else:
             self._recorder.run(partial(self._compute, run))
             self.launched += 1
+            if not self.recorded:
+                self._known = self._state()  # a first run may put weights that were moved side by side
         self._sums.attach()
         # A copy: the next run writes the same place.
         return run.loss.clone()
+
+    def counts(self) -> dict[str, int]:
+        """Return recordings, and micro-batches run from one and as they are, by name."""
+        return {"recorded": self.recorded, "replayed": self.replayed, "launched": self.launched}
 
     def close(self) -> None:
         """Give all recordings and their memory back; gradients stay."""

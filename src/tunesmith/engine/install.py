@@ -112,9 +112,7 @@ class Engine:
         self.policies, self.is_chosen = chosen, True
 
     @contextmanager
-    def batch(
-        self, lengths: Sequence[int] | Documents, rows: torch.Tensor | None = None
-    ) -> Iterator[_Batch]:
+    def batch(self, lengths: Sequence[int] | Documents, rows: torch.Tensor | None = None) -> Iterator[_Batch]:
         """Tell the layers, for one forward of this thread, the documents and the rows that are needed at its end.
 
         When the last layer cut its output down to ``rows``, ``cut`` of what is yielded is True.

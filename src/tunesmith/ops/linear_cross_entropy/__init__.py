@@ -30,8 +30,7 @@ def linear_cross_entropy(
     """Return ``sum(cross_entropy(logits, targets)) / divisor``, ``logits = cap(scale * (hidden @ weight.T + bias))``.
 
     Equals :func:`reference.linear_cross_entropy`; holds the logits of one chunk of rows at a time and no logits for the
-    backward. Give only the rows that carry a label; where a number of rows is fixed beforehand, those that are left over
-    may be idle.
+    backward. Give only the rows that carry a label; where their number is fixed beforehand, the others may be idle.
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64; N may be 0 (the loss is then 0 with a graph).
