@@ -1,24 +1,21 @@
 """Micro-batches from recordings, without a GPU: everything but the recording itself.
 
 ``PlainRecorder`` runs the work again where a CUDA graph would be replayed, so padding, buffers and gradients are those
-of a graph. That the work asks the device for nothing is shown on the meta device, where an answer does not exist.
+of a graph.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.utils._pytree as pytree
 from tests import tiny
 from tests.engine.support import adapted, assert_same, base_of, fused, layers_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.data.collate import DocumentCollator
 from tunesmith.engine import graphs
@@ -26,8 +23,6 @@ from tunesmith.engine.graphs import Bucket, GraphRunner, PlainRecorder, bucket_o
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
-from tunesmith.ops import dispatch
-from tunesmith.ops.attention_varlen import cuda
 
 
 def joined(*lengths: int, seed: int = 0, trained: bool = True) -> dict[str, Any]:
@@ -449,94 +444,3 @@ def test_another_error_is_raised(cause: BaseException, last: BaseException | Non
     with pytest.raises(type(cause if last is None else last)):
         run.step(BATCHES[1], 17.0)
     assert run.off is None
-
-
-# ---- nothing is asked of the device ----
-
-
-class Silent(TorchDispatchMode):
-    """Fails where the host would wait for a device, or copy to it."""
-
-    _ASKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-        # It makes its tensor on the host and copies it, which no mode sees.
-        refusal = AssertionError("torch.tensor copies to the device")
-        self._constructor = mock.patch.object(torch, "tensor", side_effect=refusal)
-
-    def __enter__(self) -> Silent:
-        """Begin to watch."""
-        self._constructor.start()
-        return super().__enter__()
-
-    def __exit__(self, *reasons: Any) -> None:
-        """End."""
-        super().__exit__(*reasons)
-        self._constructor.stop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        self.seen.add(name)
-        assert not name.startswith(self._ASKS), f"{name} waits for the device"
-        leaves = pytree.tree_leaves((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        # A number on the host becomes an argument of a kernel, unless it is to be copied.
-        free = 0 if "copy" in name else 1
-        assert all(x.is_meta or x.ndim < free for x in tensors), f"{name} reads a tensor on the host"
-        found = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-        assert all(x.is_meta or x.ndim == 0 for x in made), f"{name} makes a tensor on the host"
-        return found
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the meta device take the way of a GPU, as far as it is Python: torch's flash attention, 16 bits."""
-    module = dispatch._module
-    monkeypatch.setattr(
-        dispatch, "_module", lambda op, found: module(op, "cuda" if op == "attention_varlen" else found)
-    )
-    monkeypatch.setattr(cuda, "missing", lambda device: None)
-    monkeypatch.setattr("tunesmith.engine.read._special", lambda weight: None)
-    # There is no autocast on the meta device, and none in a step.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
-    monkeypatch.setattr(torch, "autocast", lambda *given, **settings: nullcontext())
-
-
-def on_meta(family: str) -> Any:
-    changes = {"attn_logit_softcapping": None} if family == "gemma2" else {}
-    model = fused(family, adapter={}, **changes).to(torch.bfloat16)
-    stacks = [layer._stacks() for layer in layers_of(model)]  # as the step before a recording makes them
-    for layer, own in zip(layers_of(model), stacks, strict=True):
-        there = [x.to("meta") for x in own]
-        layer.__dict__["_stacks"] = lambda there=there: there
-    return model.to("meta")
-
-
-@pytest.mark.parametrize("policy", [Policy.NONE, Policy.SEL_MIN, Policy.FULL])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"])
-def test_the_work_asks_the_device_for_nothing(family: str, policy: Policy, as_on_a_gpu: None) -> None:
-    model = on_meta(family)
-    engine_of(model).set_policy(policy)  # type: ignore[union-attr]
-    run = runner(model)
-    run._sums = graphs._GradientSums([p for p in model.parameters() if p.requires_grad])
-    work = graphs._Run(Bucket(256, 4, 64), torch.device("meta"), torch.float32)
-    with Silent() as mode:
-        run._compute(work)
-    assert not engine_of(model).notes  # type: ignore[union-attr]
-    assert {"_flash_attention_forward.default", "_flash_attention_backward.default"} <= mode.seen
-    assert "_foreach_add_.List" in mode.seen and run._sums._reached and all(run._sums._reached)
-
-
-def test_lengths_on_the_host_would_be_seen(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test before can fail: without the bounds on the device the attention copies them there."""
-    model = on_meta("llama")
-    run = runner(model)
-    run._sums = graphs._GradientSums([p for p in model.parameters() if p.requires_grad])
-    work = graphs._Run(Bucket(256, 4, 64), torch.device("meta"), torch.float32)
-    work.inputs.batch["lengths"] = (100, 156)
-    monkeypatch.setattr("tunesmith.engine.head._documents", lambda batch: batch["lengths"])
-    with pytest.raises(AssertionError, match=r"torch\.tensor copies"), Silent():
-        run._compute(work)

@@ -10,8 +10,8 @@ CUDA graph is launched at once, but reads and writes the same places in every ru
 * what is allocated on the way comes from one pool of memory that all recordings share, since they run one at a time.
 
 A bucket is run as it is when it is first seen, which compiles and allocates whatever a first run does, and recorded
-when it is seen again. A :class:`Recorder` does both: that for CUDA, or :class:`PlainRecorder`, which runs the work again
-and is the truth that a recording is compared with.
+when it is seen again. A :class:`Recorder` does both: that for CUDA, or :class:`PlainRecorder`, which runs the work
+again and is the truth that a recording is compared with.
 
 Not yet run on a GPU.
 """
@@ -180,7 +180,7 @@ class GraphRunner:
         self._runs: dict[Bucket, _Run] = {}
         self._sums = _GradientSums([])
         self._known: Any = None
-        self._resets = -1  # The first one is no surprise.
+        self._resets = 0
         self.recorded = self.replayed = self.launched = 0
         self.off: str | None = None
 
@@ -259,8 +259,8 @@ class GraphRunner:
         state = self._state()
         if state == self._known:
             return True
+        self._resets += self._known is not None
         self.close()
-        self._resets += 1
         if self._resets > _MOST_RESETS:
             self._switch_off("weights are moved, or other ones trained, again and again")
             return False

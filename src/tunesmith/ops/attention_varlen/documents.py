@@ -44,6 +44,6 @@ def host_lengths(documents: Lengths) -> tuple[int, ...]:
 def bounds_of(documents: Lengths, device: torch.device) -> tuple[torch.Tensor, int]:
     """Return the bounds, int32 on ``device``, and the longest length; from lengths alone a copy to the device."""
     if isinstance(documents, Documents):
-        return documents.bounds, documents.longest
+        return documents.bounds.to(device), documents.longest
     present = [length for length in documents if length]
     return torch.tensor([0, *accumulate(present)], dtype=torch.int32, device=device), max(present)
