@@ -86,23 +86,24 @@ def test_work_runs_and_is_recorded_on_one_stream_with_one_pool(fake_cuda: Cuda) 
     ]  # fmt: skip
     log.clear()
     replays = [recorder.record(work) for _ in range(2)]
-    assert log == [("graph", (0, 1), "own", False), "work", "end of graph"] * 2 and gc.isenabled()
+    recorded = [("stream", "main"), ("graph", (0, 1), "own", False), "work", "end of graph", "end of stream"]
+    assert log == recorded * 2 and gc.isenabled()
     log.clear()
     replays[0]()
     assert log == ["replay"]
     # A pool whose graphs are all gone cannot be used again.
     recorder.forget()
     recorder.record(work)
-    assert log[1] == ("graph", (0, 2), "own", False)
+    assert log[2] == ("graph", (0, 2), "own", False)
 
 
-def test_a_recording_that_fails_leaves_the_collector_awake(fake_cuda: Cuda) -> None:
+def test_a_recording_that_fails_leaves_the_collector_awake_and_the_stream_that_was(fake_cuda: Cuda) -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         CudaRecorder(torch.device("cuda", 0)).record(fail)
-    assert gc.isenabled() and fake_cuda.log[-1] == "end of graph"
+    assert gc.isenabled() and fake_cuda.log[0] == ("stream", "main") and fake_cuda.log[-1] == "end of stream"
 
 
 # ---- nothing is asked of the device ----

@@ -84,7 +84,7 @@ def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda._note.cache_clear()
 
     def supports(query: Any, key: Any, value: Any, lengths: Any, *, softcap: Any = None) -> tuple[bool, str]:
-        sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, lengths)))
+        sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, host_lengths(lengths))))
         return cuda.fits(torch.bfloat16, *sizes, softcap)
 
     monkeypatch.setattr(cuda, "supports", supports)

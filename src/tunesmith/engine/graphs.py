@@ -126,8 +126,9 @@ class CudaRecorder:
         Raises:
             RuntimeError: from torch, where it does, or memory is too small.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), _collector_asleep():
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        # A recording that fails leaves its stream as the current one: torch.cuda.stream puts the other one back.
+        with torch.cuda.device(self._device), torch.cuda.stream(current), _collector_asleep():
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
