@@ -62,6 +62,8 @@ def test_a_small_model_on_a_gpu_uses_them(family: str, card: None) -> None:
         ({"device": torch.device("cpu")}, {}, "there is no GPU"),
         ({"world_size": 2}, {}, "several processes sum gradients"),
         ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha draws other noise in every step"),
+        ({"deepspeed": "zero2.json"}, {}, "deepspeed has its own way through a step"),
+        ({"torch_empty_cache_steps": 4}, {}, "torch_empty_cache_steps has its own way through a step"),
         ({"optim": "adalomo"}, {}, "the optimizer updates weights in the middle of the backward pass"),
         ({}, {"policies": (Policy.NONE, Policy.OFFLOAD)}, "inputs of layers go to host memory and back"),
         ({}, {"host_bound": 255}, "the GPU computes longer than it takes to launch its kernels"),

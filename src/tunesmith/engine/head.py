@@ -92,7 +92,8 @@ class LossHead:
     def loss(self, batch: dict[str, Any], divisor: float | torch.Tensor) -> torch.Tensor:
         """Return the summed loss of a packed batch over ``divisor``, a float32 scalar with a graph.
 
-        ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes.
+        ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes; with ``has_idle`` some of its rows
+        have the target -100 and give nothing (``graphs.py``).
         """
         smoothing = self.label_smoothing if self.model.training else 0.0
         if self.skips_logits:

@@ -74,6 +74,9 @@ def _obstacle(model: Any, args: Any, plan: TrainingPlan) -> str | None:
         return "there is no GPU"
     if args.world_size > 1:
         return "several processes sum gradients"
+    for name in ("deepspeed", "fsdp", "torch_empty_cache_steps"):
+        if getattr(args, name, None):
+            return f"{name} has its own way through a step"
     if engine is None or engine.plan.unknown or not engine.plan.known:
         return "decoder layers run as transformers wrote them"
     if Policy.OFFLOAD in plan.policies:
