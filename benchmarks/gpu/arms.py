@@ -2,8 +2,9 @@
 
 ``hf``: gradient checkpointing, bfloat16 autocast as Trainer's ``bf16=True`` has it, SDPA, full logits; documents of
 unlike length are padded, eight a micro-batch. ``hf-nockpt``: the same without checkpointing. ``ours-<policy>``: the
-engine's layers and the chunked loss, documents joined on one token axis. ``hf`` runs first and, once the engine has
-been taken out again, last: no difference smaller than theirs means anything.
+engine's layers and the chunked loss, documents joined on one token axis. ``ours-none-graphs``: the same from CUDA
+graphs. ``hf`` runs first and, once the engine has been taken out again, last: no difference smaller than theirs means
+anything.
 
 All start from the same adapter and see the same documents, so that their losses can be compared.
 """
@@ -23,11 +24,12 @@ from benchmarks.gpu import models
 from benchmarks.gpu.models import Work
 from benchmarks.gpu.stage import Stage, quantiles
 
-__all__ = ["curve", "headline", "padded", "step_of_transformers", "timed"]
+__all__ = ["curve", "headline", "padded", "short_steps", "step_of_transformers", "timed"]
 
 _POLICIES = ("none", "sel_mlp", "sel_min", "full", "offload")
 _LEARNING_RATE = 2e-4
 _PADDED_ROWS = 8
+_CYCLE = 4
 
 # shape -> (work, steps before the clock, timed steps, arms), the most important first.
 _Plan = tuple[tuple[Work, int, int, tuple[str, ...]], ...]
@@ -46,23 +48,44 @@ _PLANS: dict[str, _Plan] = {
         (Work("packed", 2048), 4, 20, _SOME),
         (Work("dense", 8192), 2, 6, _SOME),
     ),
+    # Micro-batches that a GPU waits for: the same four again and again, all recorded before the clock begins.
+    "graphs": (
+        (Work("packed", 2048), 2 * _CYCLE, 20, ("hf", "ours-none", "ours-none-graphs", "ours-none", "hf")),
+        (Work("packed", 8192), 2 * _CYCLE, 8, ("ours-none", "ours-none-graphs")),
+    ),
+    "toy-graphs": ((Work("packed", 96, mean=20, longest=40), 2, 6, ("hf", "ours-none", "ours-none-graphs")),),
     "toy-llama": ((Work("dense", 16, 2), 1, 2, _EVERY),),
     "toy-qwen3": ((Work("dense", 24), 1, 1, _SOME),),
     "toy-small": ((Work("packed", 96, mean=20, longest=40), 0, 2, (*_SOME, "hf")),),
 }
 
 
-def headline(stage: Stage, shape: str) -> None:
-    """Record every arm of ``shape``; one that fails, or for which no time is left, says so."""
+def headline(stage: Stage, shape: str, *, plan: str | None = None, cycle: int | None = None) -> None:
+    """Record every arm of ``plan``, by default that of ``shape``; one that fails, or has no time left, says so.
+
+    With ``cycle`` the documents of a step come again after so many.
+    """
     session = _Session(stage, shape)
-    for work, warmup, steps, arms in _PLANS[shape]:
+    for work, warmup, steps, arms in _PLANS[plan or shape]:
         for index, arm in enumerate(arms):
             facts: dict[str, Any] = {"model": shape, "work": work.name, "arm": arm, "repeats": arm in arms[:index]}
             # The slowest arm came first: another one takes no longer.
             if stage.seconds_left < 2 * session.longest:
                 stage.record(**facts, missing="no time was left")
                 continue
-            stage.record(**facts, **session.arm(arm, work, warmup, steps))
+            stage.record(**facts, **session.arm(arm, work, warmup, steps, cycle=cycle))
+
+
+def short_steps(stage: Stage) -> None:
+    """Record what CUDA graphs give to steps that a GPU waits for."""
+    if stage.is_dry:
+        headline(stage, "toy-small", plan="toy-graphs", cycle=_CYCLE)
+    else:
+        headline(stage, "135m", plan="graphs", cycle=_CYCLE)
+
+
+class _NotUsedError(RuntimeError):
+    """CUDA graphs were given up."""
 
 
 def curve(stage: Stage, shape: str, work: Work, steps: int) -> None:
@@ -101,10 +124,12 @@ class _Session:
         self.longest = 0.0
         self._attention = self.base.config._attn_implementation
         self._engine: Any = None
+        self._graphs: Any = None
 
     def arm(self, arm: str, work: Work, warmup: int, steps: int, *, cycle: int | None = None) -> dict[str, Any]:
         """Train one arm from the start and return its figures, or ``failed`` with the reason."""
         began = time.time()
+        self._graphs = None
         gc.collect()
         if self.stage.device == "cuda":
             torch.cuda.empty_cache()
@@ -119,6 +144,8 @@ class _Session:
             facts = timed(self.model, step, batches, warmup=warmup, device=self.stage.device)
         except torch.OutOfMemoryError as error:
             return {"failed": f"out of memory: {str(error)[:200]}"}
+        except _NotUsedError as error:
+            return {"failed": str(error)}
         finally:
             self.model.zero_grad(set_to_none=True)
             self.longest = max(self.longest, time.time() - began)
@@ -146,6 +173,7 @@ class _Session:
             "notes": list(self._engine.notes) + self._head.reasons,
             "ops": [explain(op, x) for op in ops],
             "kept_bytes_expected": self._kept_bytes(),
+            **({} if self._graphs is None else {"graphs": self._graphs.counts()}),
         }
 
     def _kept_bytes(self) -> int:
@@ -171,7 +199,7 @@ class _Session:
         self.model.train()
         return step_of_transformers(self.model, self.stage.device, self.dtype)
 
-    def _ours(self, policy: str) -> Callable[[list[dict[str, Any]]], float]:
+    def _ours(self, variant: str) -> Callable[[list[dict[str, Any]]], float]:
         from tunesmith.core.versions import checkpoint_layers
         from tunesmith.data.collate import DocumentCollator
         from tunesmith.engine.attention import use_document_attention
@@ -188,8 +216,11 @@ class _Session:
             self._engine = install(self.base)
             self._head = LossHead(self.base)
             self._head.probe()
+        policy, _, way = variant.partition("-")
         self._engine.set_policy(Policy(policy))
         collate, device, head = DocumentCollator(), self.stage.device, self._head
+        if way == "graphs":
+            return self._replayed(collate)
 
         def step(rows: list[dict[str, Any]]) -> float:
             batch = collate(rows)
@@ -197,6 +228,22 @@ class _Session:
             loss = head.loss(batch, float(len(batch["targets"])))
             loss.backward()
             return float(loss.detach())
+
+        return step
+
+    def _replayed(self, collate: Callable[..., Any]) -> Callable[[list[dict[str, Any]]], float]:
+        from benchmarks.gpu.graphs import recorder_for
+        from tunesmith.engine.graphs import GraphRunner
+
+        graphs = GraphRunner(self._head, self.model, recorder_for(self.stage.device), most_tokens=2**20)
+        self._graphs = graphs
+
+        def step(rows: list[dict[str, Any]]) -> float:
+            batch = collate(rows)
+            loss = graphs.step(batch, float(len(batch["targets"])))
+            if loss is None:
+                raise _NotUsedError(f"CUDA graphs were not used: {graphs.off}")
+            return float(loss)
 
         return step
 

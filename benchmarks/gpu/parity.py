@@ -15,7 +15,7 @@ from tests.ops.kernel_cases import CASES, Case, cases_at, compare
 
 from benchmarks.gpu.stage import Stage
 
-__all__ = ["run"]
+__all__ = ["guarded", "run"]
 
 _SHAPES: dict[str, dict[str, int]] = {
     "8b": {"tokens": 1024, "hidden": 4096, "ffn": 14336, "heads": 32, "key_heads": 8, "size": 128, "classes": 128256},
@@ -42,7 +42,7 @@ def run(stage: Stage) -> None:
                 case=case.name, op=case.op, dtype=str(dtype).removeprefix("torch."), **_result(stage, case, dtype)
             )
     for name, check in _far_checks(stage).items():
-        stage.record(case=name, op=name.split(",")[0], dtype="bfloat16", **_guarded(check))
+        stage.record(case=name, op=name.split(",")[0], dtype="bfloat16", **guarded(check))
 
 
 def _cases(stage: Stage, *, every: int) -> Iterator[Case]:
@@ -66,10 +66,11 @@ def _result(stage: Stage, case: Case, dtype: torch.dtype) -> dict[str, Any]:
             },
         }
 
-    return {"implementation": implementation, **_guarded(check)}
+    return {"implementation": implementation, **guarded(check)}
 
 
-def _guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``check`` returns, or that it failed and how."""
     try:
         return check()
     # Whatever is wrong with one kernel, the others are still to be looked at.

@@ -13,7 +13,7 @@ from benchmarks import gpu_check
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["parity", "ceilings", "8b", "unsloth", "4b", "135m", "curve"]
+STAGES = ["parity", "ceilings", "8b", "unsloth", "4b", "135m", "graphs", "curve"]
 
 
 @pytest.fixture
@@ -42,7 +42,14 @@ def test_every_stage_runs_dry(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     ceilings = [record for record in records if record["stage"] == "ceilings"]
     assert len(ceilings) > 15 and all(r.get("gb_per_s", 0) > 0 or r.get("tflops", 0) > 0 for r in ceilings)
 
-    arms = [record for record in records if "tokens_per_s" in record]
+    checks = [record for record in records if record.get("op") == "CUDA graph"]
+    assert len(checks) == 2 and all(record["passes"] and record["graphs"]["replayed"] for record in checks)
+    short = [record for record in records if record["stage"] == "graphs" and "tokens_per_s" in record]
+    assert [record["arm"] for record in short] == ["hf", "ours-none", "ours-none-graphs"]
+    assert short[2]["losses"] == pytest.approx(short[1]["losses"], rel=1e-5) and len(short[2]["losses"]) == 8
+    assert short[2]["graphs"]["replayed"] > 0 and not short[2]["notes"]
+
+    arms = [record for record in records if "tokens_per_s" in record and record["stage"] != "graphs"]
     policies = {record["arm"] for record in arms if record["model"] == "toy-llama"}
     assert policies == {"hf", "hf-nockpt", *(f"ours-{p}" for p in ("none", "sel_mlp", "sel_min", "full", "offload"))}
     for model in ("toy-llama", "toy-qwen3", "toy-small"):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,3 +72,19 @@ def test_train_writes_and_compares_the_prediction(run, model_folder, rows_file, 
     record = json.loads((folder / "plan.json").read_text())
     numbers = json.loads((folder / "result.json").read_text())
     assert record["peak"] == numbers["predicted_peak_bytes"] and sum(record["parts"].values()) <= record["peak"]
+
+
+def test_on_a_gpu_the_plan_says_whether_graphs_are_used():
+    from tunesmith.cli.plan import _facts
+    from tunesmith.training.graphs import GraphChoice
+
+    plan = SimpleNamespace(
+        describe=lambda: "", reason="", together=lambda: "", tokens=1, peak=1, advice="take a smaller model"
+    )
+    work = SimpleNamespace(longest=1)
+    found = SimpleNamespace(plan=plan, work=work, dtype="bfloat16", stored={}, memory=2, graphs=None)
+    names = [name for name, _ in _facts(found, is_asked=False)]
+    found.graphs = GraphChoice(0, "a test")
+    rows = _facts(found, is_asked=False)
+    assert [row for row in rows if row[0] not in names] == [("CUDA graphs", "none: a test")]
+    assert rows[-1] == ("does not fit", "take a smaller model")

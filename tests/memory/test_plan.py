@@ -229,3 +229,37 @@ def test_a_run_that_is_continued_keeps_them() -> None:
     assert poor.restored(rich.record()).dense == 32 and rich.restored(poor.record()).dense == poor.dense < 32
     older = {name: value for name, value in rich.record().items() if name != "dense"}
     assert rich.restored(older).dense == 0
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {},
+    "4b": {"hidden": 2560, "ffn": 9728, "vocabulary": 151936, "count": 36, "base_bytes": 8 * GIB},
+    "135m": {"hidden": 576, "ffn": 1536, "vocabulary": 49152, "count": 30, "base_bytes": GIB // 4, "heads": 9,
+             "key_heads": 3, "head_dim": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("8b", 900, 1700), ("4b", 1900, 2700), ("135m", 24_000, 36_000)])
+def test_a_gpu_waits_for_its_host_below_some_tokens(name: str, low: int, high: int) -> None:
+    """0.15 s for a step: about 1,600 tokens for 8B, 2,300 for 4B and 29,000 for 135M, in documents of 8,192."""
+    own = SHAPES[name]
+    shape = large_shape(**own)
+    layer = replace(shape.layers[0], heads=shape.heads, key_heads=shape.key_heads, head_dim=shape.head_dim)
+    shape = replace(shape, layers=(layer,) * shape.count, ranks=(shape.ranks[0],) * shape.count)
+    plan = planned(False, shape=shape, length=8192, batch=1)
+    assert low < plan.host_bound < high
+    # Attention over short documents is less work a token, so that more tokens are waited for.
+    assert planned(False, shape=shape, length=256, batch=1).host_bound > plan.host_bound
+
+
+def test_a_cpu_launches_nothing_and_neither_do_layers_of_transformers() -> None:
+    assert planned(False, shape=large_shape(kind="cpu")).host_bound == 0
+    assert planned(False, shape=large_shape(layers=())).host_bound == 0
+
+
+def test_a_run_that_is_continued_keeps_what_is_waited_for() -> None:
+    plan = planned(False)
+    other = replace(plan, host_bound=7)
+    assert other.restored(plan.record()).host_bound == plan.host_bound > 0
+    older = {name: value for name, value in plan.record().items() if name != "host_bound"}
+    assert plan.restored(older).host_bound == 0

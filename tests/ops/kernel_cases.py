@@ -403,12 +403,16 @@ class _Loss:
     want_grad: bool = True
     grad_out: str = ""
     size: float = 3.0
+    has_idle: bool = False
 
     def inputs(self, memory: Memory) -> dict[str, Any]:
-        """Logits are float32 whatever the dtype is: that is the gradient's."""
+        """Logits are float32 whatever the dtype is: that is the gradient's. Every second row is idle, if any are."""
+        targets = memory.integers(self.classes, self.rows)
+        if self.has_idle:
+            targets[::2] = -100
         return {
             "logits": memory.draw(self.rows, self.classes, pad=self.pad, dtype=torch.float32, scale=self.size),
-            "targets": memory.integers(self.classes, self.rows),
+            "targets": targets,
         }
 
     def call(self, module: Any, given: dict[str, Any], memory: Memory) -> Tensors:
@@ -425,7 +429,7 @@ class _Loss:
             logits, given["targets"],
             torch.tensor(divisor, device=logits.device) if self.divisor_on_device else divisor,
             logit_scale=self.logit_scale, softcap=self.softcap, label_smoothing=self.smoothing,
-            want_grad=self.want_grad, grad_out=grad,
+            want_grad=self.want_grad, grad_out=grad, has_idle=self.has_idle,
         )  # fmt: skip
         return {"losses": losses, **({"grad": logits if grad is None else grad} if self.want_grad else {})}
 
@@ -457,6 +461,10 @@ _LOSSES = {
     "no gradient": _Loss(9, 431, want_grad=False, softcap=2.0, smoothing=0.2),
     "gradient apart": _Loss(6, 431, grad_out="apart", pad=5),
     "no rows": _Loss(0, 31),
+    "idle rows": _Loss(7, 431, has_idle=True, divisor=17.0, divisor_on_device=True),
+    "idle rows, everything": _Loss(
+        9, 431, pad=1, logit_scale=3.0, softcap=2.0, smoothing=0.2, grad_out="apart", has_idle=True
+    ),
 }
 
 

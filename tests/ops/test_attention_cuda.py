@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.ops.attention_varlen import cpu, cuda, reference
+from tunesmith.ops.attention_varlen.documents import Documents, host_lengths
 
 FORWARD = torch.ops.aten._flash_attention_forward.default
 BACKWARD = torch.ops.aten._flash_attention_backward.default
@@ -34,8 +35,8 @@ def settings_of(call: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
     bounds = call["cum_seq_q"]
     lengths = tuple((bounds[1:] - bounds[:-1]).tolist())
     assert bounds.dtype == torch.int32 and torch.equal(bounds, call["cum_seq_k"])
-    assert bounds[0] == 0 and bounds[-1] == len(call["query"]) and call["max_q"] == call["max_k"] == max(lengths)
-    assert call["is_causal"] and call["dropout_p"] == 0.0 and min(lengths) > 0
+    assert bounds[0] == 0 and bounds[-1] == len(call["query"]) and call["max_q"] == call["max_k"] >= max(lengths)
+    assert call["is_causal"] and call["dropout_p"] == 0.0 and min(lengths) >= 0
     left, right = call["window_size_left"], call["window_size_right"]
     assert (left is None and right is None) or (left >= 0 and right == 0)
     return lengths, {"scale": call["scale"], "window": None if left is None else left + 1}
@@ -83,8 +84,8 @@ def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda._note.cache_clear()
 
     def supports(query: Any, key: Any, value: Any, lengths: Any, *, softcap: Any = None) -> tuple[bool, str]:
-        sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, lengths)))
-        return cuda._fits(torch.bfloat16, *sizes, softcap)
+        sizes = (query.shape[1], query.shape[2], value.shape[2], query.shape[0], sum(map(bool, host_lengths(lengths))))
+        return cuda.fits(torch.bfloat16, *sizes, softcap)
 
     monkeypatch.setattr(cuda, "supports", supports)
 
@@ -102,12 +103,32 @@ def test_the_call_means_what_plain_torch_computes(lengths: tuple[int, ...], wind
         returned, kept = cuda.forward(query, key, value, lengths, **settings, out=out)
         cuda.backward(dout, query, key, value, out, kept, lengths, **settings, **targets)
     assert returned is out and len(kept) == 1 and len(mode.calls) == 2
+    assert all(call["max_q"] == max(lengths) and len(call["cum_seq_q"]) == 1 + sum(map(bool, lengths))
+               for call in mode.calls)  # fmt: skip
 
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     expected = reference.attention_varlen(*(x.transpose(0, 1) for x in leaves), lengths, **settings)
     torch.testing.assert_close(out, expected.detach())
     for target, grad in zip(targets.values(), torch.autograd.grad(expected, leaves, dout), strict=True):
         torch.testing.assert_close(target, grad, atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_that_are_on_the_device_are_taken_as_they_are() -> None:
+    query, key, value = inputs(12)
+    bounds = torch.tensor([0, 5, 12, 12, 12], dtype=torch.int32)
+    documents = Documents(bounds, 256)
+    assert len(documents) == 4 and host_lengths(documents) == (5, 7, 0, 0)
+    found = [[torch.empty(x.shape) for x in (query, key, value)] for _ in range(2)]
+    dout = torch.randn(query.shape)
+    with Kernels() as mode:
+        out, kept = cuda.forward(query, key, value, documents, scale=0.3)
+        cuda.backward(dout, query, key, value, out, kept, documents, scale=0.3, **named_targets(found[0]))
+    assert all(call["cum_seq_q"] is bounds and call["max_q"] == 256 for call in mode.calls) and len(mode.calls) == 2
+    plain, _ = cpu.forward(query, key, value, documents, scale=0.3)
+    cpu.backward(dout, query, key, value, plain, (), documents, scale=0.3, **named_targets(found[1]))
+    assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # What the host knows is not read from the device.
+    assert host_lengths(Documents(bounds, 256, (12,))) == (12,)
 
 
 def test_without_out_the_result_is_not_copied() -> None:
@@ -165,13 +186,13 @@ def test_no_tokens() -> None:
     ],
 )
 def test_what_does_not_fit_has_a_reason(sizes: tuple[Any, ...], reason: str) -> None:
-    possible, said = cuda._fits(*sizes)
+    possible, said = cuda.fits(*sizes)
     assert not possible and reason in said
 
 
 def test_what_fits() -> None:
-    assert cuda._fits(torch.bfloat16, 32, 128, 128, 2**19 - 129, 1, None) == (True, "")
-    assert cuda._fits(torch.float16, 9, 64, 64, 8192, 40, None) == (True, "")
+    assert cuda.fits(torch.bfloat16, 32, 128, 128, 2**19 - 129, 1, None) == (True, "")
+    assert cuda.fits(torch.float16, 9, 64, 64, 8192, 40, None) == (True, "")
 
 
 def test_tensors_on_a_cpu_are_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,15 @@ CASES = {
 }
 
 
+def with_idle_rows(given: dict[str, Any]) -> dict[str, Any]:
+    targets = given["targets"].clone()
+    targets[1::3] = -100
+    return {**given, "targets": targets, "has_idle": True}
+
+
+CASES |= {f"idle rows, {name}": with_idle_rows(CASES[name]) for name in ("plain", "everything", "tensor divisor")}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_equal_the_reference(name: str) -> None:
     # logsumexp of large sums is exact to about 1e-9 only relative to the largest term, as in the reference.
@@ -181,3 +190,24 @@ def test_log_probs_are_as_accurate_as_plain_torch(dtype: torch.dtype) -> None:
 def test_log_probs_refuse_shapes_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match=r"\(N, D\), \(V, D\) and \(N,\) are needed"):
         linear_log_probs(**{**loss_inputs(7), "hidden": torch.zeros(7, 5)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_idle_rows_give_nothing_whatever_is_in_them(dtype: torch.dtype) -> None:
+    given = {name: x.detach().to(dtype) if x.is_floating_point() else x for name, x in loss_inputs(6).items()}
+    given["targets"][2:4] = -100
+    given["hidden"][2:4] = float("nan")
+    hidden = given.pop("hidden").requires_grad_()
+    loss = linear_cross_entropy(hidden, **given, has_idle=True)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    kept = [0, 1, 4, 5]
+    assert bool((grad[2:4] == 0).all()) and bool(grad[kept].abs().sum(1).all())
+    alone = linear_cross_entropy(hidden.detach()[kept], given["weight"], given["targets"][kept])
+    torch.testing.assert_close(loss.detach(), alone)
+
+
+def test_only_idle_rows_have_a_loss_of_zero() -> None:
+    given = {**loss_inputs(3), "targets": torch.full((3,), -100)}
+    loss = linear_cross_entropy(**given, has_idle=True)
+    grads = torch.autograd.grad(loss, [given["hidden"], given["weight"]])
+    assert loss.item() == 0 and all(bool((grad == 0).all()) for grad in grads)

@@ -129,6 +129,8 @@ def _facts(found: Preview, *, is_asked: bool) -> list[tuple[str, str]]:
             f"{plan.together()}; the largest part has {plan.tokens:,}, the longest row {found.work.longest:,}",
         ),
     ]
+    if found.graphs is not None:
+        rows.append(("CUDA graphs", str(found.graphs)))
     return rows if plan.advice is None else [*rows, ("does not fit", plan.advice)]
 
 

@@ -138,10 +138,12 @@ def _task_rows(trainer: SFTTrainer | TaskTrainer) -> list[tuple[str, str]]:
 def _language_rows(trainer: SFTTrainer | TaskTrainer, steps: int) -> list[tuple[str, str]]:
     if trainer.plan is None:
         return []
+    on_gpu = trainer.args.device.type == "cuda"
     return [
         ("trained on", _trained_tokens(trainer)),
         ("per step", _per_step(trainer, steps)),
         ("memory", plan_in_short(trainer.plan)),
+        *([("CUDA graphs", str(trainer.graph_choice))] if on_gpu else []),
     ]
 
 

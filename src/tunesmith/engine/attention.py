@@ -56,12 +56,13 @@ def _needs_eager(model: PreTrainedModel) -> bool:
 def _mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """Build no mask where the token axis itself says everything, else the one transformers' SDPA would get.
 
-    Padding beside whole sequences becomes a one-dimensional int32 tensor: the lengths of all documents of the batch.
+    Padding beside whole sequences becomes a one-dimensional int32 tensor: the lengths of all documents of the batch. A
+    mask that is given with one dimension says that the documents are known otherwise (``cu_seq_lens_q``).
     """
     from transformers.masking_utils import sdpa_mask
 
     is_plain = q_length == kv_length and not kwargs.get("use_vmap", False)
-    if is_plain and attention_mask is None:
+    if is_plain and (attention_mask is None or attention_mask.ndim == 1):
         return None
     if is_plain and attention_mask is not None and attention_mask.shape[-1] == kv_length:
         lengths = _padded_lengths(attention_mask)

@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.engine.host import compute_device
 from tunesmith.engine.install import engine_of
+from tunesmith.ops.attention_varlen.documents import Documents
 from tunesmith.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class LossHead:
     def loss(self, batch: dict[str, Any], divisor: float | torch.Tensor) -> torch.Tensor:
         """Return the summed loss of a packed batch over ``divisor``, a float32 scalar with a graph.
 
-        ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes.
+        ``batch`` is what :class:`tunesmith.data.collate.DocumentCollator` makes; with ``has_idle`` some of its rows
+        have the target -100 and give nothing (``graphs.py``).
         """
         smoothing = self.label_smoothing if self.model.training else 0.0
         if self.skips_logits:
@@ -105,6 +107,7 @@ class LossHead:
                 logit_scale=self._logit_scale,
                 softcap=self._softcap,
                 label_smoothing=smoothing,
+                has_idle=batch.get("has_idle", False),
             )
         logits = self._trained_logits(batch)
         return (
@@ -128,7 +131,7 @@ class LossHead:
         engine = engine_of(self.model)
         if engine is None or not self.joins_documents:
             return torch.cat([self._hidden(*part) for part in self._parts(batch)])[batch["rows"]]
-        with engine.batch(batch["lengths"], batch["rows"]) as told:
+        with engine.batch(_documents(batch), batch["rows"]) as told:
             hidden = self._hidden(*self._parts(batch)[0])
         return hidden if told.cut else hidden[batch["rows"]]
 
@@ -156,6 +159,10 @@ class LossHead:
     ) -> torch.Tensor:
         decoder = self.model.get_decoder()
         bounds = bounds_kwargs(cu_seqlens, max_length)
+        engine = engine_of(self.model)
+        if engine is not None and not engine.plan.unknown:
+            # transformers compares positions, and waits for the device, only where there is no mask.
+            bounds["attention_mask"] = position_ids[0]
         inputs: dict[str, torch.Tensor] = {"input_ids": input_ids}
         if self.noise_alpha is not None and self.model.training:
             inputs = {"inputs_embeds": self._noisy(input_ids, cu_seqlens)}
@@ -182,6 +189,12 @@ class LossHead:
         logits = torch.nn.functional.linear(hidden, projection.weight, getattr(projection, "bias", None)).float()
         logits = logits * self._logit_scale
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+
+def _documents(batch: dict[str, Any]) -> Documents:
+    """Return the documents of ``batch`` with the bounds that are on the device, so that no layer copies them there."""
+    given = batch["lengths"]
+    return given if isinstance(given, Documents) else Documents(batch["cu_seqlens"], batch["max_length"], tuple(given))
 
 
 def _unwrapped(projection: Any) -> Any:

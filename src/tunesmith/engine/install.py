@@ -35,6 +35,7 @@ from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import read_blocks, read_norm, read_projection, unreadable
 from tunesmith.engine.scratch import Scratch
+from tunesmith.ops.attention_varlen.documents import Documents, Lengths
 from tunesmith.ops.lora_linear.cpu import Projection
 
 __all__ = ["Engine", "PatchPlan", "engine_of", "install", "plan"]
@@ -111,13 +112,13 @@ class Engine:
         self.policies, self.is_chosen = chosen, True
 
     @contextmanager
-    def batch(self, lengths: Sequence[int], rows: torch.Tensor | None = None) -> Iterator[_Batch]:
+    def batch(self, lengths: Sequence[int] | Documents, rows: torch.Tensor | None = None) -> Iterator[_Batch]:
         """Tell the layers, for one forward of this thread, the documents and the rows that are needed at its end.
 
         When the last layer cut its output down to ``rows``, ``cut`` of what is yielded is True.
         """
         thread = threading.get_ident()
-        self._batches[thread] = _Batch(tuple(lengths), rows)
+        self._batches[thread] = _Batch(lengths if isinstance(lengths, Documents) else tuple(lengths), rows)
         try:
             yield self._batches[thread]
         finally:
@@ -147,7 +148,7 @@ class Engine:
             self.notes.append(reason)
             _log.warning("decoder layers run as transformers wrote them, slower: %s", reason)
 
-    def lengths(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def lengths(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Lengths:
         """Return the documents on the flattened token axis of ``hidden`` (B, T, D)."""
         thread = threading.get_ident()
         told = self._batches.get(thread)
@@ -176,7 +177,7 @@ class Engine:
 
 @dataclass
 class _Batch:
-    lengths: tuple[int, ...]
+    lengths: Lengths
     rows: torch.Tensor | None
     cut: bool = False
 

@@ -23,6 +23,7 @@ import torch
 from tunesmith.engine.families import LayerShape
 from tunesmith.engine.policies import Policy, kept_names
 from tunesmith.engine.scratch import Loan, Scratch
+from tunesmith.ops.attention_varlen.documents import Lengths
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.lora_linear import cpu as lora
 from tunesmith.ops.lora_linear.cpu import Projection, dense_shape, write_out
@@ -54,7 +55,7 @@ class LayerCall:
         norms: weights before attention, after it, before the MLP, after it.
         head_norms: weights of the query and key norms, or None.
         cos, sin: (T, Er).
-        lengths: of the documents on the token axis.
+        lengths: of the documents on the token axis, or where they lie on the device.
         rows: (N,) int64 rows of the output that are computed, or None for all.
         parameters: the tensors that may get a gradient, in the order in which autograd gets them.
         scratch: buffers of the engine.
@@ -68,7 +69,7 @@ class LayerCall:
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
     cos: torch.Tensor
     sin: torch.Tensor
-    lengths: tuple[int, ...]
+    lengths: Lengths
     rows: torch.Tensor | None
     parameters: tuple[torch.Tensor, ...]
     scratch: Scratch

@@ -54,6 +54,9 @@ _SPEED = {
     ("cuda", 8): (30e3, 20e3, 3000.0),
 }
 _DISK_GBPS, _HOST_GBPS = 0.5, 50.0
+# Seconds that Python takes to launch forward and backward of one layer: 0.15 for the 32 of an 8B model. An assumption.
+_LAUNCH_S = 0.15 / 32
+_MOST_HOST_BOUND = 2**16
 _LADDER = (Policy.NONE, Policy.SEL_MLP, Policy.SEL_MIN, Policy.FULL)
 _FIXED = {False: Policy.NONE, True: Policy.FULL, "selective": Policy.SEL_MIN, "offload": Policy.OFFLOAD}
 _CPU_TOKENS = (512, 1024, 2048, 4096)
@@ -88,6 +91,7 @@ class TrainingPlan:
         advice: the cheapest change that fits, when nothing that was asked for does.
         lanes: parts of what is computed together that threads compute side by side.
         dense: layers whose quantized weights stay written out, where every layer keeps all.
+        host_bound: tokens of a part up to which a GPU computes for less time than it takes to launch its kernels.
     """
 
     mode: bool | str
@@ -104,6 +108,7 @@ class TrainingPlan:
     least: int = 0
     lanes: int = 1
     dense: int = 0
+    host_bound: int = 0
 
     @property
     def fits(self) -> bool:
@@ -132,8 +137,8 @@ class TrainingPlan:
         """Return this plan with the choice that ``record`` holds: that of the run which is continued."""
         chosen = tuple(Policy(name) for name in record["policies"])
         # Records of older runs have no lanes: they had one.
-        record = {"lanes": 1, "dense": 0, **record}
-        names = ("part_tokens", "lanes", "dense")
+        record = {"lanes": 1, "dense": 0, "host_bound": 0, **record}
+        names = ("part_tokens", "lanes", "dense", "host_bound")
         if chosen == self.policies and all(record[name] == getattr(self, name) for name in names):
             return self
         same = {name: record[name] for name in (*names, "parts", "phases", "peak", "reason", "tokens")}
@@ -218,6 +223,7 @@ def plan_training(
         advice=advice,
         lanes=planner.lanes_under(chosen.policies),
         dense=dense,
+        host_bound=_host_bound(shape, chosen.policies, work),
         least=min(planner.try_out(p, t).estimate.peak for t in _token_choices(shape.kind, work, splits)[:1]
                   for p in _policy_choices(shape, "auto")[-1:]),
     )  # fmt: skip
@@ -363,6 +369,17 @@ def _time(shape: MemoryShape, policies: Sequence[Policy], part: PartShape, work:
     flops += 4 * shape.vocabulary * shape.hidden * share
     seconds = flops / (gemm * 1e9 * _rate(shape.kind, tokens)) + slow / (attention * 1e9) + kept / (fresh * 1e9)
     return seconds + 2 * moved / ((_DISK_GBPS if shape.kind == "cpu" else _HOST_GBPS) * 1e9)
+
+
+def _host_bound(shape: MemoryShape, policies: Sequence[Policy], work: Work) -> int:
+    """Return the most tokens of a part that are computed in less time than launching their kernels takes."""
+    if shape.kind != "cuda" or not shape.layers:
+        return 0
+
+    def is_waited_for(tokens: int) -> bool:
+        return tokens * _time(shape, policies, PartShape((tokens,), tokens), work) < _LAUNCH_S * shape.count
+
+    return _largest(is_waited_for, _MOST_HOST_BOUND)
 
 
 def _layer_products(shape: MemoryShape) -> tuple[float, float, float, float]:

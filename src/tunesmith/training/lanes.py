@@ -18,7 +18,7 @@ import torch
 
 from tunesmith.engine.install import engine_of
 
-__all__ = ["Lanes", "lanes_there", "least_tokens"]
+__all__ = ["Lanes", "lanes_there", "least_tokens", "more_than_sums"]
 
 _LANES = 2
 # Values of a lane's hidden states below which a layer is more Python, which runs one thread at a time, than products.
@@ -35,11 +35,20 @@ def lanes_there(model: Any, args: Any) -> int:
         return 1
     if engine is None or engine.plan.unknown or not engine.plan.known:
         return 1
+    return _LANES if more_than_sums(model, args) is None else 1
+
+
+def more_than_sums(model: Any, args: Any) -> str | None:
+    """Return what a step does beside computing sums from weights and tokens, or None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    attention = getattr(engine.model.config.get_text_config(), "attention_dropout", 0.0)
-    # LOMO updates weights in the middle of the backward.
-    updates = "lomo" in str(getattr(args.optim, "value", args.optim))
-    return 1 if drops or attention or args.neftune_noise_alpha is not None or updates else _LANES
+    if drops or getattr(base.config.get_text_config(), "attention_dropout", 0.0):
+        return "dropout draws other numbers in every step"
+    if args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha draws other noise in every step"
+    if "lomo" in str(getattr(args.optim, "value", args.optim)):
+        return "the optimizer updates weights in the middle of the backward pass"
+    return None
 
 
 def least_tokens(hidden: int) -> int:

@@ -32,6 +32,7 @@ from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.settings import Width
 from tunesmith.training.checkpoint import checkpoint_bytes
 from tunesmith.training.config import config_of
+from tunesmith.training.graphs import GraphChoice, graphs_there
 from tunesmith.training.lanes import lanes_there
 from tunesmith.training.loading import source_arguments, source_window
 from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
@@ -53,6 +54,7 @@ class Preview:
         disk: name -> bytes that the run writes.
         disk_free: on the disk of its folder.
         stored: bytes of the weight files by dtype; empty where none is here.
+        graphs: which parts are computed from CUDA graphs; None where there is no GPU.
     """
 
     shape: MemoryShape
@@ -65,6 +67,7 @@ class Preview:
     disk_free: int
     dtype: str
     stored: dict[str, int]
+    graphs: GraphChoice | None
 
 
 def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
@@ -132,6 +135,7 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         disk_free=free_bytes(folder),
         dtype=facts_of(model).dtype.name,
         stored=stored,
+        graphs=graphs_there(model, args, plan) if device.type == "cuda" else None,
     )
 
 

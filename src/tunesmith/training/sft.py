@@ -42,6 +42,7 @@ from tunesmith.training.checkpoint import (
 )
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import settings_fingerprint
+from tunesmith.training.graphs import graphs_of
 from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
@@ -80,6 +81,7 @@ class SFTTrainer(RunTrainer):
     Attributes:
         ledger: what happened to every row; raises already on rows that would train nothing.
         plan: what the layers keep, the tokens computed together, and the predicted peak.
+        graph_choice: which parts are computed from CUDA graphs.
     """
 
     def __init__(
@@ -218,6 +220,7 @@ class SFTTrainer(RunTrainer):
         """Train by ``plan`` from now on."""
         self.plan, self.part_tokens = plan, plan.part_tokens
         apply_plan(self.model, plan)
+        self.graph_choice, self.graphs = graphs_of(self)
 
     # ---- one step ----
 
@@ -258,19 +261,30 @@ class SFTTrainer(RunTrainer):
         return loss * self.args.world_size
 
     def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
-        """Return the loss of a part after its backward; in lanes where the plan and the part allow it."""
+        """Return the loss of a part after its backward; from a graph or in lanes where plan and part allow it."""
+        # Whoever has written a loss of his own does not expect to be called by two threads, or recorded.
+        if divisor is None or type(self).compute_loss is not SFTTrainer.compute_loss:
+            return super().training_step(model, part, divisor)
+        if self.graphs is not None:
+            self._enter_training(model)
+            loss = self.graphs.step(part, divisor)
+            if loss is not None:
+                return loss
         width = self.head.model.get_input_embeddings().embedding_dim
         lanes = [part]
-        # Whoever has written a loss of his own does not expect to be called by two threads.
-        own_loss = type(self).compute_loss is not SFTTrainer.compute_loss
-        if self.plan.lanes > 1 and divisor is not None and not own_loss and sum(part["lengths"]) >= least_tokens(width):
+        if self.plan.lanes > 1 and sum(part["lengths"]) >= least_tokens(width):
             lanes = lanes_of(part, self.plan.lanes, width=width, multiple=self.axis_multiple)
         if len(lanes) < 2:
             return super().training_step(model, part, divisor)
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # as the Trainer does, for optimizers that know two modes
+        self._enter_training(model)
         return self._lanes.step(lambda lane: self.head.loss(lane, divisor), lanes, [p for _, p in self.trainable()])
+
+    def _enter_training(self, model: Any) -> None:
+        """Do what the Trainer does before a forward: model, and optimizers that know two modes, into training mode."""
+        if not (model.training and self.head.model.training):
+            model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
     def _parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Return smaller batches with the same sums, which keep less (data/parts.py)."""
@@ -338,6 +352,8 @@ class SFTTrainer(RunTrainer):
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._lanes.close()
+            if self.graphs is not None:
+                self.graphs.close()
 
 
 def _base(model: Any) -> Any:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tunesmith.ops.attention_varlen.documents import Lengths, host_lengths
 from tunesmith.ops.rows import wide_dtype
 
 __all__ = ["BLOCK", "STEP", "backward", "forward"]
@@ -163,7 +164,7 @@ def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     *,
     scale: float,
     window: int | None = None,
@@ -177,7 +178,7 @@ def forward(
     heads, copies = query.shape[1], query.shape[1] // key.shape[1]
     before, behind = _split_scale(scale, query.dtype)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
-    for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
+    for group in _groups(host_lengths(lengths), heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
         q, k, v = group.heads(query), group.heads(key, copies), group.heads(value, copies)
         q = q.mul_(before) if before != 1.0 else q
         buffer = q.new_empty(len(q) * min(BLOCK, group.length) * group.length)
@@ -197,7 +198,7 @@ def backward(
     value: torch.Tensor,
     out: torch.Tensor,
     kept: tuple[torch.Tensor, ...],
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     *,
     scale: float,
     window: int | None = None,
@@ -212,7 +213,7 @@ def backward(
     """
     heads, copies = query.shape[1], query.shape[1] // key.shape[1]
     wide, (before, behind) = wide_dtype(query.dtype), _split_scale(scale, query.dtype)
-    for group in _groups(lengths, heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
+    for group in _groups(host_lengths(lengths), heads, 1 if query.dtype.itemsize > 2 else STEP, query.device):
         q, d_found = group.heads(query), group.heads(dout)
         k, v = group.heads(key, copies), group.heads(value, copies)
         q = q.mul_(before) if before != 1.0 else q

@@ -1,21 +1,22 @@
 """Causal attention over documents through torch's own variable-length flash attention, for a GPU.
 
 Same functions and arguments as ``cpu.py``, to which everything goes that the kernels do not do; ``supports`` says what
-that is. All documents are one call: the kernels read where each begins from int32 offsets on the device, made once for
-a list of lengths and used by every layer. Kept for the backward is the log-sum-exp, a float32 a head and token.
+that is. All documents are one call: the kernels read where each begins from int32 offsets on the device. Where the
+caller has them there (:class:`Documents`) nothing waits for a copy. Kept for the backward is the log-sum-exp, a float32
+a head and token.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from itertools import accumulate
 
 import torch
 
 from tunesmith.ops.attention_varlen import cpu
+from tunesmith.ops.attention_varlen.documents import Documents, Lengths, bounds_of
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "fits", "forward", "missing", "supports"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def supports(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     *,
     softcap: float | None = None,
 ) -> tuple[bool, str]:
@@ -38,19 +39,28 @@ def supports(
     ``query`` (T, H, E), ``key`` (T, K, E) and ``value`` (T, K, E').
     """
     tokens, heads, size = query.shape
-    if query.device.type != "cuda":
-        return False, f"{query.device.type} tensors"
+    reason = missing(query.device)
+    if reason:
+        return False, reason
+    count = len(lengths) if isinstance(lengths, Documents) else sum(map(bool, lengths))
+    return fits(query.dtype, heads, size, value.shape[2], tokens, count, softcap)
+
+
+def missing(device: torch.device) -> str | None:
+    """Return what ``device`` lacks for the kernels, or None."""
+    if device.type != "cuda":
+        return f"{device.type} tensors"
     if not torch.backends.cuda.is_flash_attention_available():
-        return False, "this torch was built without flash attention"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return False, "flash attention needs a GPU of compute capability 8.0 or above"
-    return _fits(query.dtype, heads, size, value.shape[2], tokens, sum(map(bool, lengths)), softcap)
+        return "this torch was built without flash attention"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash attention needs a GPU of compute capability 8.0 or above"
+    return None
 
 
-def _fits(
+def fits(
     dtype: torch.dtype, heads: int, size: int, value_size: int, tokens: int, documents: int, softcap: float | None
 ) -> tuple[bool, str]:
-    """Return the same from dtype and sizes alone."""
+    """Return the answer of :func:`supports` from dtype and sizes alone, on a device that has the kernels."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False, f"flash attention computes in 16 bits, not in {dtype}"
     if softcap is not None:
@@ -68,7 +78,7 @@ def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     *,
     scale: float,
     window: int | None = None,
@@ -103,7 +113,7 @@ def backward(
     value: torch.Tensor,
     out: torch.Tensor,
     kept: tuple[torch.Tensor, ...],
-    lengths: tuple[int, ...],
+    lengths: Lengths,
     *,
     scale: float,
     window: int | None = None,
@@ -145,11 +155,12 @@ def _sides(window: int | None) -> tuple[int | None, int | None]:
     return (None, None) if window is None else (window - 1, 0)
 
 
-@functools.lru_cache(maxsize=8)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
-    """Return the bounds of the documents, int32 on ``device``, and the longest length."""
-    present = [length for length in lengths if length]
-    return torch.tensor([0, *accumulate(present)], dtype=torch.int32, device=device), max(present)
+# Once for a list of lengths, which every layer asks for.
+_known_bounds = functools.lru_cache(maxsize=8)(bounds_of)
+
+
+def _bounds(documents: Lengths, device: torch.device) -> tuple[torch.Tensor, int]:
+    return bounds_of(documents, device) if isinstance(documents, Documents) else _known_bounds(documents, device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,26 +25,28 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
+    has_idle: bool = False,
 ) -> torch.Tensor:
     """Return ``sum(cross_entropy(logits, targets)) / divisor``, ``logits = cap(scale * (hidden @ weight.T + bias))``.
 
     Equals :func:`reference.linear_cross_entropy`; holds the logits of one chunk of rows at a time and no logits for the
-    backward. Give only the rows that carry a label: there is no ignore index.
+    backward. Give only the rows that carry a label; where their number is fixed beforehand, the others may be idle.
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64; N may be 0 (the loss is then 0 with a graph).
         weight: (V, D), same dtype; gets a gradient, summed in float32, only where it requires one.
-        targets: (N,) int64 in [0, V).
+        targets: (N,) int64 in [0, V); with ``has_idle`` -100 too.
         divisor: the number of trained tokens of the whole optimizer step, over all micro-batches and processes.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         label_smoothing: share of the label that is spread over all V classes (Szegedy et al. 2016, arXiv:1512.00567).
+        has_idle: rows whose target is -100 give no loss and a gradient of exactly zero, whatever their logits are.
     Returns:
         A scalar in float32 (float64 for float64 input).
     Raises:
         ShapeError: the shapes do not fit.
     """
     _check(hidden, weight, targets)
-    head = Head(logit_scale, softcap, label_smoothing)
+    head = Head(logit_scale, softcap, label_smoothing, has_idle)
     return LinearCrossEntropy.apply(hidden, weight, bias, targets, divisor, head)  # type: ignore[no-any-return]
 
 

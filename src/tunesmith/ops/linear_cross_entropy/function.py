@@ -27,11 +27,12 @@ _CHUNK_BYTES, _CHUNK_BYTES_GPU = 24 * 2**20, 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What lies between the product with the weight and the softmax, and the smoothing of the labels."""
+    """What lies between the product with the weight and the softmax, and what is special about the labels."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
     label_smoothing: float = 0.0
+    has_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ def _chunks(
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             label_smoothing=head.label_smoothing,
+            has_idle=head.has_idle,
             want_grad=want_grad,
             grad_out=low if want_grad else None,
         )

@@ -17,8 +17,11 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
+    has_idle: bool = False,
 ) -> torch.Tensor:
     """Return the scalar loss; the arguments are those of the public ``linear_cross_entropy``."""
+    if has_idle:
+        hidden, targets = hidden[targets >= 0], targets[targets >= 0]
     logits = _logits(hidden, weight, bias, logit_scale, softcap)
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     return loss / divisor

@@ -56,6 +56,7 @@ def _row_losses_kernel(
     WANT_GRAD: tl.constexpr,
     FACTOR_ON_DEVICE: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Row n of logits and grad (N, V), V = ``classes``; targets and losses (N,); grid (N,).
@@ -65,6 +66,9 @@ def _row_losses_kernel(
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * logits_stride
     target = tl.load(targets + row)
+    is_idle = target < 0
+    if HAS_IDLE:
+        target = tl.where(is_idle, 0, target)
     # Before any pass: the second one may overwrite it.
     chosen = _final(tl.load(here + target), logit_scale, softcap, HAS_CAP)
     # Finite, so that a block of nothing but -inf gives 0 and not NaN.
@@ -84,6 +88,8 @@ def _row_losses_kernel(
     loss = log_sum - (1.0 - smoothing) * chosen
     if smoothing > 0.0:
         loss -= smoothing * (everything / classes)
+    if HAS_IDLE:
+        loss = tl.where(is_idle, 0.0, loss)
     tl.store(losses + row, loss)
     if WANT_GRAD:
         there = grad + row * grad_stride
@@ -100,7 +106,11 @@ def _row_losses_kernel(
                 # 16-bit gradients over their own 32-bit logits: they stay behind what is still to be read, once
                 # every thread has read the present block.
                 tl.debug_barrier()
-            tl.store(there + column, (slope * scale).to(grad.dtype.element_ty), mask=inside)
+            slope *= scale
+            if HAS_IDLE:
+                # Chosen, not multiplied: 0 times what a broken row may hold would be NaN.
+                slope = tl.where(is_idle, 0.0, slope)
+            tl.store(there + column, slope.to(grad.dtype.element_ty), mask=inside)
 
 
 def row_losses_(
@@ -112,12 +122,14 @@ def row_losses_(
     softcap: float | None,
     label_smoothing: float,
     want_grad: bool,
+    has_idle: bool = False,
     grad_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the losses (N,), not divided, of ``logits`` (N, V) in float32, which may be overwritten.
 
     With ``want_grad`` the gradient of the raw logits, divided by ``divisor``, is left in ``logits``, or written to
-    ``grad_out`` and rounded there. ``grad_out`` may be a 16-bit view of the logits' own rows, from their start on.
+    ``grad_out`` and rounded there. With ``has_idle`` targets below 0 are of rows without a loss and a gradient.
+    ``grad_out`` may be a 16-bit view of the logits' own rows, from their start on.
     """
     rows, classes = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -131,7 +143,7 @@ def row_losses_(
             logits, targets, losses, grad, factor, logits.stride(0), grad.stride(0), classes,
             float(logit_scale), float(softcap or 0.0), float(label_smoothing),
             HAS_CAP=softcap is not None, WANT_GRAD=want_grad, FACTOR_ON_DEVICE=on_device,
-            OVERLAPS=grad.dtype != logits.dtype and _share_memory(grad, logits),
+            OVERLAPS=grad.dtype != logits.dtype and _share_memory(grad, logits), HAS_IDLE=has_idle,
             BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return losses
