@@ -40,8 +40,8 @@ def main(
     tokenizer.save_pretrained(f"{folder}/adapter")
 
     model, tokenizer = FastLanguageModel.from_pretrained(f"{folder}/adapter")
-    code = "paint width height canvas Canvas width height canvas colour colour canvas fill colour"
-    encoded = tokenizer(code, return_tensors="pt")
+    # def load(path, encoding): handle = open(path, encoding=encoding); return handle.read()
+    encoded = tokenizer("load path encoding handle open path encoding encoding handle read", return_tensors="pt")
     answers = [model.config.id2label[int(n)] for n in model.eval()(**encoded).logits[0].argmax(-1)]
     print(list(zip(encoded.tokens(), answers, strict=True))[1:-1])
     figures = trainer.evaluate(others) | baselines(rows, others)
