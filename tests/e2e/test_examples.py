@@ -71,9 +71,8 @@ def test_translating_runs(example):
 
 
 def test_tagging_runs(example):
-    figures = example("tag", needs=MINILM[1:], files=6, held_out=3, epochs=1)
-    assert 0 <= figures["majority"] <= figures["lookup"] <= 1
-    assert 0 <= figures["eval_accuracy"] <= 1
+    figures = example("tag", needs=MINILM[1:], files=4, held_out=6, epochs=1)
+    assert all(0 <= figures[name] <= 1 for name in ("eval_accuracy", "eval_macro_f1", "majority", "lookup"))
 
 
 def test_names_in_code_have_the_kinds_that_an_editor_shows():
