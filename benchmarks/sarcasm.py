@@ -23,7 +23,7 @@ from tunesmith.evaluation.run import evaluate
 from tunesmith.training.run import run_training
 from tunesmith.training.settings import RunSettings
 
-__all__ = ["measure"]
+__all__ = ["measure", "rows_of"]
 
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m",
@@ -38,16 +38,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def rows_of_sarcasm() -> list[dict[str, Any]]:
-    """Return the rows of the set in the order of its file."""
-    wanted = "data/sarcasm/samples.jsonl"
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a set of ``evals`` in the order of its file."""
+    wanted = f"data/{name}/samples.jsonl"
     file = next(file for file in importlib.metadata.files("evals") or () if str(file).endswith(wanted))
     return [json.loads(line) for line in Path(str(file.locate())).read_text(encoding="utf-8").splitlines()]
 
 
 def measure(train: int = 1500, held_out: int = 300, seed: int = 0) -> dict[str, Any]:
     """Train on ``train`` rows, score ``held_out`` others, and return the figures."""
-    rows = rows_of_sarcasm()
+    rows = rows_of("sarcasm")
     random.Random(seed).shuffle(rows)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import runpy
@@ -69,6 +70,22 @@ def test_translating_runs(example):
     assert 0 <= example("translate", train=64, epochs=1)["eval_exact_match"] <= 1
 
 
+def test_tagging_runs(example):
+    figures = example("tag", needs=MINILM[1:], files=4, held_out=6, epochs=1)
+    assert all(0 <= figures[name] <= 1 for name in ("eval_accuracy", "eval_macro_f1", "majority", "lookup"))
+
+
+def test_names_in_code_have_the_kinds_that_an_editor_shows():
+    names = runpy.run_path(str(FOLDER / "real_rows.py"))["_names"]
+    code = "def draw(self, size, *, ink):\n  page = Page(size, colour=ink)\n  return self.book.add(page).number"
+    assert [(name, kind) for _, name, kind in names(ast.parse(code).body[0])] == [
+        ("draw", "definition"), ("size", "parameter"), ("ink", "parameter"),
+        ("page", "variable"), ("Page", "function"), ("size", "parameter"), ("colour", "keyword"), ("ink", "parameter"),
+        ("book", "attribute"), ("add", "method"), ("page", "variable"), ("number", "attribute"),
+    ]  # fmt: skip
+    assert names(ast.parse("page = 1").body[0]) == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_translating_dates(example):
@@ -84,10 +101,11 @@ def test_classifying_headlines(example):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_tagging_names(example):
-    figures = example("tag", needs=MINILM)
-    assert figures["eval_span_f1"] >= 0.15  # always O finds none
-    assert figures["eval_accuracy"] > figures["majority"]
+def test_tagging_names_in_code(example):
+    figures = example("tag", needs=MINILM[1:])
+    assert figures["eval_accuracy"] >= figures["majority"] + 0.25
+    assert figures["eval_accuracy"] >= figures["lookup"] + 0.05
+    assert figures["eval_macro_f1"] >= 0.5
 
 
 @pytest.mark.slow
