@@ -414,6 +414,19 @@ def test_float16_weights_are_not_trained(tmp_path: Path) -> None:
         support.trainer(tmp_path, model=support.adapted(dtype=torch.float16))
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+def test_no_evaluation_where_none_was_asked_for(rows: int | None, tmp_path: Path) -> None:
+    given = None if rows is None else tiny.chat_rows(rows, seed=2)
+    trainer = support.trainer(tmp_path, rows=24, eval_dataset=given, eval_strategy="no", eval_split=0.5, max_steps=2)
+    assert len(trainer.train_data.documents) == 24  # none is held back
+    trainer.train()
+    assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+    if rows:
+        assert "eval_loss" in trainer.evaluate()
+    with pytest.raises(SettingsError, match="early_stopping_patience needs an evaluation"):
+        support.trainer(tmp_path, eval_dataset=given, eval_strategy="no", early_stopping_patience=2)
+
+
 @pytest.mark.parametrize("schedule", ["warmup_stable_decay", "cosine", "constant"])
 def test_schedules_run_as_they_are(schedule: str, tmp_path: Path) -> None:
     trainer = support.trainer(tmp_path, rows=80, lr_scheduler_type=schedule, save_strategy="no")

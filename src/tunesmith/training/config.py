@@ -103,6 +103,9 @@ class SFTConfig(TrainingArguments):
         self.output_dir = self.output_dir or str(dated_folder())
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
         self.eval_steps_asked, self.save_steps_asked = self.eval_steps, self.save_steps
+        # Left out, it follows from whether there are rows; "no" also holds none back.
+        self.evaluates = self.eval_strategy != "no"
+        self.eval_split = self.eval_split if self.evaluates else 0.0
         self.eval_strategy = self.eval_strategy or "no"
         self.save_steps = self.save_steps or 500
         super().__post_init__()

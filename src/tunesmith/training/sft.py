@@ -131,7 +131,8 @@ class SFTTrainer(RunTrainer):
             eval_data.ledger.check()
         self.train_data, self.eval_data = train_data, eval_data
         train_set = self._as_dataset(train_data, args, ledger=True)
-        try_out(args, model, choose_cadence(args, len(train_set), has_eval=eval_data is not None))
+        has_eval = eval_data is not None and args.evaluates
+        try_out(args, model, choose_cadence(args, len(train_set), has_eval=has_eval))
         if args.should_save:
             make_folder(Path(args.output_dir))  # The Trainer makes it too, and explains nothing when it cannot.
         self._interrupts = InterruptWatch()

@@ -102,7 +102,8 @@ class TaskTrainer(RunTrainer):
         if eval_data is not None:
             eval_data.ledger.check()
         self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
-        try_out(args, model, choose_cadence(args, len(train_data), has_eval=eval_data is not None))
+        has_eval = eval_data is not None and args.evaluates
+        try_out(args, model, choose_cadence(args, len(train_data), has_eval=has_eval))
         make_folder(Path(args.output_dir))
         self._interrupts = InterruptWatch()
         # Old checkpoints are ours to remove: the Trainer's own sweep at the end would take the newest one too.
