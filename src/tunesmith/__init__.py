@@ -17,6 +17,7 @@ _HOME_OF = {
     "FastVisionModel": "tunesmith.api",
     "SFTConfig": "tunesmith.training.config",
     "SFTTrainer": "tunesmith.training.sft",
+    "SamplingParams": "tunesmith.serving.outputs",
     "VisionDataCollator": "tunesmith.training.vision",
     "TaskTrainer": "tunesmith.training.tasks.trainer",
     "embed_texts": "tunesmith.models.embed",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
     from tunesmith.core.errors import TunesmithError as TunesmithError
     from tunesmith.models.embed import embed_texts as embed_texts
+    from tunesmith.serving.outputs import SamplingParams as SamplingParams
     from tunesmith.training.config import SFTConfig as SFTConfig
     from tunesmith.training.responses import train_on_responses_only as train_on_responses_only
     from tunesmith.training.sft import SFTTrainer as SFTTrainer

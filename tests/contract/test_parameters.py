@@ -22,6 +22,7 @@ import pytest
 import torch
 from tests import tiny, tiny_vision
 from tests.training.support import trainable
+from tests.vllm_support import stand_in_for
 from transformers import LlamaForCausalLM
 
 from tunesmith import FastLanguageModel, FastVisionModel
@@ -56,6 +57,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(place: Any, **arguments: Any) -> Any:
     """Return the model that ``from_pretrained`` gives, in float32 unless another dtype is asked for."""
     return FastLanguageModel.from_pretrained(str(place), **{"dtype": "float32", **arguments})[0]
+
+
+@pytest.fixture
+def told(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """``told(**arguments)``: the words that a stand-in for vLLM is started with for the tiny model."""
+
+    def begin(**arguments: Any) -> str:
+        live = FastLanguageModel.from_pretrained(str(saved), dtype="float32")
+        stand_in = stand_in_for(*live, tmp_path, monkeypatch)
+        facts_of(load(saved, fast_inference=True, **arguments)).fast.vllm.close()
+        return " ".join(stand_in.started["words"])
+
+    return begin
 
 
 def hub_cache(folder: Path, saved: Path) -> str:
@@ -273,15 +287,34 @@ LOADING: dict[str, Row] = {
         {"offload_embedding": True, "full_finetuning": True},
         "Give one of them",
     ),
+    "fast_inference": Row(
+        lambda told: "--enable-lora" in told(),
+        {"fast_inference": True, "full_finetuning": True},
+        "fast_inference=True and full_finetuning=True: vLLM has weights of its own",
+    ),
+    "gpu_memory_utilization": Row(
+        None, {"gpu_memory_utilization": 0.9}, "gpu_memory_utilization=0.9 is an argument of vLLM"
+    ),
+    "max_lora_rank": Row(
+        lambda told: "--max-lora-rank 32" in told(max_lora_rank=32),
+        {"max_lora_rank": 32},
+        "max_lora_rank=32 is an argument of vLLM",
+    ),
+    "float8_kv_cache": Row(
+        lambda told: "--kv-cache-dtype fp8" in told(float8_kv_cache=True),
+        {"float8_kv_cache": True},
+        "float8_kv_cache=True is an argument of vLLM",
+    ),
     "unknown": Row(None, {"max_seq_lenght": 64}, "Did you mean 'max_seq_length'"),
 }  # fmt: skip
 
 
 ABSENT: dict[str, tuple[dict[str, Any], str]] = {
-    "fast_inference": ({"fast_inference": True}, "fast_inference=True generates through vllm.*fast_inference=False"),
-    "gpu_memory_utilization": ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization=0.9 is an argument of vLLM"),
-    "max_lora_rank": ({"max_lora_rank": 32}, "max_lora_rank=32 is an argument of vLLM"),
-    "float8_kv_cache": ({"float8_kv_cache": True}, "float8_kv_cache=True is an argument of vLLM"),
+    "fast_inference": ({"fast_inference": True}, "fast_inference=True generates through .* vllm.*fast_inference=False"),
+    "gpu_memory_utilization": (
+        {"fast_inference": True, "gpu_memory_utilization": 0.9},
+        "gpu_memory_utilization=0.9 is for a GPU|fast_inference=True generates through",
+    ),
     "load_in_fp8": ({"load_in_fp8": "row"}, "load_in_fp8='row' needs a GPU that computes in float8"),
 }
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
@@ -509,9 +542,9 @@ def test_every_argument_has_a_row() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in LOADING.items() if row.effect is not None])
 def test_an_argument_of_loading_has_its_effect(
-    name: str, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, told: Callable[..., str]
 ) -> None:
-    assert called(LOADING[name].effect, saved=saved, tmp_path=tmp_path, caplog=caplog)
+    assert called(LOADING[name].effect, saved=saved, tmp_path=tmp_path, caplog=caplog, told=told)
 
 
 @pytest.mark.parametrize("name", LOADING)

@@ -85,6 +85,7 @@ class ModelFacts:
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
         new_modules: modules that the files did not hold: random until they are trained.
         vocabulary: rows that the vocabulary was grown to, None where it is the model's own.
+        fast: the vLLM that answers for it (``evaluation/fast.py``), None without ``fast_inference``.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ModelFacts:
     task: str = CAUSAL_LM
     new_modules: tuple[str, ...] = ()
     vocabulary: int | None = None
+    fast: Any = None
 
 
 def facts_of(model: Any) -> ModelFacts:

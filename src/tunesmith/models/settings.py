@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QAT_ALIASES",
+    "WITHOUT_VLLM",
     "LoadingArguments",
     "ModelSettings",
     "QatName",
@@ -85,13 +86,18 @@ def check_fp8(mode: bool | str) -> None:
     raise NotSupportedYetError(f"load_in_fp8={mode!r} is not supported yet. load_in_8bit=True takes the same memory.")
 
 
-def check_fast_inference(asked: bool, **of_vllm: tuple[Any, Any]) -> None:
-    """Refuse ``fast_inference`` without vLLM; ``of_vllm`` are its arguments as (given, default).
+WITHOUT_VLLM = "Give fast_inference=False to generate through transformers."
+
+
+def check_fast_inference(asked: bool, of_vllm: Mapping[str, tuple[Any, Any]], beside: Mapping[str, Any]) -> None:
+    """Refuse arguments that mean nothing without ``fast_inference``, and others that mean nothing with it.
+
+    Args:
+        of_vllm: arguments of vLLM as (given, default).
+        beside: arguments that change the live model in a way that vLLM's would not be.
 
     Raises:
-        SettingsError: an argument of vLLM without ``fast_inference``.
-        ModelError: vLLM is not installed.
-        NotSupportedYetError: it is, and it is not used yet.
+        SettingsError: one of them was given; the message names it.
     """
     if not asked:
         for name, (given, default) in of_vllm.items():
@@ -100,12 +106,19 @@ def check_fast_inference(asked: bool, **of_vllm: tuple[Any, Any]) -> None:
                     f"{name}={given!r} is an argument of vLLM, which fast_inference=True asks for. Leave it out."
                 )
         return
-    if find_spec("vllm") is None:
-        raise ModelError(
-            "fast_inference=True generates through vllm, and that package is not installed. Give fast_inference=False "
-            "to generate through transformers."
-        )
-    raise NotSupportedYetError("fast_inference=True is not supported yet. Give fast_inference=False.")
+    for name, given in beside.items():
+        if given:
+            raise SettingsError(f"fast_inference=True and {name}={given!r}: {_NOT_BESIDE_VLLM[name]}. {WITHOUT_VLLM}")
+
+
+_NOT_BESIDE_VLLM = {
+    "full_finetuning": "vLLM has weights of its own, which do not follow those that train",
+    "load_in_8bit": "vLLM does not compute in bitsandbytes' 8 bits",
+    "trust_remote_code": "vLLM would run its own version of that code",
+    "resize_model_vocab": "vLLM reads the vocabulary of the files",
+    "rope_scaling": "vLLM reads the window of the files",
+    "auto_model": "vLLM chooses the class by itself",
+}
 
 
 class LoadingArguments(Settings):
@@ -127,7 +140,7 @@ class LoadingArguments(Settings):
     """The frozen base in float8: not written yet, and refused with what it needs where the hardware lacks it."""
 
     fast_inference: bool = False
-    """Generate through vLLM: not written yet, and refused where the package is not installed."""
+    """model.fast_generate answers through vLLM, a process of its own; refused where the package is not installed."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the GPU that vLLM may take; only with fast_inference."""
