@@ -46,8 +46,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
             LOADED[body["lora_name"]] = f"{zlib.crc32(weights):x}"
         elif self.path == "/v1/unload_lora_adapter":
             del LOADED[body["lora_name"]]
-        elif "prompt_logprobs" in body:
-            self.answer(scores(body, answers))
+        elif (known := compared(body, answers)) is not None:
+            self.answer(known)
             return
         else:
             self.generate(body, answers.get("fault"))
@@ -92,13 +92,13 @@ def places(count: int) -> dict[str, Any]:
             "top_logprobs": [top, {**top, "token_id:6": -9.0}]}  # fmt: skip
 
 
-def scores(body: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
-    """Return log-probabilities of a prompt: those of the test, of adapters without any those of the base less 0.5."""
-    name, ids = body["model"].rpartition("-")[0] or body["model"], body["prompt"]
-    key = ",".join(map(str, ids))
-    found = answers[name][key] if name in answers else [value - 0.5 for value in answers["base"][key]]
-    known = [{str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True)]
-    return {"choices": [{"index": 0, "prompt_logprobs": [None, *known]}]}
+def compared(body: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the answer to a probe, None for other prompts: that of the test, of adapters without any other words."""
+    name, key = body["model"].rpartition("-")[0] or body["model"], ",".join(map(str, body["prompt"]))
+    if key not in answers["base"]:
+        return None
+    known = answers[name][key] if name in answers else {**answers["base"][key], "token_ids": [1] * 8}
+    return {"choices": [{"index": 0, "text": "", "finish_reason": "length", **known}]}
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

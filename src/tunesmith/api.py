@@ -180,7 +180,7 @@ class FastLanguageModel:
         else:
             set_checkpointing(model, use_gradient_checkpointing)
         if options is not None:
-            with_vllm(model, options, cache_dir)
+            with_vllm(model, options, cache_dir=cache_dir, revision=revision)
         return with_fast_generate(with_exports(model)), tokenizer
 
     @staticmethod

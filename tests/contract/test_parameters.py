@@ -22,7 +22,7 @@ import pytest
 import torch
 from tests import tiny, tiny_vision
 from tests.training.support import trainable
-from tests.vllm_support import stand_in_for
+from tests.vllm_support import scores_of, stand_in_for
 from transformers import LlamaForCausalLM
 
 from tunesmith import FastLanguageModel, FastVisionModel
@@ -65,7 +65,7 @@ def told(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def begin(**arguments: Any) -> str:
         live = FastLanguageModel.from_pretrained(str(saved), dtype="float32")
-        stand_in = stand_in_for(*live, tmp_path, monkeypatch)
+        stand_in = stand_in_for(scores_of(*live), tmp_path, monkeypatch)
         facts_of(load(saved, fast_inference=True, **arguments)).fast.vllm.close()
         return " ".join(stand_in.started["words"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -42,9 +43,14 @@ def live(base: Path) -> tuple[Any, Any]:
     return FastLanguageModel.from_pretrained(str(base), dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def scores(live: tuple[Any, Any]) -> dict[str, Any]:
+    return scores_of(*live)
+
+
 @pytest.fixture
-def stand_in(tmp_path: Path, live: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    return stand_in_for(*live, tmp_path, monkeypatch)
+def stand_in(tmp_path: Path, scores: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    return stand_in_for(scores, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -143,17 +149,17 @@ def test_every_setting_of_an_answer_is_passed_on(load, stand_in):
 
 
 def test_an_answer_ends_with_the_window_and_at_the_end_tokens_of_the_model(load, stand_in, live):
-    model, tokenizer = load(max_seq_length=66), live[1]
+    model, tokenizer = load(max_seq_length=72), live[1]
     facts_of(model).tokenizer = tokenizer
     model.generation_config.eos_token_id = [11, tokenizer.eos_token_id]
-    for asked, given in ((None, 56), (100, 56), (20, 20)):
+    for asked, given in ((None, 62), (100, 62), (20, 20)):
         model.fast_generate(list(range(20, 30)), SamplingParams(max_tokens=asked, stop_token_ids=[12]), use_tqdm=False)
         body = stand_in.asked()[-1]
         assert (body["max_tokens"], body["stop_token_ids"]) == (given, [11, 12])
     model.fast_generate([5], SamplingParams(ignore_eos=True), use_tqdm=False)
     assert "stop_token_ids" not in stand_in.asked()[-1]
-    with pytest.raises(SettingsError, match="prompt 2 has 66 tokens, and the window of 66"):
-        model.fast_generate([[5], [5] * 66])
+    with pytest.raises(SettingsError, match="prompt 2 has 72 tokens, and the window of 72"):
+        model.fast_generate([[5], [5] * 72])
 
 
 def test_a_bos_that_the_text_has_is_not_written_twice(load, stand_in):
@@ -179,22 +185,23 @@ def test_log_probabilities_have_the_form_of_vllm(load):
     assert all(isinstance(entry.decoded_token, str) for place in answer.logprobs for entry in place.values())
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"inputs": None}, "fast_generate got a NoneType. Give a text"),
-        ({"inputs": torch.tensor([[5]])}, "fast_generate got a Tensor"),
-        ({"inputs": [5], "max_new_tokens": 4}, r"fast_generate\(max_new_tokens=...\): vLLM answers"),
-        ({"inputs": [{"role": "user", "content": "x"}]}, "prompt 1 has the keys role, content.*apply_chat_template"),
-        ({"inputs": {"prompt": "x", "multi_modal_data": {}}}, "prompt 1 has the keys prompt, multi_modal_data"),
-        ({"inputs": [[5], [5.5]]}, r"prompt 2 is \[5.5\]"),
-        ({"inputs": ["a", ""]}, "prompt 2 is empty"),
-        ({"inputs": [5], "lora_request": "folder"}, "lora_request is a str. Give what model.load_lora"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(load, call, message):
-    with pytest.raises(SettingsError, match=message):
-        load().fast_generate(**call)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"inputs": None}, "fast_generate got a NoneType. Give a text"),
+    ({"inputs": torch.tensor([[5]])}, "fast_generate got a Tensor"),
+    ({"inputs": [5], "max_new_tokens": 4}, r"fast_generate\(max_new_tokens=...\): vLLM answers"),
+    ({"inputs": [{"role": "user", "content": "x"}]}, "prompt 1 has the keys role, content.*apply_chat_template"),
+    ({"inputs": {"prompt": "x", "multi_modal_data": {}}}, "prompt 1 has the keys prompt, multi_modal_data"),
+    ({"inputs": [[5], [5.5]]}, r"prompt 2 is \[5.5\]"),
+    ({"inputs": ["a", ""]}, "prompt 2 is empty"),
+    ({"inputs": [5], "lora_request": "folder"}, "lora_request is a str. Give what model.load_lora"),
+]
+
+
+def test_what_cannot_be_asked_is_refused(load):
+    model = load()
+    for call, message in REFUSED:
+        with pytest.raises(SettingsError, match=message):
+            model.fast_generate(**call)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +246,29 @@ def test_a_model_that_vllm_lacks_is_named_with_what_to_do(load, stand_in):
 
 
 def test_another_model_than_the_live_one_is_refused_and_ends(load, stand_in, live):
-    wrong = {key: [value - 0.002 for value in values] for key, values in scores_of(*live).items()}
-    stand_in.say(base=wrong)
-    with pytest.raises(ModelError, match=r"vLLM answers otherwise than .*: log-probabilities differ by 0\.002 nats"):
+    stand_in.say(base=scores_of(*live, less=0.002))
+    with pytest.raises(
+        ModelError, match=r"vLLM answers otherwise than .*: log-probabilities differ by 0\.002 nats, where 0\.001"
+    ):
         load()
     assert is_gone(stand_in.started["pid"])
+
+
+def test_a_copy_of_the_model_asks_the_same_vllm(load):
+    model = load()
+    assert facts_of(copy.deepcopy(model)).fast.vllm is facts_of(model).fast.vllm
+
+
+def test_vllm_reads_the_revision_of_a_hub_model_that_was_loaded(stand_in, base, tmp_path):
+    commit, place = "0123456789" * 4, tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(base, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "other").write_text(commit)
+    how = {"dtype": "float32", "revision": "other", "cache_dir": str(tmp_path / "hub"), "fast_inference": True}
+    model, _ = FastLanguageModel.from_pretrained("someone/tiny", **how)
+    words = stand_in.started["words"]
+    assert words[words.index("--model") + 1] == str(place / "snapshots" / commit)
+    facts_of(model).fast.vllm.close()
 
 
 def test_vllm_ends_with_the_model_and_leaves_nothing(base, stand_in):
@@ -387,8 +412,17 @@ def test_the_trained_model_saves_and_asks_for_its_adapter(load, stand_in, live, 
     assert [body["lora_name"] for body in stand_in.asked("/v1/unload_lora_adapter")] == ["one-2"]
 
 
-def test_an_adapter_that_vllm_does_nothing_with_is_an_error(load, stand_in, fresh, live, tmp_path):
-    stand_in.say(one=scores_of(*live), zero=scores_of(*live))
+def test_an_adapter_folder_brings_its_base_and_answers_as_the_live_model(stand_in, fresh, tmp_path):
+    folder = saved(fresh(), tmp_path / "one")
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), dtype="float32", fast_inference=True)
+    stand_in.say(one=scores_of(model, tokenizer))
+    request = model.load_lora(str(folder))
+    assert model.fast_generate([5], lora_request=request, use_tqdm=False)[0].outputs[0].text.startswith("one-1")
+    facts_of(model).fast.vllm.close()
+
+
+def test_an_adapter_that_vllm_does_nothing_with_is_an_error(load, stand_in, fresh, scores, tmp_path):
+    stand_in.say(one=scores, zero=scores)
     folder, model = saved(fresh(), tmp_path / "one"), load()
     with pytest.raises(AdapterError, match=r"vLLM answers with adapter .* as without it, though its weights are not"):
         model.load_lora(str(folder))
@@ -397,18 +431,20 @@ def test_an_adapter_that_vllm_does_nothing_with_is_an_error(load, stand_in, fres
     assert model.load_lora(str(tmp_path / "zero")).lora_name == "zero"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"use_dora": True}, "uses DoRA, which cannot lie beside"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules that train whole"),
-        ({"r": 12}, "has rank 12, and vLLM was started for ranks up to 8. Load the model with max_lora_rank=12"),
-    ],
-)
-def test_an_adapter_that_vllm_cannot_serve_is_refused(load, fresh, tmp_path, arguments, message):
-    folder, model = saved(fresh(), tmp_path / "one", **arguments), load(max_lora_rank=8)
-    with pytest.raises(AdapterError, match=message):
-        model.load_lora(str(folder))
+def test_an_adapter_that_vllm_cannot_serve_is_refused(load, fresh, tmp_path):
+    model = load(max_lora_rank=8)
+    for name, arguments, message in (
+        ("dora", {"use_dora": True}, "uses DoRA, which cannot lie beside"),
+        ("whole", {"modules_to_save": ["lm_head"]}, "uses modules that train whole"),
+        (
+            "wide",
+            {"r": 12},
+            "has rank 12, and vLLM was started for ranks up to 8. Load the model with max_lora_rank=12",
+        ),
+    ):
+        folder = saved(fresh(), tmp_path / name, **arguments)
+        with pytest.raises(AdapterError, match=message):
+            model.load_lora(str(folder))
 
 
 def test_what_is_no_adapter_is_refused(load, live, base, tmp_path):

