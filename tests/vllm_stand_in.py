@@ -41,6 +41,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         with (PLACE / "asked.jsonl").open("a") as file:
             file.write(json.dumps({"path": self.path, **body}) + "\n")
         answers = json.loads((PLACE / "answers.json").read_text())
+        if self.path == "/v1/load_lora_adapter" and answers.get("fault") == "no adapters":
+            self.answer({"error": {"message": "expected target modules in ['q_proj']"}}, 500)
+            return
         if self.path == "/v1/load_lora_adapter":
             weights = (Path(body["lora_path"]) / "adapter_model.safetensors").read_bytes()
             LOADED[body["lora_name"]] = f"{zlib.crc32(weights):x}"

@@ -447,6 +447,18 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(load, fresh, tmp_path):
             model.load_lora(str(folder))
 
 
+def test_an_adapter_that_vllm_does_not_take_is_refused_in_its_words(load, stand_in, fresh, tmp_path):
+    folder, model = saved(fresh(), tmp_path / "one"), load()
+    stand_in.say(fault="no adapters")
+    with pytest.raises(AdapterError, match=r"adapter .*one is not loaded: vLLM failed: expected target modules in"):
+        model.load_lora(str(folder))
+    stand_in.say(fault=None)
+    assert model.load_lora(str(folder)).lora_name == "one"
+    place = facts_of(model).fast.vllm.place
+    facts_of(model).fast.vllm.close()
+    shutil.rmtree(place)  # it stays with its log
+
+
 def test_what_is_no_adapter_is_refused(load, live, base, tmp_path):
     model = load()
     with pytest.raises(AdapterError, match="holds no adapter"):

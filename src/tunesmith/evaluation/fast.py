@@ -3,9 +3,9 @@
 Without ``fast_inference=True`` the first is ``model.generate``. With it vLLM answers (``serving/vllm.py``), after it
 has been compared with the live model: the log-probabilities of what it says first after fixed texts, of the base when
 it starts and of each adapter when it is loaded. (Those of the texts themselves it cannot give beside adapters on a CPU:
-vLLM 0.32 ends over that.) An adapter goes to vLLM as the matrices that were read and checked here, with
-their scale in B, and under a name of its own each time, so that neither patterns of ranks nor a cache of older keys and
-values can give other answers than the folder holds.
+vLLM 0.32 ends over that.) An adapter goes to vLLM as the matrices that were read and checked here, with their scale in
+B, and under a name of its own each time, so that neither patterns of ranks nor a cache of older keys and values can
+give other answers than the folder holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import AdapterError, ModelError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import AdapterError, ModelError, NotSupportedYetError, ServingError, SettingsError
 from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import adapter_disabled, evaluation_mode
 from tunesmith.export.verify import PROBES
@@ -259,8 +259,8 @@ class FastInference:
         save_file(weights, place / "adapter_model.safetensors", metadata={"format": "pt"})
         try:
             self.vllm.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(place)})
-        except SettingsError as error:
-            raise AdapterError(f"adapter {adapter.name}: {error}") from error
+        except (SettingsError, ServingError) as error:
+            raise AdapterError(f"adapter {adapter.name} is not loaded: {error}") from error
 
     def compare_base(self, model: Any) -> None:
         """Compare vLLM without adapters with the base of ``model``.
