@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from tunesmith.cli.doctor import OPTIONAL, import_state
+from tunesmith.cli.doctor import OPTIONAL, import_state, packages
 
 
 def test_doctor_prints_versions_machine_and_packages(run):
@@ -40,3 +40,13 @@ def test_a_package_that_breaks_at_import_says_why(tmp_path, monkeypatch, stateme
     assert state.startswith("1.2 installed, import fails: ")
     assert "libcuda.so.1" in state or "no_such_module" in state
     assert "more" not in state
+
+
+def test_vllm_is_found_in_an_environment_of_its_own(tmp_path, monkeypatch):
+    if dict(packages())["vllm"] != "not installed":
+        pytest.skip("vLLM is here")
+    command = tmp_path / "vllm"
+    command.write_text("")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert dict(packages())["vllm"] == f"in an environment of its own: {command}"

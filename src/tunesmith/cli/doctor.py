@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import shutil
 from typing import Any
 
 from tunesmith import __version__
@@ -11,7 +12,7 @@ from tunesmith.cli.console import console, silence_libraries
 from tunesmith.cli.words import bytes_in_words
 from tunesmith.core.versions import STACK, installed
 
-__all__ = ["OPTIONAL", "command", "import_state"]
+__all__ = ["OPTIONAL", "command", "import_state", "packages"]
 
 OPTIONAL = {
     "torchao": "torchao",
@@ -40,10 +41,19 @@ def command() -> None:
         ("versions", _versions()),
         ("machine", _machine()),
         ("ops", _ops()),
-        ("optional packages", [(module, import_state(module, name)) for module, name in OPTIONAL.items()]),
+        ("optional packages", packages()),
     ):
         console().rule(title, align="left", style="dim")
         console().print(facts_table(rows))
+
+
+def packages() -> list[tuple[str, str]]:
+    """Return the state of each optional package; vLLM may lie in an environment of its own."""
+    found = {module: import_state(module, name) for module, name in OPTIONAL.items()}
+    command = shutil.which("vllm")
+    if found["vllm"] == "not installed" and command is not None:
+        found["vllm"] = f"in an environment of its own: {command}"
+    return list(found.items())
 
 
 def import_state(module: str, distribution: str) -> str:
