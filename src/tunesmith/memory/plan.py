@@ -339,12 +339,14 @@ def _saver(
 def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int) -> int:
     """Return how many layers' quantized weights stay written out in half of ``room``, where all else is kept already.
 
-    Writing them out costs less than anything that a policy computes again.
+    Writing them out costs less than anything that a policy computes again. What loading took for a moment and gave back
+    they may have whole: the peak of the run stays what it is.
     """
     size = shape.quantized * shape.itemsize
     if not size or any(policy is not Policy.NONE for policy in choice.policies):
         return 0
-    return min(shape.count, max(0, room) // 2 // size)
+    later = [choice.estimate.step, *(peak for name, peak in choice.estimate.phases.items() if name != "load")]
+    return min(shape.count, max(room // 2, choice.estimate.peak - max(later), 0) // size)
 
 
 def _standing(shape: MemoryShape) -> int:
