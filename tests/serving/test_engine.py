@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -124,6 +126,26 @@ def test_cancelled_requests_leave_and_others_go_on(start):
     assert _end(parts["third"]) == "cancelled"
     second.cancel()
     assert _end(parts["second"]) == "cancelled"
+
+
+def test_prompts_are_read_in_the_order_in_which_they_came(start):
+    """Answers end while others wait to be read: whoever came last must not get the place of the first."""
+    engine, ended = start(prompt_tokens=4), []
+    done = threading.Event()
+
+    def tell(number: int, delta: Delta) -> None:
+        if delta.finish is not None:
+            ended.append(number)
+        if len(ended) == 24:
+            done.set()
+
+    prompts = [ids("the cat sat on a mat and saw")[: 3 + number % 4] for number in range(24)]
+    first = engine.submit(Request(ids("x"), max_new_tokens=400, ignore_end=True), lambda delta: None)
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, max_new_tokens=2, ignore_end=True), partial(tell, number))
+    assert done.wait(60)
+    first.cancel()
+    assert ended == list(range(24))
 
 
 def _end(parts: queue.SimpleQueue[Delta]) -> Any:

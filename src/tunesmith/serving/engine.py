@@ -418,15 +418,16 @@ class Engine:
     def _finish(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
         """End an answer and close the gap that it leaves among the slots."""
         gap = self._active.index(ticket)
-        writing = sum(not other.is_reading for other in self._active)
-        # The last of those that are written moves into the gap, the last of all to where that one was.
-        for last in (writing - 1, len(self._active) - 1):
-            if gap < last:
-                moved = self._active[last]
-                if moved.cached:
-                    self._cache.move(last, gap, moved.cached)
-                self._active[gap], gap = moved, last
-        del self._active[-1]
+        last = sum(not other.is_reading for other in self._active) - 1
+        # The last of those that are written moves into the gap.
+        if gap < last:
+            self._cache.move(last, gap, self._active[last].cached)
+            self._active[gap], gap = self._active[last], last
+        # Prompts are read in the order in which they came: they move up by one. All but the first are unread.
+        for slot, behind in enumerate(self._active[gap + 1 :], gap + 1):
+            if behind.cached:
+                self._cache.move(slot, slot - 1, behind.cached)
+        del self._active[gap]
         self._end(ticket, why, text, *choices)
 
     def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
