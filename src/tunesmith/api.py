@@ -28,8 +28,8 @@ from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import LoadingArguments, check_fast_inference, check_fp8, choose_width
-from tunesmith.serving.vllm import VllmOptions, check_vllm
+from tunesmith.models.settings import LoadingArguments, check_fp8, choose_width
+from tunesmith.serving.vllm import vllm_options
 
 if TYPE_CHECKING:
     import torch
@@ -123,17 +123,13 @@ class FastLanguageModel:
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
         chosen = {name: given[name] for name in LoadingArguments.model_fields}
         validate(LoadingArguments, chosen, source="from_pretrained")
-        check_fast_inference(
+        options = vllm_options(
             fast_inference,
             {"gpu_memory_utilization": (gpu_memory_utilization, 0.5), "max_lora_rank": (max_lora_rank, 64),
              "float8_kv_cache": (float8_kv_cache, False)},
             {"full_finetuning": full_finetuning, "load_in_8bit": load_in_8bit, "trust_remote_code": trust_remote_code,
              "resize_model_vocab": resize_model_vocab, "rope_scaling": rope_scaling, "auto_model": auto_model},
         )  # fmt: skip
-        share = None if gpu_memory_utilization == 0.5 else gpu_memory_utilization
-        options = VllmOptions(share, max_lora_rank, float8_kv_cache) if fast_inference else None
-        if options is not None:
-            check_vllm(options)
         check_fp8(load_in_fp8)
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")

@@ -60,7 +60,7 @@ def test_the_dtype_asked_for_is_used() -> None:
         (True, False, torch.bfloat16, "this CPU has AMX units", "asked for"),
         (False, True, torch.bfloat16, "this CPU has AVX512-BF16 units", "asked for"),
         (False, False, torch.float32, "this CPU has no bfloat16 units, float32 is faster there",
-         "asked for, but this CPU has no bfloat16 units: float32 trains at least 8 times as fast"),
+         "asked for, but this CPU has no bfloat16 units: float32 is several times as fast there"),
     ],
 )  # fmt: skip
 def test_the_hardware_decides_with_a_reason(

@@ -92,7 +92,8 @@ def test_two_runs_in_lanes_give_the_same_bytes(tmp_path: Path, used: list[int]) 
     runs = [trainer(tmp_path / str(number)) for number in range(3)]
     for run in runs:
         run.train()
-    assert used and len(used) % len(runs) == 0
+    # Documents of one of the six batches take too unequally long at so small a width.
+    assert len(used) == len(runs) * 5
     first = weights(runs[0])
     assert all(torch.equal(first[name], weight) for run in runs[1:] for name, weight in weights(run).items())
 

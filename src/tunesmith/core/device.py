@@ -98,7 +98,7 @@ def choose_dtype(requested: str | torch.dtype | None, device: torch.device) -> D
         raise ModelError(f"dtype bfloat16 is not computed by this GPU ({evidence}). Use float16 or float32.")
     if dtype == torch.bfloat16 and not native_bf16:
         # Products of one thread, AVX2, SmolLM2's shapes: 1.4 to 8.6 GFLOP/s instead of 69.
-        return DtypeChoice(dtype, f"asked for, but {evidence}: float32 trains at least 8 times as fast")
+        return DtypeChoice(dtype, f"asked for, but {evidence}: float32 is several times as fast there")
     return DtypeChoice(dtype, "asked for")
 
 

@@ -41,9 +41,7 @@ def lanes_of(batch: dict[str, Any], lanes: int, *, width: int, multiple: int = 1
     ``width`` is that of the hidden states.
     """
     documents = _trained_documents(batch)
-    lengths = [len(document["input_ids"]) for document in documents]
-    # Attention on all tokens before a token takes as long as all else at about 4 widths of them (SmolLM2 on AVX2).
-    shares = even_shares([length * (1 + length / (4 * width)) for length in lengths], lanes)
+    shares = lane_shares([len(document["input_ids"]) for document in documents], lanes, width=width)
     return [batch] if shares is None else _collated(batch, documents, shares, multiple)
 
 
@@ -84,6 +82,15 @@ def share_documents(lengths: Sequence[int], most_tokens: int) -> list[list[int]]
         if max(sum(lengths[index] for index in share) for share in shares) <= limit:
             return [share for share in shares if share]
         count += 1
+
+
+def lane_shares(lengths: Sequence[int], lanes: int, *, width: int) -> list[list[int]] | None:
+    """Return indices of documents in shares that take nearly equally long; None where their lengths do not allow that.
+
+    ``width`` is that of the hidden states.
+    """
+    # Attention on all tokens before a token takes as long as all else at about 4 widths of them (SmolLM2 on AVX2).
+    return even_shares([length * (1 + length / (4 * width)) for length in lengths], lanes)
 
 
 def even_shares(sizes: Sequence[float], count: int) -> list[list[int]] | None:

@@ -24,12 +24,11 @@ from tunesmith.engine.modes import adapter_disabled, evaluation_mode
 from tunesmith.export.verify import PROBES
 from tunesmith.models.load import facts_of
 from tunesmith.models.prompts import encode_prompt, stop_token_ids
-from tunesmith.models.settings import WITHOUT_VLLM
 from tunesmith.serving.adapters import read_adapter
 from tunesmith.serving.lora import Adapter
 from tunesmith.serving.outputs import LoraRequest, RequestOutput, SamplingParams, as_params, output_of
 from tunesmith.serving.places import require_adapter
-from tunesmith.serving.vllm import BASE, Vllm, VllmOptions, refuse_for_vllm, start_vllm
+from tunesmith.serving.vllm import BASE, WITHOUT_VLLM, Vllm, VllmOptions, refuse_for_vllm, start_vllm
 
 __all__ = ["FastInference", "with_fast_generate", "with_vllm"]
 

