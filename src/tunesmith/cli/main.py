@@ -81,7 +81,7 @@ def _options(
     """Stand for the options of the program itself; each acts in its own callback."""
 
 
-def _not_wanted(**_: Any) -> None:
+def _not_wanted() -> None:
     """Stand in for a command that this call does not run: its name and line are all that is needed."""
 
 

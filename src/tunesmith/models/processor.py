@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any, NoReturn
 
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
-from transformers.video_processing_utils import VideoProcessorMixin
 
 from tunesmith.core.errors import ModelError
 
 __all__ = ["ImagesOnly", "images_only", "load_processor"]
 
 
-class ImagesOnly(VideoProcessorMixin):
+class ImagesOnly(BaseImageProcessor):
     """Stands for the video part of a processor; ``settings`` are that part's own and are saved as they were."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
