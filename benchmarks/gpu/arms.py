@@ -95,7 +95,7 @@ def curve(stage: Stage, shape: str, work: Work, steps: int) -> None:
     found: list[dict[str, Any]] = []
     for arm in ("hf", "ours-none"):
         found.append(session.arm(arm, work, 0, steps, cycle=8))
-        trained = (p.detach().float().flatten() for p in session.model.parameters() if p.requires_grad)
+        trained = (p.detach().double().flatten() for p in session.model.parameters() if p.requires_grad)
         adapters.append(torch.cat(list(trained)).cpu())
     failed = next((facts["failed"] for facts in found if "failed" in facts), None)
     if failed is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tests.ops.kernel_cases import CASES, Case, cases_at, compare
+from tests.ops.kernel_cases import CASES, EQUAL_DOCUMENTS, Case, cases_at, compare
 
 from benchmarks.gpu.stage import Stage
 
@@ -41,6 +41,8 @@ def run(stage: Stage) -> None:
             stage.record(
                 case=case.name, op=case.op, dtype=str(dtype).removeprefix("torch."), **_result(stage, case, dtype)
             )
+    for case in () if stage.is_dry else EQUAL_DOCUMENTS:
+        stage.record(case=case.name, op="attention, cuDNN", dtype="bfloat16", **_through_cudnn(stage, case))
     for name, check in _far_checks(stage).items():
         stage.record(case=name, op=name.split(",")[0], dtype="bfloat16", **guarded(check))
 
@@ -67,6 +69,17 @@ def _result(stage: Stage, case: Case, dtype: torch.dtype) -> dict[str, Any]:
         }
 
     return {"implementation": implementation, **guarded(check)}
+
+
+def _through_cudnn(stage: Stage, case: Case) -> dict[str, Any]:
+    """Compare attention that goes to cuDNN at once, and has to have gone there."""
+    from unittest.mock import patch
+
+    from tunesmith.ops.attention_varlen import cudnn
+
+    with patch.object(cudnn, "_PREPARING_SECONDS", 0.0), patch.object(cudnn, "_agreed", {}):
+        found = _result(stage, case, torch.bfloat16)
+        return {**found, "passes": found["passes"] and list(cudnn._agreed.values()) == [True, True]}
 
 
 def guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:

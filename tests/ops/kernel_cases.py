@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CASES", "Case", "Comparison", "Memory", "cases_at", "compare"]
+__all__ = ["CASES", "EQUAL_DOCUMENTS", "Case", "Comparison", "Memory", "cases_at", "compare"]
 
 # As in ``tests/numerics.py``: right answers differ in rounding. Slack relative to the largest value; float32 allows for
 # a GPU's exp and rsqrt, which are good to two units in the last place.
@@ -565,3 +565,10 @@ CASES: tuple[Case, ...] = (
     _attention_case((42, 131), 4, 4, 16, window=7),
 )
 """All cases, small: an interpreter runs some hundred programs a second."""
+
+EQUAL_DOCUMENTS: tuple[Case, ...] = (
+    _attention_case((512,) * 4, 32, 8, 128, pad=8),
+    _attention_case((1000,), 9, 3, 64),
+    _attention_case((129, 129), 6, 2, 64),
+)
+"""For attention through cuDNN."""

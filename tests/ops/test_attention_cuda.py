@@ -1,4 +1,4 @@
-"""What ``attention_varlen/cuda.py`` asks of torch's flash attention, without a GPU.
+"""What ``attention_varlen/cuda.py`` asks of torch's flash attention and of cuDNN, without a GPU.
 
 Its calls are intercepted: a stand-in that reads them by the names of torch's schema computes what they mean in plain
 torch. That the kernels do the same is checked on a GPU by ``benchmarks.gpu_check``.
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tunesmith.ops.attention_varlen import cpu, cuda, reference
+from tunesmith.ops.attention_varlen import cpu, cuda, cudnn, reference
 from tunesmith.ops.attention_varlen.documents import Documents, host_lengths
 
 FORWARD = torch.ops.aten._flash_attention_forward.default
@@ -207,3 +207,105 @@ def test_shapes_on_the_meta_device() -> None:
     assert out.shape == (12, 4, 8) and out.dtype == torch.bfloat16 and kept[0].shape == (4, 12)
     targets = [torch.empty_like(x) for x in (query, key, value)]
     cuda.backward(out, query, key, value, out, kept, (5, 7), scale=0.3, window=4, **named_targets(targets))
+
+
+# ---- documents of one length, through cuDNN ----
+
+DENSE_FORWARD = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+DENSE_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+
+
+class DenseKernels(Kernels):
+    """Stands for cuDNN too; ``wrong`` names the direction, "forward" or "backward", in which it computes nonsense."""
+
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.wrong, self.dense = wrong, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (DENSE_FORWARD, DENSE_BACKWARD):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.dense += 1
+        call = named(func, args, kwargs or {})
+        assert call["is_causal"] and call["dropout_p"] == 0.0 and call["attn_bias"] is None
+        q, k, v = (call[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value"))
+        documents, heads, length, _ = call["query"].shape
+        lengths, apart = (length,) * documents, lambda x: x.unflatten(0, (documents, -1)).transpose(1, 2)
+        if func is DENSE_FORWARD:
+            assert call["compute_log_sumexp"]
+            out, _ = cpu.forward(q, k, v, lengths, scale=call["scale"])
+            log_sum_exp = torch.zeros(documents, heads, length, 1)
+            out = out.neg() if self.wrong == "forward" else out
+            return apart(out), log_sum_exp, None, None, length, length, *(torch.empty(0) for _ in range(3))
+        assert call["max_q"] == call["max_k"] == length and call["logsumexp"].shape == (documents, heads, length, 1)
+        dout, out = (call[name].transpose(1, 2).flatten(0, 1) for name in ("grad_out", "out"))
+        grads = [torch.empty(x.shape) for x in (q, k, v)]
+        cpu.backward(dout, q, k, v, out, (), lengths, scale=call["scale"], **named_targets(grads))
+        return tuple(apart(grad.neg() if self.wrong == "backward" else grad) for grad in grads)
+
+
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which a shape is worth preparing for after its second call."""
+    monkeypatch.setattr(cudnn, "is_able", lambda device: True)
+    monkeypatch.setattr(cudnn, "_lost", {})
+    monkeypatch.setattr(cudnn, "_agreed", {})
+    # Both calls of three documents of 7 tokens with 4 heads of 8.
+    monkeypatch.setattr(cudnn, "_PREPARING_SECONDS", 1.5 * cudnn._SAVED * 7 * 4 * 8 * 3 * 7**2 / cudnn._FLASH_FLOPS)
+
+
+def attended(kernels: Kernels, lengths: tuple[int, ...], **settings: Any) -> list[torch.Tensor]:
+    """Return the output and the gradients of q, k and v."""
+    query, key, value = inputs(sum(lengths))
+    grads = [torch.full(x.shape, float("nan")) for x in (query, key, value)]
+    dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(1))
+    with kernels:
+        out, kept = cuda.forward(query, key, value, lengths, scale=0.3, **settings)
+        cuda.backward(dout, query, key, value, out, kept, lengths, scale=0.3, **settings, **named_targets(grads))
+    return [out, *grads]
+
+
+def test_a_shape_that_comes_back_goes_to_cudnn(dense: None) -> None:
+    kernels = DenseKernels()
+    expected = attended(Kernels(), (7, 7, 7))
+    for step, (flash, fast) in enumerate([(2, 0), (4, 2), (4, 4)]):
+        found = attended(kernels, (7, 7, 7))
+        # cuDNN's first results are compared with flash attention's, which is called once more each way.
+        assert (len(kernels.calls), kernels.dense) == (flash, fast), step
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward"])
+def test_where_cudnn_computes_something_else_it_is_not_used(
+    dense: None, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels, expected = DenseKernels(wrong), attended(Kernels(), (7, 7, 7))
+    for _ in range(4):
+        for ours, theirs in zip(attended(kernels, (7, 7, 7)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert kernels.dense == (1 if wrong == "forward" else 2)
+    assert f"cuDNN's attention ({wrong}, 4/2 heads of 8" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings"), [((7, 6), {}), ((7, 7, 0), {}), ((7, 7), {"window": 6})], ids=str
+)  # fmt: skip
+def test_other_documents_stay_with_flash_attention(
+    dense: None, lengths: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    kernels = DenseKernels()
+    for _ in range(4):
+        attended(kernels, lengths, **settings)
+    assert kernels.dense == 0 and len(kernels.calls) == 8
+
+
+def test_a_window_that_hides_nothing_is_none(dense: None) -> None:
+    kernels = DenseKernels()
+    for _ in range(3):
+        attended(kernels, (7, 7, 7), window=7)
+    assert kernels.dense == 2
+
+
+def test_cudnn_needs_a_gpu() -> None:
+    assert not cudnn.is_able(torch.device("cpu"))

@@ -2,8 +2,9 @@
 
 Same functions and arguments as ``cpu.py``, to which everything goes that the kernels do not do; ``supports`` says what
 that is. All documents are one call: the kernels read where each begins from int32 offsets on the device. Where the
-caller has them there (:class:`Documents`) nothing waits for a copy. Kept for the backward is the log-sum-exp, a float32
-a head and token.
+caller has them there (:class:`Documents`) nothing waits for a copy. Documents of one length that come again and again
+go to ``cudnn.py`` where that is faster. Kept for the backward is the log-sum-exp, a float32 a head and token, in the
+shape of whichever computed it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 
 import torch
 
-from tunesmith.ops.attention_varlen import cpu
+from tunesmith.ops.attention_varlen import cpu, cudnn
 from tunesmith.ops.attention_varlen.documents import Documents, Lengths, bounds_of
 
 __all__ = ["backward", "fits", "forward", "missing", "supports"]
@@ -95,15 +96,18 @@ def forward(
         if not possible:
             _note(reason)
         return cpu.forward(query, key, value, lengths, scale=scale, window=window, softcap=softcap, out=out)
-    bounds, longest = _bounds(lengths, query.device)
-    left, right = _sides(window)
-    result, log_sum_exp = torch.ops.aten._flash_attention_forward(
-        _packed(query), _packed(key), _packed(value), bounds, bounds, longest, longest, 0.0, True, False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )[:2]  # fmt: skip
-    if out is None:
-        return result, (log_sum_exp,)
-    return out.copy_(result), (log_sum_exp,)
+
+    def flash() -> tuple[torch.Tensor, torch.Tensor]:
+        return _flash(query, key, value, lengths, scale=scale, window=window)
+
+    documents = cudnn.documents_for(query, key, value, lengths, window=window)
+    if documents:
+        result, log_sum_exp = cudnn.forward(query, key, value, documents, scale=scale)
+        if not cudnn.agrees("forward", query, key, [result], lambda: flash()[:1]):
+            result, log_sum_exp = flash()
+    else:
+        result, log_sum_exp = flash()
+    return result if out is None else out.copy_(result), (log_sum_exp,)
 
 
 def backward(
@@ -133,16 +137,56 @@ def backward(
             dquery=dquery, dkey=dkey, dvalue=dvalue,
         )  # fmt: skip
         return
+    (log_sum_exp,) = kept
+
+    def flash() -> tuple[torch.Tensor, ...]:
+        # (documents, H, length, 1) of cuDNN is (H, T) here.
+        rows = log_sum_exp if log_sum_exp.dim() == 2 else log_sum_exp[..., 0].transpose(0, 1).flatten(1).contiguous()
+        return _flash_backward(dout, query, key, value, out, rows, lengths, scale=scale, window=window)
+
+    if log_sum_exp.dim() == 4:
+        found = cudnn.backward(dout, query, key, value, out, log_sum_exp, scale=scale)
+        if not cudnn.agrees("backward", query, key, found, flash):
+            found = flash()
+    else:
+        found = flash()
+    for target, grad in zip((dquery, dkey, dvalue), found, strict=True):
+        target.copy_(grad)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, *, scale: float, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output and the log-sum-exp (H, T)."""
+    bounds, longest = _bounds(lengths, query.device)
+    left, right = _sides(window)
+    found = torch.ops.aten._flash_attention_forward(
+        _packed(query), _packed(key), _packed(value), bounds, bounds, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return found[0], found[1]
+
+
+def _flash_backward(
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    lengths: Lengths,
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, ...]:
     bounds, longest = _bounds(lengths, query.device)
     left, right = _sides(window)
     # The state of the random numbers is read with dropout only.
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)
-    found = torch.ops.aten._flash_attention_backward(
-        dout, _packed(query), _packed(key), _packed(value), out, kept[0], bounds, bounds, longest, longest, 0.0, True,
-        unused, unused, scale=scale, window_size_left=left, window_size_right=right,
+    return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
+        dout, _packed(query), _packed(key), _packed(value), out, log_sum_exp, bounds, bounds, longest, longest, 0.0,
+        True, unused, unused, scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    for target, grad in zip((dquery, dkey, dvalue), found, strict=True):
-        target.copy_(grad)
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
