@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tests.training import support
 
 from tunesmith.training.callbacks import EarlyStop, InterruptWatch, MetricsFile, loss_plot, overfitting
 
@@ -133,3 +135,33 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG")
     loss_plot([], file)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what every step costs beside its arithmetic ----
+
+
+def test_a_step_walks_over_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+
+    def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
+        walks.append(1)
+        return original(module, *args, **kwargs)
+
+    original = torch.nn.Module.named_modules
+    counts: list[int] = []
+    for steps in (2, 6):
+        run = support.trainer(tmp_path / str(steps), max_steps=steps, save_strategy="no", max_grad_norm=0.1)
+        expected = run.floating_point_ops({"input_ids": torch.zeros(3, 7)})
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "named_modules", counted)
+            walks.clear()
+            run.train()
+        counts.append(len(walks))
+        # The Trainer's own ways are back, and count the same.
+        assert "zero_grad" not in vars(run.model) and run.state.total_flos > 0
+        assert run.floating_point_ops({"input_ids": torch.zeros(3, 7)}) == expected
+        with run._walking_once():
+            assert run.floating_point_ops({"input_ids": torch.zeros(3, 7)}) == expected
+            run.model.zero_grad()
+            assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert counts[0] == counts[1]

@@ -14,10 +14,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from tunesmith.adapters.model import raw_weights
@@ -52,6 +55,8 @@ class RunTrainer(Trainer):
     _tokens_since_log = 0
     _log_time = 0.0
     _proved_gradients = False
+    _found: list[tuple[str, torch.nn.Parameter]] | None = None
+    _size: int | None = None
 
     def run_fingerprint(self) -> dict[str, Any]:
         """Return data, model and settings of this run as comparable values."""
@@ -81,8 +86,49 @@ class RunTrainer(Trainer):
     # ---- one step ----
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Return the parameters that take gradients, by name."""
+        """Return the parameters that take gradients, by name; during a run those that took them at its start."""
+        if self._found is not None:
+            return self._found
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def _walking_once(self) -> Iterator[None]:
+        """Look for what trains once a run.
+
+        The Trainer walks over all modules for every step, to count them, to clip and to set gradients to None. With
+        SmolLM2 these walks took 40 ms a step, on a GPU that computes the step itself in 15.
+        """
+        model, self._found = self.model, self.trainable()
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for _, parameter in self._found or ():
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.detach_().zero_()
+
+        model.zero_grad = zero_grad
+        try:
+            yield
+        finally:
+            del model.zero_grad
+            self._found = self._size = None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return what Trainer would count for ``inputs``, from a number of parameters that is counted once a run."""
+        main = getattr(self.model, "main_input_name", "input_ids")
+        if self._found is None or main not in inputs or not hasattr(self.model, "num_parameters"):
+            return super().floating_point_ops(inputs)
+        if self._size is None:
+            self._size = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs[main].numel() * self._size
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip what trains; where FSDP or DeepSpeed look after the model it is theirs."""
+        kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self._found is None or self.accelerator.distributed_type not in kinds:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([weight for _, weight in self._found], self.args.max_grad_norm)
 
     def check_gradients(self, places: list[str]) -> None:
         """Stop the run on gradients that are not finite, or missing in the first step; ``places`` name its rows."""
@@ -165,7 +211,7 @@ class RunTrainer(Trainer):
         self._log_time = time.perf_counter()
         try:
             # The Trainer gathers and waits too, for its log and at checkpoints.
-            with naming_lost_processes():
+            with naming_lost_processes(), self._walking_once():
                 return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         finally:
             # An error ends the run without on_train_end.
