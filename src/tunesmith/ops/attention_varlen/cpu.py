@@ -2,12 +2,12 @@
 
 Documents of nearly equal length are computed together as one batch of matrix products, padded behind their last token:
 causality already hides what comes after. Queries are cut into blocks; a block sees the keys from the start of its
-window to its own last token, so that most of the upper half of the score matrix is not computed. Every head is a
-product of its own, those that share a key head on copies of it: that shares out evenly among few threads.
+window to its own last token, so that most of the upper half of the score matrix is not computed. Heads that share a key
+head are rows of one product: the queries of a position lie side by side, (positions, heads that share) by E.
 
-In 16 bits products are cheap beside the calls that make them, and a CPU's matrix library prepares a kernel for every
-new shape. So there lengths are rounded up to two sizes an octave, blocks are larger, and the softmax runs in torch's
-own kernels, which widen within the registers.
+In 16 bits lengths are rounded up to a multiple of ``STEP``: there a CPU's matrix library prepares a kernel for every
+new shape, and lengths as they come are nearly all new. The softmax runs in torch's own kernels, which widen within the
+registers.
 
 With S = scale Q K^T, P = softmax(S) and O = P V, the backward is
 
@@ -33,9 +33,13 @@ from tunesmith.ops.rows import wide_dtype
 __all__ = ["BLOCK", "STEP", "backward", "forward"]
 
 STEP = 32
-"""Lengths are rounded up to a multiple of this, and longer ones of more, in 16 bits."""
-BLOCK, _BLOCK_16 = 64, 128
-"""Queries of one block, in 32 and more bits and in 16."""
+"""Lengths are rounded up to a multiple of this in 16 bits."""
+BLOCK = 64
+"""Rows of one block of queries: positions times heads that share a key head."""
+# 85 + 202 ms where blocks of 64 took 89 + 235 (one core with AVX2, float32, chats, 9/3 heads of 64).
+_LEAST_POSITIONS = 32
+# Matrix units of 16 bits want more rows.
+_BLOCK_16, _LEAST_POSITIONS_16 = 128, 64
 # Scores of one product, in elements: 16 MB in float32, so that a batch of documents stays near the cache.
 _MOST_SCORES = 4 * 2**20
 
@@ -56,28 +60,32 @@ class _Group:
     def documents(self) -> int:
         return len(self.members)
 
-    def heads(self, x: torch.Tensor, copies: int = 1) -> torch.Tensor:
-        """Return (documents * H * copies, length, E) of ``x`` (T, H, E), each head ``copies`` times, padded with 0."""
-        out = x.new_empty(self.documents, x.shape[1], copies, self.length, x.shape[2])
+    def heads(self, x: torch.Tensor, sharing: int = 1) -> torch.Tensor:
+        """Return (documents * K, length * sharing, E) of ``x`` (T, K * sharing, E), padded with 0."""
+        x = x.unflatten(1, (-1, sharing))
+        out = x.new_empty(self.documents, x.shape[1], self.length, *x.shape[2:])
         if self.start is not None:
-            out.copy_(self._view(x).transpose(1, 2).unsqueeze(2))
-            return out.flatten(0, 2)
-        for row, (begin, length) in zip(out, self.members, strict=True):
-            row[:, :, :length].copy_(x[begin : begin + length].transpose(0, 1).unsqueeze(1))
-            row[:, :, length:].zero_()
-        return out.flatten(0, 2)
+            out.copy_(self._view(x).transpose(1, 2))
+        else:
+            for row, (begin, length) in zip(out, self.members, strict=True):
+                row[:, :length].copy_(x[begin : begin + length].transpose(0, 1))
+                row[:, length:].zero_()
+        return out.flatten(2, 3).flatten(0, 1)
 
-    def grid(self, out: torch.Tensor) -> torch.Tensor:
-        """Return (documents, length, H, E) to fill for ``out`` (T, H, E): a view where one is."""
-        if self.start is not None:
-            return self._view(out)
-        return out.new_empty(self.documents, self.length, *out.shape[1:])
+    def positions(self, heads: torch.Tensor, sharing: int = 1) -> torch.Tensor:
+        """Return (documents, positions, K, sharing, E), a view, of (documents * K, positions * sharing, E)."""
+        return heads.view(self.documents, -1, heads.shape[1] // sharing, sharing, heads.shape[2]).transpose(1, 2)
+
+    def grid(self, out: torch.Tensor, sharing: int = 1) -> torch.Tensor:
+        """Return (documents, length, K, sharing, E) to fill for ``out`` (T, K * sharing, E): a view where one is."""
+        out = out.unflatten(1, (-1, sharing))
+        return out.new_empty(self.documents, self.length, *out.shape[1:]) if self.start is None else self._view(out)
 
     def write(self, grid: torch.Tensor, out: torch.Tensor) -> None:
         """Write ``grid``, made by :meth:`grid` and filled since, to ``out``."""
         if self.start is None:
             for row, (begin, length) in zip(grid, self.members, strict=True):
-                out[begin : begin + length].copy_(row[:length])
+                out[begin : begin + length].copy_(row[:length].flatten(1, 2))
 
     def _view(self, x: torch.Tensor) -> torch.Tensor:
         assert self.start is not None
@@ -85,17 +93,17 @@ class _Group:
 
 
 @functools.lru_cache(maxsize=8)
-def _groups(lengths: tuple[int, ...], heads: int, is_narrow: bool) -> tuple[_Group, ...]:
+def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tuple[_Group, ...]:
     """Return documents of one rounded length together, as many as ``_MOST_SCORES`` allows."""
     by_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
         if length:
-            by_length.setdefault(_rounded(length) if is_narrow else length, []).append((start, length))
+            by_length.setdefault(-(-length // step) * step, []).append((start, length))
         start += length
     groups: list[_Group] = []
     for rounded, members in sorted(by_length.items()):
-        most = max(1, _MOST_SCORES // (heads * min(rounded, _block(is_narrow)) * rounded))
+        most = max(1, _MOST_SCORES // (heads * min(rounded, block) * rounded))
         for first in range(0, len(members), most):
             chosen = tuple(members[first : first + most])
             begin, (last, _) = chosen[0][0], chosen[-1]
@@ -104,14 +112,11 @@ def _groups(lengths: tuple[int, ...], heads: int, is_narrow: bool) -> tuple[_Gro
     return tuple(groups)
 
 
-def _rounded(length: int) -> int:
-    """Return ``length`` rounded up to a multiple of a quarter of the next power of two, at least of ``STEP``."""
-    step = max(STEP, 1 << (length - 1).bit_length() - 2) if length > STEP else STEP
-    return -(-length // step) * step
-
-
-def _block(is_narrow: bool) -> int:
-    return _BLOCK_16 if is_narrow else BLOCK
+def _sizes(dtype: torch.dtype, sharing: int) -> tuple[int, int]:
+    """Return of what lengths are a multiple, and the positions of a block."""
+    if dtype.itemsize > 2:
+        return 1, max(_LEAST_POSITIONS, BLOCK // sharing)
+    return STEP, max(_LEAST_POSITIONS_16, _BLOCK_16 // sharing)
 
 
 def _blocks(length: int, window: int | None, block: int) -> Iterator[tuple[int, int, int]]:
@@ -143,8 +148,12 @@ def _weights(
     window: int | None,
     softcap: float | None,
     buffer: torch.Tensor,
+    sharing: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return P (heads, rows, keys) and, with a softcap, the slope of the cap; in 16 bits only where S needs no more."""
+    """Return P (heads, positions * sharing, keys) and, with a softcap, the slope of the cap.
+
+    P is in 16 bits where S, as the product rounds it, is all there is to know.
+    """
     scores = _product(queries, keys.transpose(1, 2), buffer)
     if softcap is not None or scale != 1.0:
         scores = scores.to(wide_dtype(queries.dtype))
@@ -155,10 +164,11 @@ def _weights(
         scores = scores.div_(softcap).tanh_()
         slope = 1 - scores * scores
         scores = scores.mul_(softcap)
-    rows, count = queries.shape[1], keys.shape[1]
+    rows, count = queries.shape[1] // sharing, keys.shape[1]
     # Without a window only the square below the last ``rows`` keys holds something to hide.
     seen = 0 if window is not None else count - rows
-    scores[..., seen:].add_(_hidden(rows, count - seen, window, scores.dtype, keys.device))
+    hidden = _hidden(rows, count - seen, window, scores.dtype, keys.device)
+    scores.unflatten(1, (rows, sharing))[..., seen:].add_(hidden[:, None])
     return torch.softmax(scores, -1), slope
 
 
@@ -197,19 +207,19 @@ def forward(
 
     All may be strided.
     """
-    heads, copies = query.shape[1], query.shape[1] // key.shape[1]
-    before, behind = _split_scale(scale, query.dtype)
+    heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
+    (before, behind), (step, block) = _split_scale(scale, query.dtype), _sizes(query.dtype, sharing)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
-    is_narrow = query.dtype.itemsize == 2
-    for group in _groups(host_lengths(lengths), heads, is_narrow):
-        q, k, v = group.heads(query), group.heads(key, copies), group.heads(value, copies)
+    for group in _groups(host_lengths(lengths), heads, step, block):
+        q, k, v = group.heads(query, sharing), group.heads(key), group.heads(value)
         q = q.mul_(before) if before != 1.0 else q
-        buffer = q.new_empty(len(q) * min(_block(is_narrow), group.length) * group.length)
-        found = group.grid(out)
-        for first_key, first, end in _blocks(group.length, window, _block(is_narrow)):
-            weights, _ = _weights(q[:, first:end], k[:, first_key:end], behind, window, softcap, buffer)
-            block = torch.bmm(weights.to(q.dtype), v[:, first_key:end])
-            found[:, first:end] = block.unflatten(0, (group.documents, heads)).transpose(1, 2)
+        buffer = q.new_empty(group.documents * heads * min(block, group.length) * group.length)
+        found = group.grid(out, sharing)
+        for first_key, first, end in _blocks(group.length, window, block):
+            queries = q[:, first * sharing : end * sharing]
+            weights, _ = _weights(queries, k[:, first_key:end], behind, window, softcap, buffer, sharing)
+            part = torch.bmm(weights.to(q.dtype), v[:, first_key:end])
+            found[:, first:end] = group.positions(part, sharing)
         group.write(found, out)
     return out, ()
 
@@ -234,36 +244,35 @@ def backward(
 
     ``out`` and ``kept`` are what forward returned; nothing of them is needed here.
     """
-    heads, copies = query.shape[1], query.shape[1] // key.shape[1]
-    (before, behind), is_narrow = _split_scale(scale, query.dtype), query.dtype.itemsize == 2
-    for group in _groups(host_lengths(lengths), heads, is_narrow):
-        q, d_found = group.heads(query), group.heads(dout)
-        k, v = group.heads(key, copies), group.heads(value, copies)
+    heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
+    (before, behind), (step, block) = _split_scale(scale, query.dtype), _sizes(query.dtype, sharing)
+    for group in _groups(host_lengths(lengths), heads, step, block):
+        q, d_found = group.heads(query, sharing), group.heads(dout, sharing)
+        k, v = group.heads(key), group.heads(value)
         q = q.mul_(before) if before != 1.0 else q
-        size = len(q) * min(_block(is_narrow), group.length) * group.length
+        size = group.documents * heads * min(block, group.length) * group.length
         for_scores, for_slopes = q.new_empty(size), q.new_empty(size)
-        found = group.grid(dquery)
+        found = group.grid(dquery, sharing)
         dk: torch.Tensor | None = None
         dv: torch.Tensor | None = None
         # The last block first: without a window it sees all keys.
-        for first_key, first, end in reversed(list(_blocks(group.length, window, _block(is_narrow)))):
-            keys, queries, d_block = k[:, first_key:end], q[:, first:end], d_found[:, first:end]
-            weights, slope = _weights(queries, keys, behind, window, softcap, for_scores)
-            dv = _added(dv, torch.bmm(weights.to(v.dtype).transpose(1, 2), d_block), first_key, group.length)
-            d_weights = _product(d_block, v[:, first_key:end].transpose(1, 2), for_slopes).to(weights.dtype)
+        for first_key, first, end in reversed(list(_blocks(group.length, window, block))):
+            rows = slice(first * sharing, end * sharing)
+            keys, queries, d_part = k[:, first_key:end], q[:, rows], d_found[:, rows]
+            weights, slope = _weights(queries, keys, behind, window, softcap, for_scores, sharing)
+            dv = _added(dv, torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part), first_key, group.length)
+            d_weights = _product(d_part, v[:, first_key:end].transpose(1, 2), for_slopes).to(weights.dtype)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if slope is not None:
                 d_scores = d_scores.mul_(slope)
             if behind != 1.0:
                 d_scores = d_scores.mul_(behind)
             d_scores = d_scores.to(q.dtype)
-            d_queries = torch.bmm(d_scores, keys).unflatten(0, (group.documents, heads)).transpose(1, 2)
-            torch.mul(d_queries, before, out=found[:, first:end])
+            torch.mul(group.positions(torch.bmm(d_scores, keys), sharing), before, out=found[:, first:end])
             dk = _added(dk, torch.bmm(d_scores.transpose(1, 2), queries), first_key, group.length)
         group.write(found, dquery)
         for grad, target in ((dk, dkey), (dv, dvalue)):
             assert grad is not None
             found = group.grid(target)
-            shared = grad.view(group.documents, -1, copies, *grad.shape[1:])
-            found.copy_((shared.sum(2) if copies > 1 else shared[:, :, 0]).transpose(1, 2))
+            found.copy_(group.positions(grad))
             group.write(found, target)
