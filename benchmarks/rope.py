@@ -7,8 +7,9 @@ For SmolLM2-135M-Instruct (window 8,192): the perplexity of the last 1,024 token
 and 4 times as long as its own, unscaled and under each scheme of ``rope_scaling``. ``--train N`` then trains an adapter
 for N steps at 2x under the two schemes that are best there, and scores it at 4x. Every window is one line of
 ``results/rope.jsonl``: what is there is not measured again, so that the command goes on where it stopped, and
-``--minutes`` ends it between two windows. The text is the language reference of Python and then help pages of its
-library, as the standard library carries them; windows do not overlap, and training uses other text than scoring.
+``--minutes`` ends it between two windows. A GPU takes minutes, two CPU cores hours. The text is the language reference
+of Python and then help pages of its library, as the standard library carries them; windows do not overlap, and training
+uses other text than scoring.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def load(scheme: str, reach: int) -> tuple[Any, Any]:
     stretched: dict[str, Any] = {}
     if reach > 1 and scheme != PLAIN:
         stretched = {"max_seq_length": reach * NATIVE, "rope_scaling": scheme}
-    return FastLanguageModel.from_pretrained(MODEL, dtype="float32", **stretched)
+    return FastLanguageModel.from_pretrained(MODEL, **stretched)
 
 
 def perplexity(model: Any, tokens: list[int]) -> float:
@@ -150,7 +151,7 @@ def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, mi
             raise SystemExit(f"the text holds {len(tokens) // (4 * NATIVE)} windows; --windows {windows} asks for more")
         value = perplexity(model, tokens[last - reach * NATIVE : last])
         record = {"scheme": scheme, "reach": reach, "window": window, "steps": trained, "perplexity": value,
-                  "seconds": time.perf_counter() - start}  # fmt: skip
+                  "dtype": str(model.dtype).removeprefix("torch."), "seconds": time.perf_counter() - start}  # fmt: skip
         print(append_record("rope", record), flush=True)
     return True
 
