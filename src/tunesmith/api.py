@@ -99,15 +99,16 @@ class FastLanguageModel:
         ``FastModel`` and ``FastVisionModel`` return the processor of a vision-language model in place of a tokenizer.
 
         Weights are 16-bit or 32-bit as ``dtype`` says; None picks what the hardware computes. ``load_in_4bit`` (NF4)
-        and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``. An adapter
-        folder gives the base that it names with the adapter on it, ready to train on. With ``full_finetuning`` all
-        weights train: give the model to the trainer as it is. There ``load_in_8bit`` stores them in int8, and
-        ``load_in_4bit`` makes the result a 4-bit model; see :mod:`tunesmith.models.whole`. A ``max_seq_length`` above
-        the model's own window stretches it as ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope
-        parameters of transformers), up to four times also where nothing is said. ``resize_model_vocab`` gives embedding
-        and head rows for added tokens, each the mean of the old ones. ``qat_scheme`` ("int8-int4", "int8", "int4",
-        "fp8-int4", "fp8-fp8" or a config of torchao) makes full fine-tuning aware of that quantization:
-        ``model.save_pretrained_torchao`` then saves what was trained; for an adapter give it to ``get_peft_model``.
+        and ``load_in_8bit`` quantize the linear layers of the decoder, which are computed in ``dtype``; ``load_in_fp8``
+        ("row" or "block") stores them in float8 where a GPU has it. An adapter folder gives the base that it names with
+        the adapter on it, ready to train on. With ``full_finetuning`` all weights train: give the model to the trainer
+        as it is. There ``load_in_8bit`` stores them in int8, and ``load_in_4bit`` makes the result a 4-bit model; see
+        :mod:`tunesmith.models.whole`. A ``max_seq_length`` above the model's own window stretches it as
+        ``rope_scaling`` says ("linear", "dynamic", "yarn", "llama3" or rope parameters of transformers), up to four
+        times also where nothing is said. ``resize_model_vocab`` gives embedding and head rows for added tokens, each
+        the mean of the old ones. ``qat_scheme`` ("int8-int4", "int8", "int4", "fp8-int4", "fp8-fp8" or a config of
+        torchao) makes full fine-tuning aware of that quantization: ``model.save_pretrained_torchao`` then saves what
+        was trained; for an adapter give it to ``get_peft_model``.
 
         ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
@@ -127,15 +128,17 @@ class FastLanguageModel:
             fast_inference,
             {"gpu_memory_utilization": (gpu_memory_utilization, 0.5), "max_lora_rank": (max_lora_rank, 64),
              "float8_kv_cache": (float8_kv_cache, False)},
-            {"full_finetuning": full_finetuning, "load_in_8bit": load_in_8bit, "trust_remote_code": trust_remote_code,
+            {"full_finetuning": full_finetuning, "load_in_8bit": load_in_8bit,
+             "load_in_fp8": load_in_fp8, "trust_remote_code": trust_remote_code,
              "resize_model_vocab": resize_model_vocab, "rope_scaling": rope_scaling, "auto_model": auto_model},
         )  # fmt: skip
-        check_fp8(load_in_fp8)
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
         width = choose_width(
-            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, dtype=dtype
-        )
+            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, load_in_fp8=load_in_fp8,
+            full_finetuning=full_finetuning, dtype=dtype,
+        )  # fmt: skip
+        check_fp8(width)
         check_checkpointing(use_gradient_checkpointing)
         task = None if task_type is None else find_task(task_type).name
         head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)

@@ -172,6 +172,11 @@ LOADING: dict[str, Row] = {
         {"load_in_8bit": True, "load_in_16bit": True},
         "load_in_8bit=True and load_in_16bit=True: give one",
     ),
+    "load_in_fp8": Row(
+        lambda saved, monkeypatch: facts_of(in_float8(saved, monkeypatch)).width == "fp8-block",
+        {"load_in_fp8": "blocks"},
+        "load_in_fp8='blocks': allowed are False, True, 'row' and 'block'",
+    ),
     "load_in_16bit": Row(
         lambda saved: facts_of(load(adapter_on_4bit(saved), load_in_16bit=True, dtype=None)).width is None,
         {"load_in_16bit": True, "dtype": "float32"},
@@ -180,7 +185,7 @@ LOADING: dict[str, Row] = {
     "full_finetuning": Row(
         lambda saved: all(p.requires_grad for p in load(saved, full_finetuning=True).parameters()),
         {"full_finetuning": True, "load_in_fp8": True},
-        "load_in_fp8",
+        "load_in_fp8=True stores a base that does not train",
     ),
     "qat_scheme": Row(
         lambda saved: facts_of(load(saved, full_finetuning=True, qat_scheme="int8")).qat.name == "int8",
@@ -315,9 +320,14 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
         {"fast_inference": True, "gpu_memory_utilization": 0.9},
         "gpu_memory_utilization=0.9 is for a GPU|fast_inference=True generates through",
     ),
-    "load_in_fp8": ({"load_in_fp8": "row"}, "load_in_fp8='row' needs a GPU that computes in float8"),
+    "load_in_fp8": ({"load_in_fp8": True}, "load_in_fp8='row' needs a GPU that computes in float8"),
 }
 """Arguments whose effect needs a package or a GPU that are not here: they are refused with that reason."""
+
+
+def in_float8(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("tunesmith.models.settings.computes_float8", lambda device: True)
+    return load(saved, load_in_fp8="block")
 
 
 def template_of(place: Any, **arguments: Any) -> str:
@@ -542,9 +552,15 @@ def test_every_argument_has_a_row() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in LOADING.items() if row.effect is not None])
 def test_an_argument_of_loading_has_its_effect(
-    name: str, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, told: Callable[..., str]
+    name: str,
+    saved: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Callable[..., str],
 ) -> None:
-    assert called(LOADING[name].effect, saved=saved, tmp_path=tmp_path, caplog=caplog, told=told)
+    fixtures = {"saved": saved, "tmp_path": tmp_path, "caplog": caplog, "monkeypatch": monkeypatch, "told": told}
+    assert called(LOADING[name].effect, **fixtures)
 
 
 @pytest.mark.parametrize("name", LOADING)

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: loaded as asked for, trained with the right gradients, protected from what its layers do."""
+"""A base in 4 or 8 bits or float8: loaded as asked for, trained with the right gradients, protected from its layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import is_quantized, read_projection
+from tunesmith.export.merge import _routes
+from tunesmith.export.weights import merged_weights
 from tunesmith.memory import PartShape, Setting, shape_of
 from tunesmith.memory.estimate import estimate
+from tunesmith.models import settings
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import empty_causal_lm, facts_of
 from tunesmith.models.quantize import protect_gradients
@@ -28,6 +31,13 @@ from tunesmith.ops.quantized import reference
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
 WIDTHS = ("4bit", "8bit")
+FLOAT8 = ("fp8", "fp8-block")
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_with_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU converts float8 as well: what a GPU of compute capability 8.9 is asked for is how fast it multiplies."""
+    monkeypatch.setattr(settings, "computes_float8", lambda device: True)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, width: str | None, **arguments: Any) -> Any:
-    asked = {} if width is None else {f"load_in_{width}": True}
+    asked: dict[str, Any] = {} if width is None else {f"load_in_{width}": True}
+    if width in FLOAT8:
+        asked = {"load_in_fp8": "block" if width == "fp8-block" else "row"}
     return FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=256, **{"dtype": "float32", **asked, **arguments}
     )[0]
@@ -89,8 +101,10 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 IDS = torch.arange(24).view(1, 24) * 7 % tiny.VOCABULARY
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [*((family, width) for family in FAMILIES for width in WIDTHS), ("gemma2", "fp8"), ("qwen2", "fp8-block")]
+
+
+@pytest.mark.parametrize(("family", "width"), CASES)
 def test_gradients_are_those_of_the_numbers_that_the_weights_stand_for(
     family: str, width: str, folders: dict[str, Path]
 ) -> None:
@@ -108,7 +122,7 @@ def test_gradients_are_those_of_the_numbers_that_the_weights_stand_for(
     assert engine_of(model).notes == []
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, "fp8"])
 def test_generation_is_that_of_the_numbers_too(width: str, folders: dict[str, Path]) -> None:
     model = adapted(load(folders["llama"], width)).eval()
     twin = dense_twin(model, folders["llama"]).eval()
@@ -128,7 +142,7 @@ def test_every_policy_gives_the_same_gradients(policy: Policy, folders: dict[str
     assert_same(gradients(model, IDS), wanted)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, "fp8"])
 def test_weights_that_stay_written_out_give_the_same_gradients(width: str, folders: dict[str, Path]) -> None:
     model = adapted(load(folders["qwen3"], width))
     engine = engine_of(model)
@@ -204,7 +218,7 @@ def test_linear_layers_of_the_decoder_are_quantized_and_nothing_else(folders: di
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, "fp8"])
 def test_bfloat16_is_computed_in(width: str, folders: dict[str, Path]) -> None:
     model = adapted(load(folders["llama"], width, dtype="bfloat16"))
     # The same layers in bfloat16, their weights rounded to it once.
@@ -240,7 +254,7 @@ def test_a_folder_that_is_quantized_already(width: str, folders: dict[str, Path]
         load(tmp_path / "packed", other)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, *FLOAT8])
 def test_an_adapter_comes_back_on_its_quantized_base(width: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(load(folders["llama"], width)).eval()
     model.save_pretrained(tmp_path / "adapter")
@@ -271,7 +285,7 @@ def test_the_base_of_an_adapter_is_said_and_a_damaged_record_refused(
 # ---- what would go wrong ----
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, "fp8"])
 def test_merging_into_quantized_weights_is_refused(width: str, folders: dict[str, Path]) -> None:
     model = adapted(load(folders["llama"], width))
     before = gradients(model, IDS)
@@ -299,10 +313,56 @@ def test_weights_that_have_the_layout_for_generation_are_refused(folders: dict[s
         protect_gradients(model)
 
 
+# ---- float8 ----
+
+
+def test_what_eight_bits_store_is_stored_in_float8_and_stays_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, eight = load(folders["gemma2"], "fp8"), load(folders["gemma2"], "8bit")
+    names = [{name for name, module in m.named_modules() if is_quantized(module)} for m in (model, eight)]
+    assert names[0] == names[1] and len(names[0]) == 14
+    assert any("float8 e4m3, a scale a row; products in float32" in note for note in facts_of(model).notes)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.stored
+    model.to(torch.bfloat16).float()  # whoever casts a model has its codes and scales as they were
+    assert torch.equal(layer.stored.scales, before.scales)
+    assert torch.equal(layer.weight, before.codes.view(torch.uint8))
+    with pytest.raises(ModelError, match="a base in float8 is not saved"):
+        model.save_pretrained(tmp_path / "base")
+
+
+def test_a_float8_base_is_frozen_and_rounded_once(folders: dict[str, Path]) -> None:
+    with pytest.raises(SettingsError, match="load_in_fp8='row' stores a base that does not train"):
+        load(folders["llama"], "fp8", full_finetuning=True)
+    with pytest.raises(SettingsError, match="load_in_8bit=True and load_in_fp8='row': give one of them"):
+        load(folders["llama"], "fp8", load_in_8bit=True)
+    with pytest.raises(SettingsError, match="load_in_fp8=True: vLLM would round"):
+        load(folders["llama"], None, fast_inference=True, load_in_fp8=True)
+    with pytest.raises(AdapterError, match=r"DoraLinearVariant reads the weights of the base.* load_in_8bit"):
+        adapted(load(folders["llama"], "fp8"), use_dora=True)
+    with pytest.raises(AdapterError, match="a quantized base would be rounded again"):
+        adapted(load(folders["llama"], "fp8"), init_lora_weights="pissa")
+    with pytest.raises(ModelError, match=r"rounded already \(load_in_fp8\)"):
+        adapted(load(folders["llama"], "fp8-block"), qat_scheme="int8")
+
+
+def test_a_run_on_a_float8_base_and_what_is_merged_of_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = adapted(load(folders["llama"], "fp8"), use_gradient_checkpointing=False)
+    made = trainer(tmp_path, model=model, max_steps=2)
+    made.train()
+    assert all(m.weight.dtype == torch.uint8 for m in model.modules() if is_quantized(m))
+    # The rule of the other widths: merged on the numbers of the base and, where the files are here, on its own weights.
+    assert set(_routes(model, {"default": 1.0})) == {"dequantized", "original"}
+    found = {weight.name: weight for weight in merged_weights(model, {"default": 1.0})}
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    wanted = reference.dequantize(layer.get_base_layer().stored) + layer.get_delta_weight("default")
+    torch.testing.assert_close(found["model.layers.1.mlp.up_proj.weight"].make(), wanted)
+    assert not any("scales" in name for name in found)
+
+
 # ---- memory ----
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, *FLOAT8])
 def test_shapes_without_values_take_the_same_bytes(width: str, folders: dict[str, Path]) -> None:
     source = find_model(str(folders["llama"]))
     empty = adapted(empty_causal_lm(source, max_seq_length=256, dtype="float32", width=width))

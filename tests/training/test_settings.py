@@ -227,7 +227,7 @@ def test_names_unknown_to_transformers_are_refused(values: dict[str, Any], tmp_p
 def test_problems_of_every_kind_come_together():
     flags = {
         "datasets": ["a.jsonl", "b.jsonl"],
-        "load_in_fp8": True,
+        "fast_inference": True,
         "adapter": "qlora",
         "lr": "fast",
         "learning_rat": 1,
@@ -238,12 +238,12 @@ def test_problems_of_every_kind_come_together():
         load_run_settings(None, {"model": "smollm2-135m", **flags})
     lines = str(caught.value).splitlines()
     assert lines[0] == "settings: 6 problems"
-    wanted = ("datasets: 2 data sets", "load_in_fp8=True is not", "adapter='qlora' is not", "learning_rate = 'fast'",
+    wanted = ("datasets: 2 data sets", "fast_inference=True is not", "adapter='qlora' is not", "learning_rate = 'fast'",
               "unknown key 'learning_rat'. Did you mean 'learning_rate'?", "lora_r and r are the same")  # fmt: skip
     for text in wanted:
         assert any(text in line for line in lines), text
 
 
 def test_one_thing_that_is_not_supported_yet_keeps_its_class():
-    with pytest.raises(NotSupportedYetError, match="load_in_fp8=True is not supported yet"):
-        load_run_settings(None, {"model": "m", "data": "d", "load_in_fp8": True})
+    with pytest.raises(NotSupportedYetError, match="fast_inference=True is not supported yet"):
+        load_run_settings(None, {"model": "m", "data": "d", "fast_inference": True})

@@ -181,7 +181,7 @@ def trained_for(adapter: Path) -> Any:
     return _record(adapter).get("qat_scheme")
 
 
-_WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit"}
+_WIDTHS: dict[Any, Width | None] = {None: None, "4bit": "4bit", "8bit": "8bit", "fp8": "fp8", "fp8-block": "fp8-block"}
 
 
 @cache

@@ -28,7 +28,7 @@ from tunesmith.models.load import (
 )
 from tunesmith.models.qat import prepare, scheme_of
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import Width
+from tunesmith.models.settings import Width, is_float8
 from tunesmith.models.vision import has_vision
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ def _as_trained(
     if own_width is not None and width is None and not whole:
         width = own_width
         _log.warning(
-            "the base is loaded in %s bits, as the adapter %s was trained on it; load_in_16bit loads it whole",
-            width.removesuffix("bit"),
+            "the base is loaded in %s, as the adapter %s was trained on it; load_in_16bit loads it whole",
+            "float8" if is_float8(width) else f"{width.removesuffix('bit')} bits",
             folder.name,
         )
     if own_stretch is not None and stretched is None:

@@ -25,7 +25,7 @@ _COMMANDS = {
 }
 
 
-@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_16bit"])
+@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_fp8", "load_in_16bit"])
 def command(
     model: Annotated[str, typer.Argument(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     adapter: Annotated[

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerProgress", "command"]
 
 
-@settings_flags(["map", "chat_template", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit"])
+@settings_flags(["map", "chat_template", "dtype", "load_in_4bit", "load_in_8bit", "load_in_fp8", "load_in_16bit"])
 def command(
     model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],
     data: Annotated[

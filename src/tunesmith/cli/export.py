@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@settings_flags(["dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit"])
+@settings_flags(["dtype", "load_in_4bit", "load_in_8bit", "load_in_fp8", "load_in_16bit"])
 def command(
     model: Annotated[str, typer.Argument(help="Run or adapter folder, or a model.", show_default=False)],
     output: Annotated[

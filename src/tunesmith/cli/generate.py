@@ -14,7 +14,7 @@ from tunesmith.core.errors import DataError, SettingsError
 __all__ = ["command", "stream_answer"]
 
 
-@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_16bit"])
+@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_fp8", "load_in_16bit"])
 def command(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from stdin.", show_default=False)],
     model: Annotated[str, typer.Option(help="Folder, run, .gguf file, hub id or built-in name.", show_default=False)],

@@ -28,6 +28,7 @@ def load_for_answers(
     dtype: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    load_in_fp8: bool | str = False,
     load_in_16bit: bool = False,
     any_task: bool = False,
     attach: bool = True,
@@ -44,8 +45,9 @@ def load_for_answers(
         AdapterError: ``adapter`` is no adapter, does not fit, or ``model`` has one already.
     """
     width = choose_width(
-        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit or None, dtype=dtype
-    )
+        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit or None, dtype=dtype,
+        load_in_fp8={"true": True, "false": False}.get(str(load_in_fp8).lower(), load_in_fp8),
+    )  # fmt: skip
     # Names are looked up first: a mistyped one is said at once, not after the seconds that the libraries take.
     for name in filter(None, (model, adapter)):
         find_model(name)

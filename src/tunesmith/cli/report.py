@@ -101,6 +101,8 @@ _WIDTHS = {
     None: "",
     "4bit": "; the decoder's linear layers in 4 bits (NF4, double quantization)",
     "8bit": "; the decoder's linear layers in 8 bits",
+    "fp8": "; the decoder's linear layers in float8 (e4m3, a scale a row)",
+    "fp8-block": "; the decoder's linear layers in float8 (e4m3, a scale a block)",
 }
 
 

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_WIDTHS = {None: "", "4bit": ", linear layers in 4 bits", "8bit": ", linear layers in 8 bits"}
+_WIDTHS = {None: "", "4bit": ", linear layers in 4 bits", "8bit": ", linear layers in 8 bits",
+           "fp8": ", linear layers in float8", "fp8-block": ", linear layers in float8 by blocks"}  # fmt: skip
 
 
-@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_16bit"])
+@settings_flags(["load_in_4bit", "load_in_8bit", "load_in_fp8", "load_in_16bit"])
 def command(
     model: Annotated[
         str,

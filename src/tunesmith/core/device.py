@@ -11,7 +11,15 @@ from tunesmith.core.names import did_you_mean
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DtypeChoice", "choose_device", "choose_dtype", "describe_device", "is_bfloat16_supported", "parse_dtype"]
+__all__ = [
+    "DtypeChoice",
+    "choose_device",
+    "choose_dtype",
+    "computes_float8",
+    "describe_device",
+    "is_bfloat16_supported",
+    "parse_dtype",
+]
 
 _DTYPE_NAMES = {
     "float32": "float32", "fp32": "float32", "float": "float32",
@@ -39,6 +47,13 @@ def choose_device() -> torch.device:
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def computes_float8(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies float8: a CUDA device of compute capability 8.9 or newer."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def describe_device(device: torch.device) -> str:

@@ -2,7 +2,8 @@
 
 ``fused_lora(config)`` asks PEFT, through its documented hook for custom layers, to build :class:`FusedLoraLinear` for
 plain linear layers. It is a ``peft.tuners.lora.Linear``: names, saving, merging and switching adapters are PEFT's.
-On quantized layers its own classes stay, but for merging, which would round the training away. Layers that train for
+On quantized layers its own classes stay, but for merging, which would round the training away; on those in float8
+:class:`Float8LoraLinear` does the same. Layers that train for
 quantization (``models/qat.py``) get :class:`QatLoraLinear`.
 """
 
@@ -17,15 +18,17 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLoraLinear
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.engine.float8 import Float8Linear
 from tunesmith.ops.lora_linear import lora_linear
 
-__all__ = ["FusedLoraLinear", "QatLoraLinear", "fused_lora", "merged_weight"]
+__all__ = ["Float8LoraLinear", "FusedLoraLinear", "QatLoraLinear", "fused_lora", "merged_weight"]
 
 
 def fused_lora(config: LoraConfig) -> LoraConfig:
     """Make PEFT use the classes of this module for this config. Not written to ``adapter_config.json``."""
     # PEFT takes the first that fits, and the layers of bitsandbytes are linear layers too.
-    config._register_custom_module({**_quantized_layers(), **_rounding_layers(), torch.nn.Linear: FusedLoraLinear})
+    known = {**_quantized_layers(), Float8Linear: Float8LoraLinear, **_rounding_layers()}
+    config._register_custom_module({**known, torch.nn.Linear: FusedLoraLinear})
     return config
 
 
@@ -65,6 +68,20 @@ class _Unmergeable:
             "merging into a quantized base would round the training away. Save the adapter, load it on the base in 16 "
             "bits (load_in_16bit=True) and merge there."
         )
+
+
+class Float8LoraLinear(_Unmergeable, PeftLoraLinear):
+    """A PEFT LoRA layer on one in float8."""
+
+    def resolve_lora_variant(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse DoRA and its like: PEFT would take the codes of the weight for its numbers."""
+        found: Any = super().resolve_lora_variant(*args, **kwargs)
+        if found is not None:
+            raise AdapterError(
+                f"{type(found).__name__} reads the weights of the base, which PEFT cannot do in float8. Leave "
+                "load_in_fp8 out, or use load_in_8bit=True."
+            )
+        return found
 
 
 class QatLoraLinear(PeftLoraLinear):

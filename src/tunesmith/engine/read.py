@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.engine.float8 import Float8Linear
 from tunesmith.ops.lora_linear.cpu import Projection
 from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, Nested, QuantizedWeight
 
@@ -71,7 +72,9 @@ def read_projection(module: Any, *, training: bool) -> Projection | str:
 
 
 def is_quantized(module: Any) -> bool:
-    """Return whether ``module`` is a linear layer of bitsandbytes, in 4 or 8 bits."""
+    """Return whether ``module`` is a linear layer of bitsandbytes, in 4 or 8 bits, or one of ours in float8."""
+    if isinstance(module, Float8Linear):
+        return True
     known = sys.modules.get("bitsandbytes")  # where it was never imported, there is none
     return known is not None and isinstance(module, (known.nn.Linear4bit, known.nn.Linear8bitLt))
 
@@ -103,12 +106,16 @@ def _read_base(module: Any) -> Projection | str:
 
 
 def read_quantized(module: Any) -> QuantizedWeight | str:
-    """Return the weight of a layer of bitsandbytes, or the reason why it cannot be read."""
+    """Return the weight of a quantized layer, or the reason why it cannot be read."""
+    if isinstance(module, Float8Linear):
+        return module.stored
     return _four_bits(module) if hasattr(module.weight, "quant_state") else _eight_bits(module)
 
 
 def quantized_bytes(module: Any) -> int:
     """Return the bytes of a layer's quantized weight with its scales, also where it is not in memory yet."""
+    if isinstance(module, Float8Linear):
+        return module.weight.nbytes + module.scales.nbytes
     found = "a weight is not in memory" if module.weight.is_meta else read_quantized(module)
     if isinstance(found, EightBitWeight):
         return found.codes.nbytes + found.scales.nbytes

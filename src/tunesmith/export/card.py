@@ -25,7 +25,7 @@ __all__ = ["About", "export_card", "model_card"]
 # What a card tells of a run: no paths, no names of accounts, no tokens.
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "learning_rate", "lr_scheduler_type", "optim",
              "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-             "max_seq_length", "load_in_4bit", "load_in_8bit", "full_finetuning", "seed")  # fmt: skip
+             "max_seq_length", "load_in_4bit", "load_in_8bit", "load_in_fp8", "full_finetuning", "seed")  # fmt: skip
 _RESULTS = ("steps", "first_loss", "last_loss", "best_eval_loss", "seconds", "trainable_parameters", "parameters")
 
 

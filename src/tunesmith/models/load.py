@@ -22,15 +22,17 @@ from tunesmith.models.aliases import ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.quantize import (
+    float8_note,
     keep_activations,
     make_quantized,
     protect_gradients,
     quantization_config,
+    to_float8,
     width_of,
 )
 from tunesmith.models.readable import readable_errors, refuse_missing_weights
 from tunesmith.models.rope import Stretch, automatic, stretch
-from tunesmith.models.settings import Width
+from tunesmith.models.settings import Width, asked_by, check_fp8, is_float8
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 from tunesmith.models.vocabulary import check_vocabulary, grow_vocabulary
 
@@ -147,7 +149,7 @@ def load_model(
     its processor where ``with_processor`` asks for that.
 
     Raises:
-        ModelError: files are missing or corrupt, the architecture does not serve the task,
+        ModelError: files are missing or corrupt, the architecture does not serve the task, ``width`` needs a GPU,
             ``max_seq_length`` is above what its window can be stretched to, the files are quantized in another
             ``width``, ``vocabulary`` is smaller than model or tokenizer need, or an embedding to offload is tied.
         SettingsError: a seed for new weights of a causal language model, which has none.
@@ -157,6 +159,7 @@ def load_model(
 
     head = head or Head()
     device = choose_device()
+    check_fp8(width)
     choice = choose_dtype(dtype, device)
     place = local_place(source)
     own = _config(source, hub)
@@ -171,13 +174,15 @@ def load_model(
     arguments |= head.arguments(own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    if device_map is not None or width is not None:
+    packs = None if is_float8(width) else width  # in float8 they are stored afterwards
+    if device_map is not None or packs is not None:
         # Weights are quantized one by one on the device where they go.
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
         _refuse_other_width(source, width, hub)
-        beside = outside_decoder(own) if sees else None
-        arguments["quantization_config"] = quantization_config(width, choice.dtype, leave_out=beside)
+    beside = outside_decoder(own) if sees and width is not None else None
+    if packs is not None:
+        arguments["quantization_config"] = quantization_config(packs, choice.dtype, leave_out=beside)
     _refuse_unrunnable(source, own, choice)
     if whole and width_of(own) is not None:
         raise ModelError(
@@ -198,6 +203,9 @@ def load_model(
         rows = model.get_input_embeddings().weight.shape[0]
         check_vocabulary(vocabulary, tokens=len(own_tokenizer), rows=rows)
         grow_vocabulary(model, vocabulary)
+    if width is not None and packs is None:
+        # The whole weights stay on the host: only those of one layer are on the device beside their codes.
+        to_float8(model, width, leave_out=beside, device=device if device_map is None else None)
     if offload_embedding:
         _offload(model, device)
     if "device_map" not in arguments:
@@ -206,7 +214,7 @@ def load_model(
         _leave_files(model)
     protect_gradients(model)
     keep_activations(model)
-    _fit_out(model, source, choice, max_seq_length, attn_implementation, task=task.name)
+    _fit_out(model, source, choice, max_seq_length, attn_implementation, width=width, task=task.name)
     facts = facts_of(model)
     facts.stretch, facts.vocabulary, facts.tokenizer = how, vocabulary, own_tokenizer
     facts.new_modules = tuple(sorted(new)) if task.heads else ()
@@ -237,6 +245,7 @@ def empty_causal_lm(
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_fp8(width)
     choice = choose_dtype(dtype, choose_device())
     arguments: dict[str, Any] = {"dtype": choice.dtype}
     if attn_implementation is not None:
@@ -258,7 +267,7 @@ def empty_causal_lm(
             make_quantized(model, width, choice.dtype)
     if offload_embedding and choose_device().type != "cpu":
         keep_on_host(model, torch.device("meta"))
-    _fit_out(model, source, choice, max_seq_length, attn_implementation)
+    _fit_out(model, source, choice, max_seq_length, attn_implementation, width=width)
     return model
 
 
@@ -298,14 +307,18 @@ def _fit_out(
     window: int | None,
     attention: str | None,
     *,
+    width: Width | None = None,
     task: str = CAUSAL_LM,
 ) -> None:
     """Give a model our attention and fused layers where it takes them, and the facts about it."""
     from tunesmith.engine.attention import use_document_attention
     from tunesmith.engine.install import install
 
-    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width_of(model.config), task=task)
+    width = width or width_of(model.config)
+    facts = ModelFacts(source.name, choice, _window(model.config, window), width=width, task=task)
     model.tunesmith_facts = facts  # type: ignore[assignment]
+    if is_float8(width):
+        facts.notes.append(float8_note(model, width))
     if task != CAUSAL_LM:
         facts.notes.append("batches are padded and layers are transformers' own: fused ones are for CAUSAL_LM")
         return
@@ -402,8 +415,8 @@ def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) 
     stored = getattr(config, "quantization_config", None)
     if stored is not None and width_of(config) != width:
         raise ModelError(
-            f"model {source.name} is stored quantized already, and not as load_in_{width} would. Leave load_in_{width} "
-            "out, or take the model in 16 bits."
+            f"model {source.name} is stored quantized already, and not as {asked_by(width)} would. Leave "
+            f"{asked_by(width)} out, or take the model in 16 bits."
         )
 
 
@@ -430,7 +443,7 @@ def local_place(source: ModelSource) -> str:
 def _refuse_for_task(task: str, config: Any, seed: int, width: Width | None, stretched: Stretch | None) -> None:
     """Refuse what has no effect on models for ``task``, or is not written for them."""
     if task != CAUSAL_LM:
-        name = f"load_in_{width}" if width is not None else None if stretched is None else "rope_scaling"
+        name = asked_by(width) if width is not None else None if stretched is None else "rope_scaling"
         if name is not None:
             raise NotSupportedYetError(f"{name} with task_type={task!r} is not supported yet. Leave it out.")
         return

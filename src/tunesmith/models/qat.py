@@ -21,7 +21,7 @@ from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.versions import installed
 from tunesmith.models.load import facts_of
-from tunesmith.models.settings import QAT_ALIASES
+from tunesmith.models.settings import QAT_ALIASES, asked_by
 from tunesmith.models.whole import decoder_linears, refuse_other_tasks, swap_layers
 
 __all__ = ["SCHEMES", "Scheme", "conversion_fails", "prepare", "refuse_other_scheme", "scheme_of", "training_fails"]
@@ -147,8 +147,9 @@ def prepare(model: Any, asked: Any) -> Scheme:
     """
     scheme, facts = scheme_of(asked), facts_of(model)
     refuse_other_tasks(facts, f"qat_scheme={scheme.name}")
-    if facts.width is not None or facts.trained_in is not None or facts.qat is not None:
-        stored = facts.qat or f"load_in_{facts.width or facts.trained_in}"
+    width = facts.width or facts.trained_in
+    stored = facts.qat or (width and asked_by(width))
+    if stored is not None:
         raise ModelError(
             f"qat_scheme={scheme.name}: the weights of this model are rounded already ({stored}), and would be rounded "
             "twice. Load it in 16 or 32 bits."

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.versions import installed
+from tunesmith.engine.float8 import store_in_float8
 from tunesmith.engine.read import is_quantized, read_quantized
-from tunesmith.models.settings import Width
+from tunesmith.models.settings import Width, asked_by, is_float8
 from tunesmith.ops.quantized import quantized_linear
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "float8_note",
     "is_four_bit",
     "keep_activations",
     "make_quantized",
@@ -26,6 +28,7 @@ __all__ = [
     "protect_gradients",
     "quantization_config",
     "quantize_nf4",
+    "to_float8",
     "width_of",
 ]
 
@@ -41,7 +44,7 @@ def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str
     from transformers import BitsAndBytesConfig
 
     if installed("bitsandbytes") is None:
-        raise ModelError(f"load_in_{width} needs the package bitsandbytes. Install it: pip install bitsandbytes")
+        raise ModelError(f"{asked_by(width)} needs the package bitsandbytes. Install it: pip install bitsandbytes")
     if width == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=leave_out)
     return BitsAndBytesConfig(
@@ -54,13 +57,48 @@ def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str
 
 
 def make_quantized(model: Any, width: Width, dtype: torch.dtype, *, leave_out: list[str] | None = None) -> None:
-    """Put the layers of bitsandbytes where transformers would, into a model without values."""
+    """Put the layers of bitsandbytes where transformers would, or ours in float8, into a model without values."""
+    if is_float8(width):
+        to_float8(model, width, leave_out=leave_out)
+        return
     from transformers.quantizers import AutoHfQuantizer
 
     config = quantization_config(width, dtype, leave_out=leave_out)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     model.config.quantization_config = config
+
+
+def to_float8(
+    model: Any, width: Width, *, leave_out: list[str] | None = None, device: torch.device | None = None
+) -> None:
+    """Store the linear layers that ``load_in_8bit`` would store, one by one, in float8 on ``device``.
+
+    ``leave_out`` names modules that keep their dtype with all that they hold; the output head does too. Saving the
+    whole model is refused from then on: its files would be read without the scales.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        is_outside = any(name == part or name.startswith(f"{part}.") for part in leave_out or ())
+        if type(layer) is nn.Linear and layer is not head and not is_outside:
+            store_in_float8(layer, by_block=width == "fp8-block", device=device)
+    model.save_pretrained = _refuse_saving
+
+
+def float8_note(model: Any, width: Width) -> str:
+    """Return the line of the banner that says how a base in float8 is stored and computed."""
+    scales = "row" if width == "fp8" else "block of 128 by 128"
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return f"linear layers of the decoder: float8 e4m3, a scale a {scales}; products in {dtype}"
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "a base in float8 is not saved: its files are those that it was loaded from. Save the adapter that is trained "
+        "on it, or the merged model with save_pretrained_merged."
+    )
 
 
 def is_four_bit(module: Any) -> bool:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tunesmith.core.device import parse_dtype
-from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
+from tunesmith.core.device import choose_device, computes_float8, parse_dtype
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Guide, Settings
 from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.models.rope import Stretch
@@ -21,12 +21,15 @@ __all__ = [
     "ModelSettings",
     "QatName",
     "Width",
+    "asked_by",
     "check_fp8",
     "choose_width",
+    "is_float8",
 ]
 
-Width = Literal["4bit", "8bit"]
-"""How a base is stored when it is quantized: NF4 with double quantization, or LLM.int8."""
+Width = Literal["4bit", "8bit", "fp8", "fp8-block"]
+"""How a base is stored when it is quantized: NF4 with double quantization, LLM.int8, or float8 e4m3 with a scale a row
+or a block of 128 by 128."""
 
 QatName = Literal["int8-int4", "phone-deployment", "int8", "int4", "fp8-int4", "fp8-fp8"]
 """A scheme of quantization-aware training; ``models/qat.py`` says what each one is."""
@@ -38,49 +41,62 @@ def choose_width(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     load_in_16bit: bool | None = None,
+    load_in_fp8: bool | str = False,
+    full_finetuning: bool = False,
     dtype: str | torch.dtype | None = None,
 ) -> Width | None:
     """Return the width that was asked for, None for 16 or 32 bits.
 
     Raises:
-        SettingsError: more than one was asked for, or a ``load_in_16bit`` that ``dtype`` speaks against.
+        SettingsError: more than one was asked for, a ``load_in_fp8`` that there is not or that would train, or a
+            ``load_in_16bit`` that ``dtype`` speaks against.
     """
-    asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_16bit": load_in_16bit}
+    if load_in_fp8 not in (False, True, "row", "block"):
+        raise SettingsError(f"load_in_fp8={load_in_fp8!r}: allowed are False, True, 'row' and 'block'.")
+    asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_fp8": load_in_fp8,
+             "load_in_16bit": load_in_16bit}  # fmt: skip
     names = [name for name, value in asked.items() if value]
     if len(names) > 1:
-        raise SettingsError(f"{' and '.join(f'{name}=True' for name in names)}: give one of them.")
+        raise SettingsError(f"{' and '.join(f'{name}={asked[name]!r}' for name in names)}: give one of them.")
+    if load_in_fp8 and full_finetuning:
+        raise SettingsError(
+            f"load_in_fp8={load_in_fp8!r} stores a base that does not train, and full_finetuning=True trains it. Give "
+            "one of them; load_in_8bit trains in one byte a weight."
+        )
     # Only here: it needs torch, which reading settings does not.
     is_32bit = load_in_16bit is not None and dtype is not None and parse_dtype(dtype).itemsize > 2
     if load_in_16bit and is_32bit:
         raise SettingsError(f"load_in_16bit=True and dtype={dtype}: give one of them.")
     if load_in_16bit is False and not (is_32bit or names):
         raise SettingsError("load_in_16bit=False names no other precision. For 32 bit give dtype='float32'.")
+    if load_in_fp8:
+        return "fp8-block" if load_in_fp8 == "block" else "fp8"
     return "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
 
 
-def check_fp8(mode: bool | str) -> None:
-    """Refuse ``load_in_fp8`` where the hardware does not compute in float8.
+def asked_by(width: Width) -> str:
+    """Return the name of the argument that asks for ``width``."""
+    return "load_in_fp8" if is_float8(width) else f"load_in_{width}"
+
+
+def is_float8(width: Width | None) -> bool:
+    """Return whether weights of ``width`` are float8."""
+    return width in ("fp8", "fp8-block")
+
+
+def check_fp8(width: Width | None) -> None:
+    """Refuse a base in float8 where the hardware does not compute in it.
 
     Raises:
-        SettingsError: no such mode.
         ModelError: the hardware lacks it; the message says what is needed.
-        NotSupportedYetError: the hardware has it, and our layers do not use it yet.
     """
-    if mode not in (False, True, "row", "block"):
-        raise SettingsError(f"load_in_fp8={mode!r}: allowed are False, True, 'row' and 'block'.")
-    if not mode:
-        return
-    import torch
-
-    from tunesmith.core.device import choose_device
-
-    device = choose_device()
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+    device = choose_device() if is_float8(width) else None
+    if device is not None and not computes_float8(device):
+        mode = "row" if width == "fp8" else "block"
         raise ModelError(
             f"load_in_fp8={mode!r} needs a GPU that computes in float8 (compute capability 8.9 or newer), and this "
             f"machine has none ({device.type}). load_in_8bit=True stores the base in as little memory."
         )
-    raise NotSupportedYetError(f"load_in_fp8={mode!r} is not supported yet. load_in_8bit=True takes the same memory.")
 
 
 class LoadingArguments(Settings):
@@ -97,9 +113,6 @@ class LoadingArguments(Settings):
 
     local_files_only: bool = False
     """Ask no hub, also where a name is no local folder."""
-
-    load_in_fp8: bool | Literal["row", "block"] = False
-    """The frozen base in float8: not written yet, and refused with what it needs where the hardware lacks it."""
 
     fast_inference: bool = False
     """model.fast_generate answers through vLLM, a process of its own; refused where the package is not installed."""
@@ -182,6 +195,13 @@ class ModelSettings(Settings):
     int8, rounded at random in each step (torchao), and states of the optimizer in 8 bits; the result is a plain
     model."""
 
+    load_in_fp8: Annotated[
+        bool | Literal["row", "block"],
+        Guide("on where a GPU has it", "off: the base is whole", "half of a 16-bit base's memory"),
+    ] = False
+    """The decoder's linear layers in float8 (e4m3), frozen: "row" (or true) with a scale a row, "block" with a scale a
+    block of 128 by 128. Needs a GPU of compute capability 8.9 or newer."""
+
     load_in_16bit: bool = False
     """The base whole, also under an adapter that was trained on a quantized one; the default for everything else."""
 
@@ -228,6 +248,8 @@ class ModelSettings(Settings):
             load_in_4bit=self.load_in_4bit,
             load_in_8bit=self.load_in_8bit,
             load_in_16bit=self.load_in_16bit or None,
+            load_in_fp8=self.load_in_fp8,
+            full_finetuning=self.full_finetuning,
             dtype=self.dtype,
         )
 
@@ -242,5 +264,5 @@ class ModelSettings(Settings):
         except (ModelError, SettingsError) as error:
             raise ValueError(str(error)) from error
         if width is not None and self.qat_scheme is not None:
-            raise ValueError(f"qat_scheme and load_in_{width} both round the weights. Give one of them.")
+            raise ValueError(f"qat_scheme and {asked_by(width)} both round the weights. Give one of them.")
         return self

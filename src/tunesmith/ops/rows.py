@@ -13,9 +13,13 @@ __all__ = ["row_blocks", "wide_dtype"]
 _BLOCK_BYTES = 1024 * 1024
 
 
-def row_blocks(rows: int, width: int, itemsize: int) -> Iterator[slice]:
-    """Yield slices that cover ``rows``, each of about a megabyte at ``width`` columns of ``itemsize`` bytes."""
+def row_blocks(rows: int, width: int, itemsize: int, *, multiple: int = 1) -> Iterator[slice]:
+    """Yield slices that cover ``rows``, each of about a megabyte at ``width`` columns of ``itemsize`` bytes.
+
+    All but the last have a ``multiple`` of rows.
+    """
     step = max(16, _BLOCK_BYTES // max(1, width * itemsize))
+    step = -(-step // multiple) * multiple
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -262,7 +262,8 @@ def _notes(folder: Path, model: Any) -> list[str]:
     facts, own = facts_of(model), trained_on(folder)
     notes: list[str] = []
     if own.width != facts.width:
-        names = {None: "in full", "4bit": "in 4 bits", "8bit": "in 8 bits"}
+        names = {None: "in full", "4bit": "in 4 bits", "8bit": "in 8 bits", "fp8": "in float8",
+                 "fp8-block": "in float8 by blocks"}  # fmt: skip
         notes.append(f"it was trained on a base {names[own.width]} and is served on one {names[facts.width]}")
     if trained_for(folder) is not None:
         notes.append("it was trained to be rounded (qat_scheme) and is served without rounding")

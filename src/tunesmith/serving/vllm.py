@@ -33,6 +33,7 @@ from tunesmith.core.device import choose_device
 from tunesmith.core.errors import ModelError, ServingError, SettingsError
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.load import facts_of
+from tunesmith.models.settings import is_float8
 from tunesmith.models.vision import has_vision
 
 __all__ = [
@@ -59,6 +60,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _NOT_BESIDE = {
     "full_finetuning": "vLLM has weights of its own, which do not follow those that train",
     "load_in_8bit": "vLLM does not compute in bitsandbytes' 8 bits",
+    "load_in_fp8": "vLLM would round the weights to float8 in its own way",
     "trust_remote_code": "vLLM would run its own version of that code",
     "resize_model_vocab": "vLLM reads the vocabulary of the files",
     "rope_scaling": "vLLM reads the window of the files",
@@ -154,6 +156,7 @@ def refuse_for_vllm(model: Any) -> None:
         f"is a model for {facts.task}, and vLLM writes text": facts.task != CAUSAL_LM,
         "sees images, which are not handed to vLLM yet": has_vision(model.config),
         "is loaded in 8 bits, which vLLM does not compute": facts.width == "8bit",
+        "is loaded in float8, which vLLM would round in its own way": is_float8(facts.width),
         "is loaded in 4 bits, which vLLM computes on GPUs alone": facts.width == "4bit" and not _is_on_gpu(),
         "has a stretched window, which vLLM would not stretch alike": facts.stretch is not None,
         "has a larger vocabulary than its files": facts.vocabulary is not None,

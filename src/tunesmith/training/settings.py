@@ -47,12 +47,10 @@ ONLY_INT8_OPTIM = (
 )
 
 # Arguments of the published contract that are not written yet. They are refused by name, never unknown.
-_NOT_YET = (
-    "load_in_fp8", "fast_inference",
-)  # fmt: skip
+_NOT_YET = ("fast_inference",)
 # Settings that mean nothing, or are not written yet, for other tasks than language modelling.
-_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "init_data",
-                  "qat_scheme")  # fmt: skip
+_LANGUAGE_ONLY = ("packing", "train_on", "chat_template", "rope_scaling", "load_in_4bit", "load_in_8bit", "load_in_fp8",
+                  "init_data", "qat_scheme")  # fmt: skip
 
 
 class TrainingSettings(Settings):

@@ -1,4 +1,4 @@
-"""Frozen weights of 4 or 8 bits, and the numbers they stand for.
+"""Frozen weights of 4 or 8 bits (integers or float8), and the numbers they stand for.
 
 ``weights.py`` says how they are stored, ``reference.py`` what they mean; ``cpu.py`` and ``cuda.py`` write them into a
 buffer before the matrix product that reads them.
@@ -12,9 +12,22 @@ from tunesmith.core.errors import ShapeError
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.quantized import reference
 from tunesmith.ops.quantized.function import QuantizedLinear
-from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, QuantizedWeight
+from tunesmith.ops.quantized.weights import BLOCK, EightBitWeight, Float8Weight, FourBitWeight, QuantizedWeight
 
-__all__ = ["EightBitWeight", "FourBitWeight", "QuantizedWeight", "dequantize", "quantized_linear", "reference"]
+__all__ = [
+    "EightBitWeight",
+    "Float8Weight",
+    "FourBitWeight",
+    "QuantizedWeight",
+    "dequantize",
+    "quantize_float8",
+    "quantized_linear",
+    "reference",
+]
+
+E4M3_MAX = 448.0
+"""The largest number in float8 e4m3."""
+_LEAST_SCALE = 1e-30
 
 
 def dequantize(
@@ -25,7 +38,7 @@ def dequantize(
     Equals :func:`reference.dequantize` bit for bit: computed in float32 and rounded once.
 
     Args:
-        weight: what bitsandbytes made of a matrix, see ``weights.py``.
+        weight: a quantized matrix, see ``weights.py``.
         dtype: of the result; float32 unless ``out`` is given.
         out: (F, D), contiguous, written to and returned.
     Raises:
@@ -38,6 +51,34 @@ def dequantize(
         raise ShapeError(f"out {tuple(out.shape)} does not fit: {weight.shape}, contiguous, is needed")
     primitives("quantized", out).dequantize(weight, out)
     return out
+
+
+def quantize_float8(weight: torch.Tensor, *, by_block: bool = False) -> Float8Weight:
+    """Return ``weight`` (F, D) in float8 e4m3, the largest value of each scale at 448.
+
+    Computed in float32. Rows and blocks of zeros have a scale of 1, and what would leave the range saturates.
+
+    Args:
+        weight: (F, D), floating, finite.
+        by_block: a scale for each 128 rows and 128 columns in place of one a row.
+    Raises:
+        ShapeError: ``weight`` has not two axes.
+    """
+    if weight.ndim != 2:
+        raise ShapeError(f"weight {tuple(weight.shape)} does not fit: (F, D) is needed")
+    values = weight.detach().float()
+    rows, columns = values.shape
+    if by_block:
+        values = torch.nn.functional.pad(values, (0, -columns % BLOCK, 0, -rows % BLOCK))
+        values = values.view(len(values) // BLOCK, BLOCK, -1, BLOCK)
+    scales = values.abs().amax(dim=(1, 3) if by_block else 1, keepdim=True) / E4M3_MAX
+    # What is too small for a float32 scale is zero.
+    scales = torch.where(scales > _LEAST_SCALE, scales, 1.0)
+    codes = (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    if by_block:
+        codes = codes.view(-1, codes.shape[2] * BLOCK)[:rows, :columns].contiguous()
+        scales = scales.view(scales.shape[0], scales.shape[2])
+    return Float8Weight(codes, scales, by_block)
 
 
 def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from tunesmith.ops.quantized import reference
-from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, QuantizedWeight
+from tunesmith.ops.quantized.weights import BLOCK, EightBitWeight, Float8Weight, FourBitWeight, QuantizedWeight
 from tunesmith.ops.rows import row_blocks
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "dequantize_float8"]
 
 _PIECE = 2**17
 """Entries at a time: half a megabyte of float32, and half as much of indices."""
@@ -20,7 +20,10 @@ _PIECE = 2**17
 def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
     """Write the matrix to ``out`` (F, D), contiguous, of any floating dtype."""
     rows, columns = weight.shape
-    if isinstance(weight, EightBitWeight):
+    if isinstance(weight, Float8Weight):
+        for part in row_blocks(rows, columns, 4, multiple=BLOCK):
+            dequantize_float8(weight, part, out[part])
+    elif isinstance(weight, EightBitWeight):
         scales = (weight.scales / 127)[:, None]
         for part in row_blocks(rows, columns, 4):
             out[part] = weight.codes[part].float().mul_(scales[part])
@@ -28,6 +31,28 @@ def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
         out.copy_(reference.dequantize(weight))
     else:
         _by_pairs(weight, out.view(-1))
+
+
+def dequantize_float8(weight: Float8Weight, part: slice, out: torch.Tensor) -> None:
+    """Write the rows ``part``, which begin with a block, to ``out``, contiguous, of any floating dtype.
+
+    e4m3 is exact in 16 bits, and torch multiplies a 16-bit tensor by a float32 one in float32: rounded once.
+    """
+    if out.dtype == torch.float64:
+        narrow = torch.empty_like(out, dtype=torch.float32)
+        dequantize_float8(weight, part, narrow)
+        out.copy_(narrow)
+        return
+    out.copy_(weight.codes[part])
+    if not weight.is_blocked:
+        out.mul_(weight.scales[part])
+        return
+    rows, columns = out.shape
+    whole = rows // BLOCK
+    scales = weight.scales[part.start // BLOCK :].repeat_interleave(BLOCK, 1)[:, :columns]
+    out[: whole * BLOCK].view(whole, BLOCK, columns).mul_(scales[:whole, None])
+    if rows % BLOCK:
+        out[whole * BLOCK :].mul_(scales[whole])
 
 
 def _by_pairs(weight: FourBitWeight, out: torch.Tensor) -> None:

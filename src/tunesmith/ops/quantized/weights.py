@@ -1,4 +1,7 @@
-"""How bitsandbytes stores a quantized matrix (F, D): plain tensors and numbers, read off its modules by the engine."""
+"""How a quantized matrix (F, D) is stored: plain tensors and numbers, read off the modules by the engine.
+
+4 and 8 bits are as bitsandbytes has them, float8 is ours.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EightBitWeight", "FourBitWeight", "Nested", "QuantizedWeight"]
+__all__ = ["BLOCK", "EightBitWeight", "Float8Weight", "FourBitWeight", "Nested", "QuantizedWeight"]
+
+BLOCK = 128
+"""Rows and columns of a block of a float8 weight that share a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +73,24 @@ class EightBitWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
 
-QuantizedWeight = FourBitWeight | EightBitWeight
+@dataclass(frozen=True, slots=True)
+class Float8Weight:
+    """A float8 e4m3 an entry, with a scale a row or a scale a block of 128 rows and 128 columns: ``codes * scale``.
+
+    Attributes:
+        codes: (F, D) float8_e4m3fn.
+        scales: float32, (F, 1); of blocks (F / 128, D / 128), both rounded up.
+        is_blocked: whether the scales are those of blocks.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    is_blocked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(F, D)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+
+QuantizedWeight = FourBitWeight | EightBitWeight | Float8Weight
