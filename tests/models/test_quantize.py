@@ -16,17 +16,21 @@ from transformers import TrainerCallback
 from tunesmith import FastLanguageModel
 from tunesmith.adapters.inject import trainable_share
 from tunesmith.core.errors import AdapterError, ModelError, SettingsError
+from tunesmith.engine import install
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import is_quantized, read_projection
 from tunesmith.export.merge import _routes
 from tunesmith.export.weights import merged_weights
 from tunesmith.memory import PartShape, Setting, shape_of
+from tunesmith.memory import estimate as estimates
 from tunesmith.memory.estimate import estimate
 from tunesmith.models import settings
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import empty_causal_lm, facts_of
 from tunesmith.models.quantize import protect_gradients
+from tunesmith.ops.float8 import products
+from tunesmith.ops.float8 import reference as float8_reference
 from tunesmith.ops.quantized import reference
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
@@ -357,6 +361,75 @@ def test_a_run_on_a_float8_base_and_what_is_merged_of_it(folders: dict[str, Path
     wanted = reference.dequantize(layer.get_base_layer().stored) + layer.get_delta_weight("default")
     torch.testing.assert_close(found["model.layers.1.mlp.up_proj.weight"].make(), wanted)
     assert not any("scales" in name for name in found)
+
+
+@pytest.fixture
+def multiplied_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as a GPU makes them of float8 operands, in plain torch, for every dtype and size."""
+    monkeypatch.setattr(install, "why_not", lambda *arguments, **settings: None)
+    monkeypatch.setattr(products, "scaled_mm", float8_reference.scaled_mm)
+
+
+@pytest.mark.usefixtures("multiplied_in_float8")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_products_in_float8_have_the_gradients_of_their_weights_under_every_policy(
+    family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unrounded(self: Any, x: torch.Tensor, factor: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(x))
+        return x if factor is None else x * factor, x.new_ones(len(x), 1)
+
+    seen: list[int] = []
+    model = adapted(load(folders[family], "fp8"), lora_dropout=0.0)
+    twin = dense_twin(model, folders[family])
+    wanted, engine = gradients(twin, IDS), engine_of(model)
+    engine.dense.count = 2
+    rounded = gradients(model, IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(products.Float8Product, "_rows", unrounded)
+        for policy in Policy:
+            engine.set_policy(policy)
+            assert_same(gradients(model, IDS), wanted)
+    assert len(seen) >= len(Policy) * 2 * 8 - 1  # four groups a layer, forward and (but for the first input) backward
+    # Rounded to three bits behind the leading one, two layers of random numbers make a good deal of it.
+    ours, theirs = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (rounded, wanted))
+    assert 0.01 < float((ours - theirs).norm() / theirs.norm()) < 0.5
+    assert engine.notes == [] and engine.dense.nbytes() == 0
+    # What is evaluated is computed as it will be exported.
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-4, atol=1e-4)
+    model.eval()
+    torch.testing.assert_close(model(IDS).logits, twin.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+    # Weights that move are stacked again.
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.up_proj.base_layer.weight.data = layer.mlp.up_proj.base_layer.weight.data.clone()
+    assert_same(gradients(model.train(), IDS), rounded)
+
+
+def test_a_plan_for_float8_products_writes_nothing_out(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_model(str(folders["llama"]))
+    shapes = []
+    for is_possible in (False, True):
+        monkeypatch.setattr(estimates, "why_no_products", lambda *a, here=is_possible, **k: None if here else "no")
+        empty = adapted(empty_causal_lm(source, max_seq_length=256, dtype="bfloat16", width="fp8"))
+        shapes.append(shape_of(empty, kind="cuda"))
+    assert [shape.float8 for shape in shapes] == [False, True]
+    assert shapes[0].quantized > 0 and shapes[1].quantized == 0
+    part = PartShape((40,), 40)
+    without, with_float8 = (estimate(s, part, Setting((Policy.NONE,) * s.count)).parts["scratch"] for s in shapes)
+    assert with_float8 - without == 40 * 2 * 56 + 2 * 56 * 32  # the widest input, and a turned weight, a byte each
+
+
+def test_the_note_says_in_what_products_are_computed(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "computes_float8", lambda device: True)
+    notes = [facts_of(load(folders["llama"], width, dtype="bfloat16")).notes[-1] for width in FLOAT8]
+    assert "products in bfloat16: a weight is 56 by 32, and float8 products take multiples of 16" in notes[0]
+    assert "a scale a block of 128 by 128; products in bfloat16: a scale belongs to a block" in notes[1]
+    monkeypatch.setattr(products, "_MULTIPLE", 8)
+    model = load(folders["llama"], "fp8", dtype="bfloat16")
+    assert "products of training steps in float8" in facts_of(model).notes[-1]
 
 
 # ---- memory ----

@@ -64,7 +64,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         """Start the random numbers."""
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def empty(self, *shape: int, pad: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return NaN; each row is followed by ``pad`` more values."""
@@ -74,12 +74,12 @@ class Memory:
 
     def draw(self, *shape: int, pad: int = 0, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
         """Return normal numbers in such rows."""
-        numbers = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
+        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return self.empty(*shape, pad=pad, dtype=dtype).copy_(numbers)
 
     def integers(self, below: int, count: int) -> torch.Tensor:
         """Return int64 in [0, below)."""
-        return torch.randint(below, (count,), generator=self._generator).to(self.device)
+        return torch.randint(below, (count,), generator=self.generator).to(self.device)
 
     def assert_untouched(self) -> None:
         """Assert that nothing was written behind a row."""
@@ -331,6 +331,43 @@ def _rope_cases(
                    changes=("dout",) if in_place else ())  # fmt: skip
 
 
+# ---- float8 ----
+
+
+def _row_inputs(rows: int, width: int, memory: Memory, *, pad: int, scaled: bool) -> dict[str, Any]:
+    """Rows of numbers that float8 has, times powers of two: then every right answer is the input itself."""
+    numbers = torch.randint(127, (rows, width), generator=memory.generator, dtype=torch.uint8)
+    signs = 1 - 2 * torch.randint(2, (rows, width), generator=memory.generator)
+    numbers = numbers.view(torch.float8_e4m3fn).double() * signs
+    numbers[:, -1] = 448.0  # the largest, so that the scale is a power of two as well
+    numbers *= 2.0 ** torch.randint(-3, 4, (rows, 1), generator=memory.generator)
+    numbers[rows // 2] = 0.0
+    factor = 2.0 ** torch.randint(-1, 2, (width,), generator=memory.generator)
+    x = memory.empty(rows, width, pad=pad).copy_(numbers / factor if scaled else numbers)
+    return {"x": x, **({"factor": factor.float().to(x.device)} if scaled else {})}
+
+
+def _rows_in_float8(module: Any, given: dict[str, Any], memory: Memory, *, pad: int) -> Tensors:
+    rows, width = given["x"].shape
+    held = torch.full((rows, width + pad), 0x7F, dtype=torch.uint8, device=given["x"].device)
+    scales = module.quantize_rows(given["x"], given.get("factor"), held.view(torch.float8_e4m3fn)[:, :width])
+    assert bool((held[:, width:] == 0x7F).all()), "written behind a row"
+    return {"values": held[:, :width].view(torch.float8_e4m3fn).float() * scales, "scales": scales}
+
+
+def _plain_rows(given: dict[str, Any]) -> Tensors:
+    values = given["x"] * given.get("factor", 1.0)
+    scales = values.abs().amax(1, keepdim=True) / 448
+    return {"values": values, "scales": torch.where(scales > 0, scales, 1.0)}
+
+
+def _row_cases(rows: int, width: int, *, pad: int = 0) -> Iterator[Case]:
+    for scaled in (False, True):
+        yield Case("float8", f"float8 rows {rows}x{width}{', with factors' * scaled}",
+                   partial(_row_inputs, rows, width, pad=pad, scaled=scaled), partial(_rows_in_float8, pad=pad),
+                   _plain_rows)  # fmt: skip
+
+
 # ---- swiglu ----
 
 
@@ -532,6 +569,7 @@ def cases_at(
     yield from _norm_cases(tokens, hidden, residual=True)
     yield from _rope_cases(tokens, heads + key_heads, size, size)
     yield from _gate_cases(tokens, ffn, "silu")
+    yield from _row_cases(tokens, 2 * ffn)
     yield _attention_case((tokens // 2, 1, tokens - tokens // 2 - 1), heads, key_heads, size, pad=8)
     for name, loss in {
         "plain": _Loss(64, classes),
@@ -559,6 +597,8 @@ CASES: tuple[Case, ...] = (
     *(case for activation in ("silu", "gelu_tanh") for case in _gate_cases(42, 123, activation, pad=5)),
     *_gate_cases(7, 2100, "silu", pad=1),
     *_gate_cases(0, 8, "silu"),
+    *_row_cases(42, 123, pad=5),
+    *_row_cases(3, 2560),
     *_loss_cases(),
     _attention_case((5, 1, 42, 13), 4, 2, 8, pad=8),
     _attention_case((129,), 6, 2, 64),

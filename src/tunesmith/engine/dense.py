@@ -2,7 +2,7 @@
 
 A product with a weight of 4 or 8 bits first writes out the numbers that it stands for, forward and backward, for every
 part of every micro-batch. Base weights are frozen, so these numbers never change during a run: the plan of the run
-says for how many layers they are kept (``memory/plan.py``).
+says for how many layers they are kept (``memory/plan.py``). Where products run in float8, nothing is written out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DenseWeights:
 
 
 def _dense(group: Group, like: torch.Tensor) -> torch.Tensor | None:
-    if not any(p.quantized for p in group.projections):
+    if group.float8 is not None or not any(p.quantized for p in group.projections):
         return None
     out = like.new_empty(dense_shape(group.projections))
     write_out(group.projections, out)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.core.device import choose_device
+from tunesmith.ops.float8 import why_not
 from tunesmith.ops.quantized import Float8Weight, quantize_float8, quantized_linear
 
-__all__ = ["Float8Linear", "store_in_float8"]
+__all__ = ["Float8Linear", "store_in_float8", "why_no_products"]
 
 
 class Float8Linear(nn.Linear):
@@ -45,6 +47,23 @@ class Float8Linear(nn.Linear):
         return super()._apply(
             lambda t: fn(t.view(torch.int32)).view(torch.float32) if t is scales else fn(t), recurse=recurse
         )
+
+
+def why_no_products(model: Any, *, dtype: torch.dtype) -> str | None:
+    """Return the reason why fused layers do not multiply in float8 in training steps of ``model``, or None.
+
+    Products are in float8 for all of its layers or not at all. A model without values is one for this machine's device.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    if not layers:
+        return "no layer is stored in float8"
+    for layer in layers:
+        device = choose_device() if layer.weight.is_meta else layer.weight.device
+        shape = (layer.out_features, layer.in_features)
+        reason = why_not(shape, is_blocked=layer.is_blocked, dtype=dtype, device=device)
+        if reason is not None:
+            return reason
+    return None
 
 
 def store_in_float8(layer: nn.Linear, *, by_block: bool, device: torch.device | None = None) -> None:

@@ -36,7 +36,9 @@ from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import read_blocks, read_norm, read_projection, unreadable
 from tunesmith.engine.scratch import Scratch
 from tunesmith.ops.attention_varlen.documents import Documents, Lengths
+from tunesmith.ops.float8 import why_not
 from tunesmith.ops.lora_linear.cpu import Projection
+from tunesmith.ops.quantized.weights import Float8Weight
 
 __all__ = ["Engine", "PatchPlan", "engine_of", "install", "plan"]
 
@@ -360,10 +362,11 @@ class _FusedMixin:
                     return f"hidden states are {hidden.dtype}, a weight is {weight.dtype}"
                 projections.append(found)
                 parameters += [x for x in (weight, found.bias, found.a, found.b) if x is not None]
+            float8, stacked = _float8(projections, stacked, hidden), None if _is_codes(stacked) else stacked
             drops = any(p.dropout for p in projections)
             # From torch's own generator, so that a resumed run draws the same.
             seeds = torch.randint(2**62, (len(projections),)).tolist() if drops else ()
-            groups.append(Group(tuple(projections), stacked, tuple(seeds)))
+            groups.append(Group(tuple(projections), stacked, tuple(seeds), float8 if training else None))
         norms: list[torch.Tensor | None] = []
         for path in (*shape.norms, *(shape.head_norms or ())):
             weight = None if path is None else read_norm(submodule(path))
@@ -393,12 +396,32 @@ def _weight(module: Any) -> Any:
     return getattr(base, "weight", None)
 
 
+def _is_codes(stacked: torch.Tensor | None) -> bool:
+    return stacked is not None and not stacked.is_floating_point()
+
+
+def _float8(projections: Sequence[Projection], stacked: torch.Tensor | None, x: torch.Tensor) -> Float8Weight | None:
+    """Return the weights of a group in one where its products with ``x`` run in float8.
+
+    In training steps alone: there a rounded activation is one noise among others. Whatever is evaluated is computed
+    with the numbers that the weights stand for, as they will be exported.
+    """
+    found = [p.quantized for p in projections]
+    if stacked is None or not torch.is_grad_enabled() or not all(isinstance(w, Float8Weight) for w in found):
+        return None
+    weights = [w for w in found if isinstance(w, Float8Weight)]
+    if any(why_not(w.shape, is_blocked=w.is_blocked, dtype=x.dtype, device=x.device) for w in weights):
+        return None
+    scales = weights[0].scales if len(weights) == 1 else torch.cat([w.scales for w in weights])
+    return Float8Weight(stacked.view(torch.float8_e4m3fn), scales)
+
+
 @torch.no_grad()
 def _stack(present: torch.Tensor | None, weights: list[Any]) -> torch.Tensor | None:
     """Return one tensor of which all ``weights`` are views, ``present`` if it is that; None where they cannot be."""
     if any(type(w) is not nn.Parameter or w.is_meta or w.dtype != weights[0].dtype for w in weights):
         return None
-    if not weights[0].is_floating_point():
+    if not weights[0].is_floating_point() and weights[0].dtype != torch.uint8:  # the codes of float8
         return None
     if len(weights) == 1:
         return weights[0].data

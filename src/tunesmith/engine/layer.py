@@ -25,8 +25,10 @@ from tunesmith.engine.policies import Policy, kept_names
 from tunesmith.engine.scratch import Loan, Scratch
 from tunesmith.ops.attention_varlen.documents import Lengths
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.float8 import Float8Product
 from tunesmith.ops.lora_linear import cpu as lora
 from tunesmith.ops.lora_linear.cpu import Projection, dense_shape, write_out
+from tunesmith.ops.quantized.weights import Float8Weight
 
 __all__ = ["FusedLayer", "Group", "LayerCall"]
 
@@ -37,12 +39,14 @@ QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  (the name of the projection)
 class Group:
     """Projections that read one input, their weights stacked in one tensor, and seeds of their dropout.
 
-    ``stacked`` is None where the weights lie apart, or are in few bits and written out for every product.
+    ``stacked`` is None where the weights lie apart, or are in few bits and written out for every product. ``float8`` is
+    all of them where products run in float8.
     """
 
     projections: tuple[Projection, ...]
     stacked: torch.Tensor | None
     seeds: tuple[int, ...] = ()
+    float8: Float8Weight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +336,11 @@ class _Pass:
         whole[self.call.rows] = x
         return whole
 
-    def _weights(self, group: int) -> torch.Tensor | None:
+    def _weights(self, group: int) -> torch.Tensor | Float8Product | None:
         """Return the stacked weights of ``group``; those in few bits are written out into one buffer for all groups."""
         g = self.call.groups[group]
+        if g.float8 is not None:
+            return Float8Product(g.float8, self.call.scratch)
         if g.stacked is not None or not any(p.quantized for p in g.projections):
             return g.stacked
         whole = self._temporary("weights", *dense_shape(g.projections))

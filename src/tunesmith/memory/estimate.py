@@ -21,6 +21,7 @@ from typing import Any
 
 from tunesmith.core.versions import installed
 from tunesmith.engine.families import LayerShape
+from tunesmith.engine.float8 import why_no_products
 from tunesmith.engine.host import compute_device, is_on_host
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
@@ -79,7 +80,8 @@ class MemoryShape:
         kind: "cpu" or "cuda".
         load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
         written_out: entries of the largest group of quantized weights, dense while a product reads them.
-        quantized: entries of the quantized weights of the layer that has the most.
+        quantized: entries of the quantized weights of the layer that has the most; 0 where steps do not write them out.
+        float8: whether products of training steps run in float8.
         rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
         gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
     """
@@ -102,6 +104,7 @@ class MemoryShape:
     softcap: bool = False
     written_out: int = 0
     quantized: int = 0
+    float8: bool = False
     rebuilt: int = 0
     gradient_bytes: int = 0
 
@@ -191,6 +194,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     layers = tuple(engine.plan.known[index] for index in sorted(engine.plan.known)) if engine and fused else ()
     decoder = list(base.get_decoder().layers) if fused else []
     dense = [_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)]
+    float8 = kind == "cuda" and bool(layers) and why_no_products(base, dtype=weight.dtype) is None
     ranks = tuple(_ranks(layer, shape) for layer, shape in zip(decoder, layers, strict=True))
     heads = getattr(config, "num_attention_heads", None) or 1
     return MemoryShape(
@@ -212,7 +216,8 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         rebuilt=sum(module.get_param().nbytes for module in model.modules() if hasattr(module, "get_param")) // count,
         written_out=max((size for sizes in dense for size in sizes), default=0),
-        quantized=max(map(sum, dense), default=0),
+        quantized=0 if float8 else max(map(sum, dense), default=0),
+        float8=float8,
         gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
     )
 
@@ -392,7 +397,9 @@ def _scratch_bytes(shape: MemoryShape, part: PartShape, policies: Sequence[Polic
             own |= {"dy": hidden, "dz": hidden, "z": hidden}
         for name, size in own.items():
             widths[name] = max(widths.get(name, 0), size)
-    return part.tokens * shape.itemsize * sum(widths.values())
+    # The widest group in float8, a byte a value, and the codes of a weight turned for the backward.
+    codes = (part.tokens * max(2 * shape.ffn, *widths.values()) + shape.written_out) if shape.float8 else 0
+    return part.tokens * shape.itemsize * sum(widths.values()) + codes
 
 
 def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.versions import installed
-from tunesmith.engine.float8 import store_in_float8
+from tunesmith.engine.float8 import store_in_float8, why_no_products
 from tunesmith.engine.read import is_quantized, read_quantized
 from tunesmith.models.settings import Width, asked_by, is_float8
 from tunesmith.ops.quantized import quantized_linear
@@ -90,8 +90,12 @@ def to_float8(
 def float8_note(model: Any, width: Width) -> str:
     """Return the line of the banner that says how a base in float8 is stored and computed."""
     scales = "row" if width == "fp8" else "block of 128 by 128"
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    return f"linear layers of the decoder: float8 e4m3, a scale a {scales}; products in {dtype}"
+    dtype = model.get_input_embeddings().weight.dtype
+    reason, name = why_no_products(model, dtype=dtype), str(dtype).removeprefix("torch.")
+    products = f"in {name}: {reason}"
+    if reason is None:
+        products = "of training steps in float8, their inputs rounded token by token"
+    return f"linear layers of the decoder: float8 e4m3, a scale a {scales}; products {products}"
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:

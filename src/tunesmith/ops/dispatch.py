@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 # op -> implementations beside the reference, the preferred first.
 _TABLE: dict[str, tuple[str, ...]] = {
     "attention_varlen": ("cuda", "cpu"),
+    "float8": ("triton", "cpu"),
     "linear_cross_entropy": ("triton", "cpu"),
     "lora_linear": ("cpu",),
     "quantized": ("cuda", "cpu"),

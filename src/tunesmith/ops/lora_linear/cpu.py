@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.quantized.weights import QuantizedWeight
 
 __all__ = [
+    "Multiplier",
     "Projection",
     "dense_shape",
     "forward",
@@ -60,9 +62,21 @@ class Projection:
         return 0 if self.a is None else self.a.shape[0]
 
 
+class Multiplier(Protocol):
+    """All weights (F, D) as something that multiplies by itself (``ops/float8``)."""
+
+    def forward(self, x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """Write y (T, F) of ``x`` (T, D) to ``out``."""
+        ...
+
+    def input_gradient(self, dy: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """Write dx (T, D) of ``dy`` (T, F) to ``out``."""
+        ...
+
+
 def forward(
     x: torch.Tensor,
-    stacked: torch.Tensor | None,
+    stacked: torch.Tensor | Multiplier | None,
     projections: Sequence[Projection],
     *,
     seeds: Sequence[int] = (),
@@ -70,13 +84,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y (T, F) and s (T, R) of ``x`` (T, D).
 
-    ``stacked`` is (F, D), all weights in one tensor, or None where they lie apart. ``seeds`` has one number a
-    projection, from which its dropout is drawn.
+    ``stacked`` is (F, D), all weights in one tensor or multiplier, or None where they lie apart. ``seeds`` has one
+    number a projection, from which its dropout is drawn.
     """
     out = x.new_empty(len(x), sum(p.weight.shape[0] for p in projections)) if out is None else out
     s = low_rank(x, projections, seeds=seeds)
-    if stacked is not None:
+    if isinstance(stacked, torch.Tensor):
         torch.mm(x, stacked.t(), out=out)
+    elif stacked is not None:
+        stacked.forward(x, out=out)
     for p, rows, columns in _parts(projections):
         y = out[:, rows]
         if stacked is None:
@@ -114,15 +130,17 @@ def low_rank_gradient(dy: torch.Tensor, projections: Sequence[Projection]) -> to
 def input_gradient(
     dy: torch.Tensor,
     ds: torch.Tensor,
-    stacked: torch.Tensor | None,
+    stacked: torch.Tensor | Multiplier | None,
     projections: Sequence[Projection],
     *,
     seeds: Sequence[int] = (),
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Write dx (T, D) to ``out`` and return it; ``ds`` is that of :func:`low_rank_gradient`."""
-    if stacked is not None:
+    if isinstance(stacked, torch.Tensor):
         torch.mm(dy, stacked, out=out)
+    elif stacked is not None:
+        stacked.input_gradient(dy, out=out)
     else:
         for index, (p, rows, _) in enumerate(_parts(projections)):
             torch.addmm(out, dy[:, rows], p.weight, beta=float(index > 0), out=out)

@@ -10,6 +10,7 @@ import torch
 
 from tunesmith.core.errors import ShapeError
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.float8.reference import E4M3_MAX, LEAST_SCALE
 from tunesmith.ops.quantized import reference
 from tunesmith.ops.quantized.function import QuantizedLinear
 from tunesmith.ops.quantized.weights import BLOCK, EightBitWeight, Float8Weight, FourBitWeight, QuantizedWeight
@@ -24,10 +25,6 @@ __all__ = [
     "quantized_linear",
     "reference",
 ]
-
-E4M3_MAX = 448.0
-"""The largest number in float8 e4m3."""
-_LEAST_SCALE = 1e-30
 
 
 def dequantize(
@@ -73,7 +70,7 @@ def quantize_float8(weight: torch.Tensor, *, by_block: bool = False) -> Float8We
         values = values.view(len(values) // BLOCK, BLOCK, -1, BLOCK)
     scales = values.abs().amax(dim=(1, 3) if by_block else 1, keepdim=True) / E4M3_MAX
     # What is too small for a float32 scale is zero.
-    scales = torch.where(scales > _LEAST_SCALE, scales, 1.0)
+    scales = torch.where(scales > LEAST_SCALE, scales, 1.0)
     codes = (values / scales).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     if by_block:
         codes = codes.view(-1, codes.shape[2] * BLOCK)[:rows, :columns].contiguous()
