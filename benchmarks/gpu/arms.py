@@ -3,8 +3,8 @@
 ``hf``: gradient checkpointing, bfloat16 autocast as Trainer's ``bf16=True`` has it, SDPA, full logits; documents of
 unlike length are padded, eight a micro-batch. ``hf-nockpt``: the same without checkpointing. ``ours-<policy>``: the
 engine's layers and the chunked loss, documents joined on one token axis. ``ours-none-graphs``: the same from CUDA
-graphs. ``hf`` runs first and, once the engine has been taken out again, last: no difference smaller than theirs means
-anything.
+graphs; ``ours-none-fp8``: on the same base stored in float8. ``hf`` runs first and, once the engine has been taken out
+again, last: no difference smaller than theirs means anything.
 
 All start from the same adapter and see the same documents, so that their losses can be compared.
 """
@@ -37,7 +37,7 @@ _EVERY = ("hf", "hf-nockpt", *(f"ours-{policy}" for policy in _POLICIES), "hf")
 _SOME = ("hf", "ours-none", "ours-sel_min", "ours-full")
 _PLANS: dict[str, _Plan] = {
     "8b": (
-        (Work("dense", 8192), 2, 4, _EVERY),
+        (Work("dense", 8192), 2, 4, (*_EVERY, "ours-none-fp8")),
         (Work("packed", 8192), 1, 2, _SOME),
         (Work("dense", 2048, 4), 1, 3, _SOME),
         (Work("dense", 32768), 1, 2, (*_SOME, "ours-sel_mlp", "ours-offload")),
@@ -54,7 +54,7 @@ _PLANS: dict[str, _Plan] = {
         (Work("packed", 8192), 2 * _CYCLE, 8, ("ours-none", "ours-none-graphs")),
     ),
     "toy-graphs": ((Work("packed", 96, mean=20, longest=40), 2, 6, ("hf", "ours-none", "ours-none-graphs")),),
-    "toy-llama": ((Work("dense", 16, 2), 1, 2, _EVERY),),
+    "toy-llama": ((Work("dense", 16, 2), 1, 2, (*_EVERY, "ours-none-fp8")),),
     "toy-qwen3": ((Work("dense", 24), 1, 1, _SOME),),
     "toy-small": ((Work("packed", 96, mean=20, longest=40), 0, 2, (*_SOME, "hf")),),
 }
@@ -69,11 +69,22 @@ def headline(stage: Stage, shape: str, *, plan: str | None = None, cycle: int | 
     for work, warmup, steps, arms in _PLANS[plan or shape]:
         for index, arm in enumerate(arms):
             facts: dict[str, Any] = {"model": shape, "work": work.name, "arm": arm, "repeats": arm in arms[:index]}
+            in_float8 = arm.endswith("-fp8")
+            if session.in_float8 != in_float8:
+                session = _again(session, in_float8)
             # The slowest arm came first: another one takes no longer.
             if stage.seconds_left < 2 * session.longest:
                 stage.record(**facts, missing="no time was left")
                 continue
             stage.record(**facts, **session.arm(arm, work, warmup, steps, cycle=cycle))
+
+
+def _again(session: _Session, in_float8: bool) -> _Session:
+    """Return a session with the same numbers, its base stored in float8 or not; the model of the old one goes first."""
+    session.free()
+    made = _Session(session.stage, session.shape, in_float8=in_float8)
+    made.longest = session.longest
+    return made
 
 
 def short_steps(stage: Stage) -> None:
@@ -115,16 +126,29 @@ def curve(stage: Stage, shape: str, work: Work, steps: int) -> None:
 class _Session:
     """One model with its adapter, on which arms run one after another."""
 
-    def __init__(self, stage: Stage, shape: str) -> None:
-        self.stage, self.shape = stage, shape
+    def __init__(self, stage: Stage, shape: str, *, in_float8: bool = False) -> None:
+        self.stage, self.shape, self.in_float8 = stage, shape, in_float8
         self.dtype = torch.float32 if stage.is_dry else torch.bfloat16
-        self.model = models.adapted(models.build(shape, stage.device, self.dtype))
+        base = models.build(shape, stage.device, self.dtype)
+        if in_float8:
+            from tunesmith.models.quantize import to_float8
+
+            to_float8(base, "fp8")
+        self.model = models.adapted(base)
         self.base = self.model.get_base_model()
         self.vocabulary = self.base.config.vocab_size
         self.longest = 0.0
         self._attention = self.base.config._attn_implementation
         self._engine: Any = None
+        self._head: Any = None
         self._graphs: Any = None
+
+    def free(self) -> None:
+        """Give the model's memory back: the session is over."""
+        self.model = self.base = self._engine = self._head = self._graphs = None
+        gc.collect()
+        if self.stage.device == "cuda":
+            torch.cuda.empty_cache()
 
     def arm(self, arm: str, work: Work, warmup: int, steps: int, *, cycle: int | None = None) -> dict[str, Any]:
         """Train one arm from the start and return its figures, or ``failed`` with the reason."""
@@ -174,7 +198,18 @@ class _Session:
             "ops": [explain(op, x) for op in ops],
             "kept_bytes_expected": self._kept_bytes(),
             **({} if self._graphs is None else {"graphs": self._graphs.counts()}),
+            **({"float8": self._in_what()} if self.in_float8 else {}),
         }
+
+    def _in_what(self) -> str:
+        """Say whether products ran in float8; elsewhere the weights were written out."""
+        from tunesmith.engine.float8 import why_no_products
+        from tunesmith.ops import explain
+
+        reason = why_no_products(self.base, dtype=self.dtype)
+        if reason is not None:
+            return f"stored, and not multiplied: {reason}"
+        return f"multiplied; {explain('float8', torch.empty(0, dtype=self.dtype, device=self.stage.device))}"
 
     def _kept_bytes(self) -> int:
         """Return the bytes a token keeps between forward and backward by the engine's own count."""

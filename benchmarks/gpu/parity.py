@@ -7,7 +7,9 @@ a dry run the primitives in plain torch stand for the kernels.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,14 @@ def run(stage: Stage) -> None:
             )
     for case in () if stage.is_dry else EQUAL_DOCUMENTS:
         stage.record(case=case.name, op="attention, cuDNN", dtype="bfloat16", **_through_cudnn(stage, case))
+    for (name, shape), backward in itertools.product(_float8_shapes(stage).items(), (False, True)):
+        case = f"float8 product {'backward' if backward else 'forward'} {name}"
+        stage.record(
+            case=case,
+            op="float8 products",
+            dtype="bfloat16",
+            **guarded(partial(_float8_product, stage, shape, backward=backward)),
+        )
     for name, check in _far_checks(stage).items():
         stage.record(case=name, op=name.split(",")[0], dtype="bfloat16", **guarded(check))
 
@@ -80,6 +90,55 @@ def _through_cudnn(stage: Stage, case: Case) -> dict[str, Any]:
     with patch.object(cudnn, "_PREPARING_SECONDS", 0.0), patch.object(cudnn, "_agreed", {}):
         found = _result(stage, case, torch.bfloat16)
         return {**found, "passes": found["passes"] and list(cudnn._agreed.values()) == [True, True]}
+
+
+def _float8_shapes(stage: Stage) -> dict[str, tuple[int, int, int]]:
+    """Return (T, D, F) by name: q k v, gate up and down of Llama 3.1 8B."""
+    if stage.is_dry:
+        return {"toy": (33, 48, 80)}
+    return {"8b q k v": (1024, 4096, 6144), "8b gate up": (1024, 4096, 28672), "8b down": (1001, 14336, 4096)}
+
+
+def _float8_product(stage: Stage, shape: tuple[int, int, int], *, backward: bool) -> dict[str, Any]:
+    """Compare a product in float8 with float64 of its rounded operands, and say what rounding them has changed.
+
+    On a CPU torch's own product of the same operands stands for that of a GPU.
+    """
+    from tunesmith.engine.scratch import Scratch
+    from tunesmith.ops.dispatch import choose
+    from tunesmith.ops.float8 import Float8Product, quantize_rows
+    from tunesmith.ops.quantized import quantize_float8
+
+    tokens, inner, outer = shape
+    generator = torch.Generator(stage.device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=stage.device, dtype=torch.float32)
+    stored = quantize_float8(0.02 * draw(outer, inner))
+    x = (draw(tokens, outer if backward else inner) * draw(tokens, 1).exp()).bfloat16()
+    made = Float8Product(stored, Scratch())
+    out = torch.full((tokens, inner if backward else outer), torch.nan, dtype=torch.bfloat16, device=stage.device)
+    factor = stored.scales.view(-1) if backward else None
+    codes, scales = quantize_rows(x, factor=factor)
+    weight = stored.codes.double() * stored.scales.double()
+    if backward:
+        made.input_gradient(x, out=out)
+        truth, unrounded = (codes.double() * scales) @ stored.codes.double(), x.double() @ weight
+    else:
+        made.forward(x, out=out)
+        truth, unrounded = (codes.double() * scales) @ weight.t(), x.double() @ weight.t()
+    # Each row by its own size: a bfloat16 has 2^-9 of a value, and the sum of a GPU 14 bits of its largest part.
+    sizes = truth.square().mean(1, keepdim=True).sqrt()
+    error = (out.double() - truth) / sizes
+    rms, worst = float(error.square().mean().sqrt()), float(error.abs().max())
+    allowed = {"allowed": 2**-8, "worst_allowed": 2**-4}
+    return {
+        "implementation": "torch on a CPU"
+        if stage.is_dry
+        else f"torch _scaled_mm, {choose('float8', x).implementation}",
+        "emulated": stage.is_dry,
+        "passes": rms <= allowed["allowed"] and worst <= allowed["worst_allowed"],
+        "results": {"product": {"rms": rms, "worst": worst, **allowed}},
+        "rounding_of_rows": float(((truth - unrounded) / sizes).square().mean().sqrt()),
+    }
 
 
 def guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:

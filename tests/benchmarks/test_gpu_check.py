@@ -37,7 +37,7 @@ def test_every_stage_runs_dry(out: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     assert all(record["passes"] for record in records if record["stage"] == "parity")
     assert {r["op"] for r in records if r["stage"] == "parity"} >= {
-        "rms_norm", "rope", "swiglu", "linear_cross_entropy", "attention_varlen",
+        "rms_norm", "rope", "swiglu", "linear_cross_entropy", "attention_varlen", "float8", "float8 products",
     }  # fmt: skip
     ceilings = [record for record in records if record["stage"] == "ceilings"]
     assert len(ceilings) > 15 and all(r.get("gb_per_s", 0) > 0 or r.get("tflops", 0) > 0 for r in ceilings)
@@ -50,6 +50,10 @@ def test_every_stage_runs_dry(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert short[2]["graphs"]["replayed"] > 0 and not short[2]["notes"]
 
     arms = [record for record in records if "tokens_per_s" in record and record["stage"] != "graphs"]
+    (in_float8,) = (record for record in arms if record["arm"].endswith("-fp8"))
+    arms.remove(in_float8)
+    assert in_float8["float8"] == "stored, and not multiplied: cpu does not multiply float8"
+    assert in_float8["losses"] == pytest.approx(arms[0]["losses"], rel=1e-2) and not in_float8["notes"]
     policies = {record["arm"] for record in arms if record["model"] == "toy-llama"}
     assert policies == {"hf", "hf-nockpt", *(f"ours-{p}" for p in ("none", "sel_mlp", "sel_min", "full", "offload"))}
     for model in ("toy-llama", "toy-qwen3", "toy-small"):

@@ -22,7 +22,7 @@ from tunesmith.models.aliases import ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
 from tunesmith.models.heads import Head, give_padding
 from tunesmith.models.quantize import (
-    float8_note,
+    float8_notes,
     keep_activations,
     make_quantized,
     protect_gradients,
@@ -317,19 +317,18 @@ def _fit_out(
     width = width or width_of(model.config)
     facts = ModelFacts(source.name, choice, _window(model.config, window), width=width, task=task)
     model.tunesmith_facts = facts  # type: ignore[assignment]
-    if is_float8(width):
-        facts.notes.append(float8_note(model, width))
     if task != CAUSAL_LM:
         facts.notes.append("batches are padded and layers are transformers' own: fused ones are for CAUSAL_LM")
         return
     if has_vision(model.config):
-        facts.notes.append(NOT_FUSED)
+        facts.notes += [NOT_FUSED, *float8_notes(model, width, is_fused=False)]
         return
     if attention is None:
         reason = use_document_attention(model)
         if reason is not None:
             facts.notes.append(f"attention per document is off: {reason}")
-    facts.notes += install(model).plan.reasons
+    plan = install(model).plan
+    facts.notes += [*plan.reasons, *float8_notes(model, width, is_fused=bool(plan.known))]
 
 
 def load_tokenizer(

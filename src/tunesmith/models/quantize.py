@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "float8_note",
+    "float8_notes",
     "is_four_bit",
     "keep_activations",
     "make_quantized",
@@ -87,15 +87,17 @@ def to_float8(
     model.save_pretrained = _refuse_saving
 
 
-def float8_note(model: Any, width: Width) -> str:
-    """Return the line of the banner that says how a base in float8 is stored and computed."""
+def float8_notes(model: Any, width: Width | None, *, is_fused: bool) -> list[str]:
+    """Return a line for the banner that says how a base in float8 is stored and multiplied; none for other widths."""
+    if not is_float8(width):
+        return []
     scales = "row" if width == "fp8" else "block of 128 by 128"
     dtype = model.get_input_embeddings().weight.dtype
-    reason, name = why_no_products(model, dtype=dtype), str(dtype).removeprefix("torch.")
-    products = f"in {name}: {reason}"
+    reason = why_no_products(model, dtype=dtype) if is_fused else "decoder layers run as transformers wrote them"
+    products = f"in {str(dtype).removeprefix('torch.')}: {reason}"
     if reason is None:
         products = "of training steps in float8, their inputs rounded token by token"
-    return f"linear layers of the decoder: float8 e4m3, a scale a {scales}; products {products}"
+    return [f"linear layers of the decoder: float8 e4m3, a scale a {scales}; products {products}"]
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,6 @@ __all__ = ["quantize_rows"]
 def quantize_rows(x: torch.Tensor, factor: torch.Tensor | None, codes: torch.Tensor) -> torch.Tensor:
     """Write the codes of ``x * factor`` (T, D) to ``codes`` and return the scales (T, 1) float32."""
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    for part in row_blocks(*x.shape, 4):
+    for part in row_blocks(len(x), x.shape[1], 4):
         codes[part], scales[part] = reference.quantize_rows(x[part], factor)
     return scales

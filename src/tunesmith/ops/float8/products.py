@@ -75,4 +75,4 @@ def scaled_mm(
 
     ``a`` lies row by row, ``b`` column by column.
     """
-    return torch._scaled_mm(a, b, scales_a, scales_b, out_dtype=out.dtype, use_fast_accum=True, out=out)
+    return torch.ops.aten._scaled_mm.out(a, b, scales_a, scales_b, out_dtype=out.dtype, use_fast_accum=True, out=out)
