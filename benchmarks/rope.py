@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import statistics
 import tempfile
 import time
@@ -94,20 +95,21 @@ def trained_model(scheme: str, tokens: list[int], steps: int) -> Any:
 
 def scores() -> dict[tuple[str, int, int, int], float]:
     """Return (scheme, reach, window, trained steps) -> perplexity of what is recorded."""
+    return {(line["scheme"], line["reach"], line["window"], line["steps"]): line["perplexity"] for line in _lines()}
+
+
+def _lines() -> list[dict[str, Any]]:
     file = RESULTS / "rope.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return {
-        (line["scheme"], line["reach"], line["window"], line["steps"]): line["perplexity"]
-        for line in map(json.loads, lines)
-    }
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def _measurements(
     reaches: list[int], windows: int, schemes: list[str], steps: int
 ) -> Iterator[tuple[str, int, int, int]]:
     for reach in reaches:
-        for window in range(windows):
-            yield from ((scheme, reach, window, 0) for scheme in ([PLAIN] if reach == 1 else schemes))
+        # One scheme after the other: to load a model takes longer than a GPU takes to score a window.
+        for scheme in [PLAIN] if reach == 1 else schemes:
+            yield from ((scheme, reach, window, 0) for window in range(windows))
     for scheme in _best(2) if steps else ():
         yield from ((scheme, 4, window, steps) for window in range(windows))
 
@@ -129,6 +131,12 @@ def _means() -> dict[tuple[str, int, int], float]:
 def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, minutes: float) -> bool:
     """Record every measurement that is not there yet; return False where ``minutes`` ended it before the last."""
     end = time.monotonic() + 60 * minutes
+    own = platform.python_version()
+    if other := {line["python"] for line in _lines()} - {own}:
+        raise SystemExit(
+            f"rope.jsonl was measured on the texts of Python {', '.join(sorted(other))}; those of {own} differ, and so "
+            "would the perplexities. Use that Python, or put the file away and begin anew."
+        )
     loaded: tuple[Any, Any] = (None, None)
     for key in _measurements(reaches, windows, schemes, steps):
         scheme, reach, window, trained = key
@@ -150,8 +158,16 @@ def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, mi
         if last > len(tokens):
             raise SystemExit(f"the text holds {len(tokens) // (4 * NATIVE)} windows; --windows {windows} asks for more")
         value = perplexity(model, tokens[last - reach * NATIVE : last])
-        record = {"scheme": scheme, "reach": reach, "window": window, "steps": trained, "perplexity": value,
-                  "dtype": str(model.dtype).removeprefix("torch."), "seconds": time.perf_counter() - start}  # fmt: skip
+        record = {
+            "python": own,
+            "scheme": scheme,
+            "reach": reach,
+            "window": window,
+            "steps": trained,
+            "perplexity": value,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "seconds": time.perf_counter() - start,
+        }
         print(append_record("rope", record), flush=True)
     return True
 
