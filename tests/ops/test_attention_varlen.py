@@ -7,9 +7,11 @@ import torch
 
 from tunesmith.core.errors import ShapeError
 from tunesmith.ops.attention_varlen import attention_varlen, reference
-from tunesmith.ops.attention_varlen.cpu import BLOCK
+from tunesmith.ops.attention_varlen.cpu import sizes_for
 
 from ..numerics import assert_equal_in_float64, assert_no_worse
+
+BLOCK = sizes_for(8, sharing=2)[1]
 
 
 def attention_inputs(

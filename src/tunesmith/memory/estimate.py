@@ -25,6 +25,7 @@ from tunesmith.engine.float8 import why_no_products
 from tunesmith.engine.host import compute_device, is_on_host
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
+from tunesmith.ops.attention_varlen.cpu import MOST_SCORES, sizes_for
 
 __all__ = [
     "LIBRARIES_BYTES",
@@ -60,8 +61,6 @@ _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 _LANE_SCRATCH, _LANE_SHARE = 1.3, 0.08
 """Buffers of lanes, each of the larger half, over buffers of one part; and the share of what is kept by which lanes
 need more, whose heaps are their own."""
-_BLOCK, _MOST_SCORES, _STEP = 64, 4 * 2**20, 32
-"""Query block, scores of one product, rounding of lengths in 16 bits (``ops/attention_varlen/cpu.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,17 +409,18 @@ def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:
     own = 2 * 4 * shape.trained // max(1, shape.count) + 2 * part.tokens * shape.hidden * size
     if shape.kind == "cuda":
         return own + part.tokens * shape.heads * shape.head_dim * (wide + size)
-    query = shape.heads * shape.head_dim
+    query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    step, positions = sizes_for(size, shape.heads // max(1, shape.key_heads))
     most = 0
     by_length: dict[int, int] = {}
     for length in part.lengths:
-        rounded = length if size > 2 else -(-length // _STEP) * _STEP
+        rounded = -(-length // step) * step
         by_length[rounded] = by_length.get(rounded, 0) + 1
     for length, documents in by_length.items():
-        block = shape.heads * min(length, _BLOCK) * length
-        together = min(documents, max(1, _MOST_SCORES // block))
-        # q, the gradient of the output, k and v a query head each; their gradients. Two products, weights, their slope.
-        grids = together * length * query * (4 * size + 2 * wide)
+        block = shape.heads * min(length, positions) * length
+        together = min(documents, max(1, MOST_SCORES // block))
+        # q, k, v and the gradients of output and q; those of k and v in sums. Two products, weights, their slope.
+        grids = together * length * ((3 * query + 3 * keys) * size + 2 * keys * wide)
         scores = together * block * (2 * size + 2 * wide + (2 * (size + wide) if size < 4 else 0))
         most = max(most, grids + scores)
     return own + most * min(lanes, len(part.lengths))

@@ -5,7 +5,7 @@ causality already hides what comes after. Queries are cut into blocks; a block s
 window to its own last token, so that most of the upper half of the score matrix is not computed. Heads that share a key
 head are rows of one product: the queries of a position lie side by side, (positions, heads that share) by E.
 
-In 16 bits lengths are rounded up to a multiple of ``STEP``: there a CPU's matrix library prepares a kernel for every
+In 16 bits lengths are rounded up to a multiple of 32: there a CPU's matrix library prepares a kernel for every
 new shape, and lengths as they come are nearly all new. The softmax runs in torch's own kernels, which widen within the
 registers.
 
@@ -30,18 +30,18 @@ import torch
 from tunesmith.ops.attention_varlen.documents import Lengths, host_lengths
 from tunesmith.ops.rows import wide_dtype
 
-__all__ = ["BLOCK", "STEP", "backward", "forward"]
+__all__ = ["MOST_SCORES", "backward", "forward", "sizes_for"]
 
-STEP = 32
-"""Lengths are rounded up to a multiple of this in 16 bits."""
-BLOCK = 64
-"""Rows of one block of queries: positions times heads that share a key head."""
+MOST_SCORES = 4 * 2**20
+"""Scores of one product at most: 16 MB in float32, so that a batch of documents stays near the cache."""
+
+_STEP = 32
+# Rows of one block of queries: positions times heads that share a key head.
+_BLOCK = 64
 # 85 + 202 ms where blocks of 64 took 89 + 235 (one core with AVX2, float32, chats, 9/3 heads of 64).
 _LEAST_POSITIONS = 32
 # Matrix units of 16 bits want more rows.
 _BLOCK_16, _LEAST_POSITIONS_16 = 128, 64
-# Scores of one product, in elements: 16 MB in float32, so that a batch of documents stays near the cache.
-_MOST_SCORES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class _Group:
 
 @functools.lru_cache(maxsize=8)
 def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tuple[_Group, ...]:
-    """Return documents of one rounded length together, as many as ``_MOST_SCORES`` allows."""
+    """Return documents of one rounded length together, as many as ``MOST_SCORES`` allows."""
     by_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
@@ -103,7 +103,7 @@ def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tupl
         start += length
     groups: list[_Group] = []
     for rounded, members in sorted(by_length.items()):
-        most = max(1, _MOST_SCORES // (heads * min(rounded, block) * rounded))
+        most = max(1, MOST_SCORES // (heads * min(rounded, block) * rounded))
         for first in range(0, len(members), most):
             chosen = tuple(members[first : first + most])
             begin, (last, _) = chosen[0][0], chosen[-1]
@@ -112,11 +112,16 @@ def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tupl
     return tuple(groups)
 
 
-def _sizes(dtype: torch.dtype, sharing: int) -> tuple[int, int]:
-    """Return of what lengths are a multiple, and the positions of a block."""
-    if dtype.itemsize > 2:
-        return 1, max(_LEAST_POSITIONS, BLOCK // sharing)
-    return STEP, max(_LEAST_POSITIONS_16, _BLOCK_16 // sharing)
+def sizes_for(itemsize: int, sharing: int) -> tuple[int, int]:
+    """Return of what lengths are made a multiple, and the positions of a block.
+
+    Args:
+        itemsize: bytes of a value.
+        sharing: query heads of a key head.
+    """
+    if itemsize > 2:
+        return 1, max(_LEAST_POSITIONS, _BLOCK // sharing)
+    return _STEP, max(_LEAST_POSITIONS_16, _BLOCK_16 // sharing)
 
 
 def _blocks(length: int, window: int | None, block: int) -> Iterator[tuple[int, int, int]]:
@@ -208,7 +213,7 @@ def forward(
     All may be strided.
     """
     heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
-    (before, behind), (step, block) = _split_scale(scale, query.dtype), _sizes(query.dtype, sharing)
+    (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
     for group in _groups(host_lengths(lengths), heads, step, block):
         q, k, v = group.heads(query, sharing), group.heads(key), group.heads(value)
@@ -245,7 +250,7 @@ def backward(
     ``out`` and ``kept`` are what forward returned; nothing of them is needed here.
     """
     heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
-    (before, behind), (step, block) = _split_scale(scale, query.dtype), _sizes(query.dtype, sharing)
+    (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
     for group in _groups(host_lengths(lengths), heads, step, block):
         q, d_found = group.heads(query, sharing), group.heads(dout, sharing)
         k, v = group.heads(key), group.heads(value)
