@@ -40,7 +40,7 @@ from tunesmith.training.checkpoint import (
 )
 from tunesmith.training.fingerprint import model_fingerprint
 from tunesmith.training.optimizer import give_embeddings_their_rate
-from tunesmith.training.processes import gather_objects, naming_lost_processes
+from tunesmith.training.processes import gather_objects, naming_lost_processes, wait_for_processes
 
 __all__ = ["RunTrainer"]
 
@@ -254,7 +254,7 @@ class RunTrainer(Trainer):
                 keep=self._keep,
                 best=self.state.best_model_checkpoint,
             )
-        self.accelerator.wait_for_everyone()
+        wait_for_processes(self.args)
 
     def _callback_states(self) -> dict[str, Any]:
         from transformers.trainer_callback import ExportableState

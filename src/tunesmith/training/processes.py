@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.core.errors import TrainingError
 
-__all__ = ["gather_objects", "naming_lost_processes", "sum_gradients", "sum_over_processes"]
+__all__ = ["gather_objects", "naming_lost_processes", "sum_gradients", "sum_over_processes", "wait_for_processes"]
 
 
 def sum_over_processes(value: torch.Tensor, processes: int) -> torch.Tensor:
@@ -41,6 +41,16 @@ def gather_objects(value: Any, processes: int) -> list[Any]:
     gathered: list[Any] = [None] * processes
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def wait_for_processes(args: Any) -> None:
+    """Return when every process of the run with these ``TrainingArguments`` has come here.
+
+    accelerate's own asks each process for the GPU of its number, also in a run on the CPU, and fails there where the
+    machine has fewer GPUs than the run has processes.
+    """
+    if args.world_size > 1:
+        sum_over_processes(torch.zeros(1, device=args.device), args.world_size).item()
 
 
 @contextmanager

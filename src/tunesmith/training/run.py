@@ -44,6 +44,7 @@ from tunesmith.training.callbacks import loss_plot
 from tunesmith.training.checkpoint import require_disk_space
 from tunesmith.training.config import config_of, dated_folder
 from tunesmith.training.loading import load_for_run
+from tunesmith.training.processes import wait_for_processes
 from tunesmith.training.settings import RunSettings
 from tunesmith.training.sft import SFTTrainer
 from tunesmith.training.tasks.run import make_task_trainer
@@ -142,7 +143,7 @@ def run_training(
             write_text(folder / "result.json", json.dumps(numbers, indent=1) + "\n")
         with as_output_error(folder):
             loss_plot(trainer.state.log_history, folder / "training_loss.png")
-    trainer.accelerator.wait_for_everyone()
+    wait_for_processes(trainer.args)
     return RunResult(folder, trained, numbers, trainer)
 
 
