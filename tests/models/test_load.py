@@ -15,6 +15,7 @@ from tests import tiny
 
 from tunesmith import FastLanguageModel, FastModel, get_chat_template
 from tunesmith.core.errors import ModelError, SettingsError, TunesmithError
+from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.install import engine_of
 from tunesmith.models import gguf_cache
 from tunesmith.models.aliases import find_model
@@ -71,6 +72,19 @@ def test_a_window_that_nobody_asked_for_is_the_models_own(saved: Path) -> None:
 
 def test_attention_that_is_asked_for(saved: Path) -> None:
     assert load(saved, attn_implementation="eager")[0].config._attn_implementation == "eager"
+
+
+def test_a_softcap_is_never_left_out() -> None:
+    """Older transformers choose SDPA for Gemma 2, which knows no softcap."""
+    model = tiny.tiny_model("gemma2")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ModelError, match="attn_implementation='sdpa' leaves out the softcap of Gemma2ForCausalLM"):
+        keep_softcap(model, "sdpa")
+    keep_softcap(model)
+    assert model.config._attn_implementation == "eager"
+    plain = tiny.tiny_model("llama")
+    keep_softcap(plain, "sdpa")
+    assert plain.config._attn_implementation == "sdpa"
 
 
 def test_a_template_is_put_on_the_tokenizer(folder: Path) -> None:
@@ -232,7 +246,7 @@ def test_every_kind_of_checkpointing_is_taken(mode: str, saved: Path) -> None:
 
 
 def test_an_empty_model_has_the_shapes_of_the_loaded_one(saved: Path) -> None:
-    model, _ = load(saved)
+    model, _ = load(saved, dtype="float32")
     source = find_model(str(saved))
     empty = empty_causal_lm(source, dtype="float32")
     shapes = {name: (weight.shape, weight.dtype) for name, weight in empty.named_parameters()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-__all__ = ["STACK", "checkpoint_layers", "installed", "stack_versions"]
+from tunesmith.core.errors import ModelError
+
+__all__ = ["STACK", "auto_image_processor", "checkpoint_layers", "installed", "keep_softcap", "stack_versions"]
 
 STACK = (
     "tunesmith",
@@ -34,6 +36,17 @@ def installed(package: str) -> str | None:
         return None
 
 
+def auto_image_processor() -> Any:
+    """Return the class ``AutoImageProcessor`` of transformers.
+
+    Older versions hide it at the top of the package where torchvision is missing, although it needs none; the import
+    from its own module goes when our floor is a version that has the class at the top then too (5.23 has).
+    """
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor
+
+
 def checkpoint_layers(model: Any, on: bool) -> None:
     """Switch recomputation of decoder layers in the backward pass on a transformers model.
 
@@ -46,6 +59,25 @@ def checkpoint_layers(model: Any, on: bool) -> None:
         getattr(model, f"{word}_checkpointing_disable")()
         return
     getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def keep_softcap(model: Any, asked: str | None = None) -> None:
+    """Have a model of transformers cap its attention scores where its config says so (Gemma 2).
+
+    Older versions compute such models by SDPA, which leaves the cap out in silence. Goes when our floor is a version
+    whose classes say that they do not support SDPA (5.23 is).
+
+    Args:
+        asked: the ``attn_implementation`` that the user has named.
+    Raises:
+        ModelError: that is "sdpa".
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is None or config._attn_implementation != "sdpa":
+        return
+    if asked == "sdpa":
+        raise ModelError(f"attn_implementation='sdpa' leaves out the softcap of {type(model).__name__}. Use 'eager'.")
+    model.set_attn_implementation("eager")
 
 
 def stack_versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsErro
 from tunesmith.core.memory import trim_heap
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, task_of
+from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.host import check_not_tied, keep_on_host
 from tunesmith.models.aliases import ModelSource
 from tunesmith.models.gguf_cache import converted_gguf
@@ -197,6 +198,7 @@ def load_model(
     with readable_errors(source), seeded(head.seed):
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
+    keep_softcap(model, attn_implementation)
     refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
     own_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if vocabulary is not None:

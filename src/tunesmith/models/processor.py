@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from tunesmith.core.errors import ModelError
+from tunesmith.core.versions import auto_image_processor
 
 __all__ = ["ImagesOnly", "images_only", "load_processor"]
 
@@ -75,14 +76,14 @@ def load_processor(place: str, **hub: Any) -> Any:
 
 def _without_videos(place: str, hub: dict[str, Any]) -> Any:
     import transformers
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     record, _ = ProcessorMixin.get_processor_dict(place, **hub)
     if "processor_class" in record:
         kind = getattr(transformers, record["processor_class"])
     else:  # older folders name it nowhere
         kind = transformers.PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(place, **hub))]
-    images = AutoImageProcessor.from_pretrained(place, **hub)
+    images = auto_image_processor().from_pretrained(place, **hub)
     # The name that transformers too would look for.
     videos = {"video_processor_type": type(images).__name__.removesuffix("Pil").replace("Image", "Video")}
     parts = {
