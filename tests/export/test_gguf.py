@@ -15,6 +15,7 @@ from tests.export.support import adapt, disturb, loaded
 from tests.export.tokenizers_of import spaced
 
 from tunesmith.core.errors import AdapterError, ExportError, HubError, OutputError, SettingsError
+from tunesmith.core.versions import keep_softcap
 from tunesmith.export.gguf import check, save, source, write
 from tunesmith.export.gguf.methods import ALIASES, METHODS, gguf_methods
 from tunesmith.export.gguf.save import save_gguf
@@ -79,6 +80,7 @@ def fields(file: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_stored_as_llama_cpp_wants_it(family: str, tmp_path: Path) -> None:
     model = disturb(adapt(model_of(family)))
+    keep_softcap(model)
     report = save_gguf(model, tmp_path / "out", tiny.tiny_tokenizer(), methods="F32")
     (file,) = report.files
     assert file.path == tmp_path / "out" / "out.F32.gguf"

@@ -18,7 +18,7 @@ from tunesmith.export import merge
 from tunesmith.export.form import Form
 from tunesmith.export.merge import merge_model
 from tunesmith.export.verify import Comparison, Reference, compare, compared, reference_of
-from tunesmith.export.weights import adapter_shares, merged_weights, mixed
+from tunesmith.export.weights import _merging, adapter_shares, merged_weights, mixed
 from tunesmith.models.load import facts_of
 
 
@@ -106,6 +106,13 @@ def test_several_adapters_are_added_by_their_shares(tmp_path: Path) -> None:
     torch.testing.assert_close(again.model.layers[0].self_attn.q_proj.weight, wanted)
     with pytest.raises(AdapterError, match=r"adapter 'third' is not on this model. There are: default, other"):
         adapter_shares(model, {"third": 1.0})
+
+
+def test_an_original_is_merged_where_the_adapter_is() -> None:
+    """A file is read to the CPU, the adapter may be on a GPU: here on the meta device."""
+    layer = adapt(tiny.tiny_model("llama")).get_base_model().model.layers[0].self_attn.q_proj.to("meta")
+    made = _merging(layer, {"default": 1.0}, lambda: torch.zeros(32, 32, dtype=torch.bfloat16))()
+    assert (made.device.type, made.dtype) == ("meta", torch.float32)
 
 
 def test_a_merge_changes_nothing_of_the_model(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.core.errors import AdapterError, ExportError, OutputError
 from tunesmith.export.adapter import export_adapter
+from tunesmith.export.verify import _rounding
 from tunesmith.training.probes import probes_of_run
 from tunesmith.training.run import run_training
 from tunesmith.training.settings import RunSettings
@@ -60,6 +61,15 @@ def test_an_adapter_is_compared_as_it_will_be_loaded(
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     with pytest.raises(OutputError, match="is there already"):
         export_adapter(model, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_a_model_in_16_bits_may_round_otherwise_where_it_is_loaded(saved: Path, tmp_path: Path) -> None:
+    base, _ = loaded(saved, dtype="bfloat16")
+    report = disturb(adapt(base)).save_pretrained_merged(tmp_path / "out", save_method="lora")
+    assert 1e-6 < report.comparison.kl < 5e-3 < report.moved
+    assert _rounding(tiny.tiny_model("llama")) == 0
+    assert _rounding(tiny.tiny_model("mixtral").bfloat16()) > _rounding(base) > 0
 
 
 @pytest.mark.usefixtures("exports_load_here")

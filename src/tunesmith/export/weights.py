@@ -191,7 +191,9 @@ def _merging(layer: Any, shares: Mapping[str, float], make: Callable[[], torch.T
         weight = make().to(torch.float32, copy=True)
         for name, share in shares.items():
             variant = layer.lora_variant.get(name) if hasattr(layer, "lora_variant") else None
-            weight.add_(layer.get_delta_weight(name).float(), alpha=share)
+            delta = layer.get_delta_weight(name).float()
+            # An original is read from its file: it lies on the CPU, wherever the adapter is.
+            weight = weight.to(delta.device).add_(delta, alpha=share)
             if variant is not None:
                 weight = _with_magnitude(layer, name, weight)
         return weight

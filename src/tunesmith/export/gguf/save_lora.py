@@ -18,7 +18,7 @@ from tunesmith.export.gguf.lora import adapter_of, alpha_of, lora_header, lora_t
 from tunesmith.export.gguf.methods import METHODS, Method
 from tunesmith.export.gguf.runtime import ask_llama, has_llama
 from tunesmith.export.gguf.save import GgufFile, GgufReport, kept_where_it_fails
-from tunesmith.export.gguf.trial import Trial, allowed, refuse
+from tunesmith.export.gguf.trial import Trial, refuse
 from tunesmith.export.gguf.vocab import read_vocabulary
 from tunesmith.export.gguf.write import kind_of, model_header, size_of, write_gguf
 from tunesmith.export.verify import Reference, compared, reference_of
@@ -85,5 +85,5 @@ def _try(model: Any, file: Path, tokenizer: Any, reference: Reference, method: M
         require_space(whole, size_of(tensors, kinds), "the base to try the adapter on")
         write_gguf(whole, family_of(config).arch, model_header("base", values, vocabulary, base), tensors, kinds)
         found = compared(reference, ask_llama(whole, reference, adapter=file).answers, "llama.cpp")
-    refuse(file, found, allowed(method.bar, reference))
+    refuse(file, found, method.bar + reference.rounding)
     return Trial(found)

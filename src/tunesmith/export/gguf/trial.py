@@ -19,9 +19,9 @@ from tunesmith.core.errors import ExportError
 from tunesmith.export.gguf.runtime import Answers, ask_llama, has_llama
 from tunesmith.export.gguf.source import Source
 from tunesmith.export.gguf.vocab import Vocabulary
-from tunesmith.export.verify import PROBES, Comparison, Reference, compare, compared
+from tunesmith.export.verify import PROBES, Comparison, compare, compared
 
-__all__ = ["TEXTS", "Trial", "allowed", "refuse", "try_file"]
+__all__ = ["TEXTS", "Trial", "refuse", "try_file"]
 
 TEXTS = (
     *PROBES,
@@ -43,8 +43,6 @@ _CHATS = (
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"}],
 )
-# A live model in 16 bits is itself that far from what it computes in 32, as llama.cpp does.
-_ROUNDING_OF_THE_LIVE = 5e-3
 # Of which transformers reads the tensors. Of the values it reads some, so it is given the config of the live model.
 _READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
@@ -82,13 +80,8 @@ def try_file(file: Path, source: Source, *, bar: float) -> Trial:
     """
     trial = _in_llama(file, source) if has_llama() else _in_transformers(file, source)
     if trial.comparison is not None:
-        refuse(file, trial.comparison, allowed(bar, source.reference))
+        refuse(file, trial.comparison, bar + source.reference.rounding)
     return trial
-
-
-def allowed(bar: float, reference: Reference) -> float:
-    """Return the mean KL divergence above which a file with that ``bar`` has failed."""
-    return bar + (0 if reference.dtype == "float32" else _ROUNDING_OF_THE_LIVE)
 
 
 def refuse(file: Path, found: Comparison, bar: float) -> None:
