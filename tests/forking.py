@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver, get_context
@@ -31,7 +32,7 @@ def _fork_server() -> ForkServerContext:
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         # It imports before it learns this process's sys.path.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [*sys.path, str(ROOT / "src"), str(ROOT)])))
         forkserver.ensure_running()
     first = context.Process(target=gc.freeze)  # starts when all is imported
     first.start()

@@ -67,7 +67,7 @@ def fresh(code: str) -> str:
     """Run code in an interpreter of its own and return what it prints."""
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])},
         capture_output=True,
         text=True,
         check=True,

@@ -17,7 +17,7 @@ from tests.training import support
 
 from tunesmith.core import files
 from tunesmith.core.errors import CheckpointError, OutputError
-from tunesmith.training.checkpoint import checkpoints_in, find_checkpoint, remove_old_checkpoints
+from tunesmith.training.checkpoint import _check_same_run, checkpoints_in, find_checkpoint, remove_old_checkpoints
 
 STEPS = 4
 SETTINGS: dict[str, Any] = {"rows": 16, "save_steps": 1, "save_total_limit": None}
@@ -155,6 +155,13 @@ def test_what_changes_no_weight_may_change(run: Path) -> None:
     trainer = support.trainer(run, **{**SETTINGS, "save_total_limit": 3, "logging_steps": 2})
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == STEPS
+
+
+def test_a_name_that_another_transformers_has_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"settings": {"seed": 1, "activation_checkpointing": false}}', encoding="utf-8")
+    _check_same_run(tmp_path, {"settings": {"seed": 1, "gradient_checkpointing": None}})
+    with pytest.raises(CheckpointError, match="settings seed: 1 then, 2 now"):
+        _check_same_run(tmp_path, {"settings": {"seed": 2}})
 
 
 def test_a_run_without_checkpoints_starts_from_the_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from tunesmith.adapters.model import base_bytes_beside
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import damage, require_space
+from tunesmith.training.fingerprint import FREE
 
 __all__ = [
     "RUN_FILE",
@@ -82,7 +83,7 @@ def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     differences = [
         f"{part} {name}: {_short(written.get(part, {}).get(name))} then, {_short(run[part].get(name))} now"
         for part in run
-        for name in sorted({*written.get(part, {}), *run[part]})
+        for name in sorted({*written.get(part, {}), *run[part]} - {*FREE})
         if written.get(part, {}).get(name) != run[part].get(name)
     ]
     if differences:

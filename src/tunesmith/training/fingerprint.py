@@ -12,15 +12,19 @@ from tunesmith.models.load import facts_of
 if TYPE_CHECKING:
     from tunesmith.training.config import SFTConfig
 
-__all__ = ["model_fingerprint", "settings_fingerprint"]
+__all__ = ["FREE", "model_fingerprint", "settings_fingerprint"]
 
-# Settings that change neither weights nor order: a run may be resumed with other values of these.
-_FREE = (
+FREE = (
     "output_dir", "logging_dir", "run_name", "report_to", "logging_steps", "logging_strategy", "logging_first_step",
     "save_total_limit", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint", "project",
     "dataloader_pin_memory", "local_rank", "ddp_timeout", "hub_token", "max_seq_length", "warmup_ratio", "eval_split",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_model_id", "push_to_hub",
+    # Named otherwise by another version of transformers, and nothing is computed otherwise with it.
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs",
 )  # fmt: skip
+"""Settings that change neither weights nor order: a run may be resumed with other values of these."""
+
 _SAMPLE = 1024
 
 
@@ -44,7 +48,7 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 def settings_fingerprint(config: SFTConfig, processes: int) -> dict[str, Any]:
     """Return the settings that decide weights and order, as JSON values."""
-    values = {name: _plain(value) for name, value in config.to_dict().items() if name not in _FREE}
+    values = {name: _plain(value) for name, value in config.to_dict().items() if name not in FREE}
     return {**values, "processes": processes}
 
 
