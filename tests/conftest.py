@@ -84,6 +84,16 @@ def _global_state() -> Iterator[None]:
     assert torch.is_grad_enabled(), "gradients were left off"
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an empty file for the picture of losses: drawing it is a seventh of a tiny run.
+
+    What makes runs is not imported for this: most tests make none.
+    """
+    if (run := sys.modules.get("tunesmith.training.run")) is not None:
+        monkeypatch.setattr(run, "loss_plot", lambda history, file: file.touch())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_untouched() -> Iterator[None]:
     """After all tests, nothing in torch, transformers, PEFT, accelerate or datasets may be code of ours."""
@@ -134,6 +144,18 @@ def exports_load_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(verify, "_NEW_TOKENS", 4)  # of each greedy text
+
+
+@pytest.fixture
+def exports_load_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load exports in another process, as users do, but in one that need not import torch first."""
+    from types import SimpleNamespace
+
+    from tunesmith.export import verify
+
+    from . import forking
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=forking.run))
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver, get_context
@@ -24,6 +27,22 @@ def start(target: Callable[..., None], *arguments: Any, out: Path | str, err: Pa
     process = _fork_server().Process(target=_run, args=(out, err or out, target, arguments))
     process.start()
     return process
+
+
+def run(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Stand in for ``subprocess.run`` of ``python -m MODULE ...`` with its output captured."""
+    assert call[:2] == [sys.executable, "-m"], call
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = start(_as_module, call[2:], out=out, err=err)
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(call, process.exitcode, *(file.read_text("utf-8") for file in (out, err)))
+
+
+def _as_module(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 @cache

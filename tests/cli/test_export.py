@@ -22,6 +22,7 @@ def run_folder(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.Tem
     return run_training(RunSettings(**settings)).folder
 
 
+@pytest.mark.usefixtures("exports_load_in_a_fork")
 def test_the_command_says_how_near_the_export_is(run_folder: Path, tmp_path: Path, run: Any) -> None:
     outcome = run("export", run_folder, "--output", tmp_path / "out", "--method", "merged_32bit", "--dtype", "float32")
     assert outcome.code == 0, outcome.err

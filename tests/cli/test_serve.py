@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 from tests.export.support import loaded
-from tests.serving.processes import server_process, stream, until_accepted
+from tests.serving.processes import forked_server, server_process, stream, until_accepted
 
 
-def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run):
+def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run, tmp_path):
     words = trained_run, "--adapter", f"other={trained_run}", "--max-concurrent", 2
-    with server_process(*words) as (process, lines, port):
+    with forked_server(tmp_path, *words) as (process, lines, port, out):
         assert lines[0] == f"serving at http://127.0.0.1:{port} (Ctrl-C ends)"
         assert lines[1].startswith("base: tiny-llama (") and lines[1].endswith(", window of 512 tokens)")
         assert lines[2] == "adapters: done, other"
@@ -31,15 +32,15 @@ def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run):
         # The connection stays open and idle: it must not hold up the end.
         with ThreadPoolExecutor(6) as pool:
             # Two are being written, four wait for them.
-            jobs = [pool.submit(stream, port, model, temperature=0) for model in ["done", "other", "tiny-llama"] * 2]
+            jobs = [pool.submit(stream, port, model, temperature=0, max_tokens=100) for model in ["done", "other", "tiny-llama"] * 2]
             until_accepted(port, 7)
-            process.send_signal(signal.SIGTERM)
+            os.kill(process.pid, signal.SIGTERM)
             answers = [job.result(60) for job in jobs]
         assert all(is_whole and text for text, is_whole in answers)
         assert answers[0] == answers[3] and answers[1] == answers[4] and answers[2] == answers[5]
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert out.endswith("stopped; every request that was accepted has its answer\n")
+        process.join(60)
+        assert process.exitcode == 0
+        assert out.read_text(encoding="utf-8").endswith("stopped; every request that was accepted has its answer\n")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
 

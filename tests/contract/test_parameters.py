@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from tunesmith import FastLanguageModel, FastVisionModel
 from tunesmith.adapters.settings import FILTERS
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import ModelError, TunesmithError
 from tunesmith.engine.host import is_on_host
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
@@ -91,39 +92,41 @@ def layers_of(model: Any) -> int:
     return model.config.num_hidden_layers
 
 
-_SERVER = """
-import http.server, json, os, threading
-seen = []
-class Server(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self):
+class Hub(BaseHTTPRequestHandler):
+    """Has nothing, and remembers the authorizations of those who ask for repositories of someone's."""
+
+    seen: ClassVar[list[str | None]] = []
+
+    def do_HEAD(self) -> None:
         if "someone" in self.path:
-            seen.append(self.headers.get("Authorization"))
+            self.seen.append(self.headers.get("Authorization"))
         self.send_error(404)
+
     do_GET = do_HEAD
-    def log_message(self, *arguments):
-        pass
-server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ.pop("HF_HUB_OFFLINE", None)
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from tunesmith import FastLanguageModel
-from tunesmith.core.errors import ModelError
-found = {}
-for name, value in (("token", "hf_secret"), ("local_files_only", True)):
-    seen.clear()
-    try:
-        FastLanguageModel.from_pretrained("someone/else", **{name: value})
-    except ModelError:
-        found[name] = sorted(set(seen))
-print(json.dumps(found))
-"""
+
+    def log_message(self, *_: Any) -> None: ...
 
 
 @cache
 def asked_of_hub() -> dict[str, list[str | None]]:
     """Return the authorizations that a hub (on loopback) is sent with each argument, none where nothing is asked."""
-    done = subprocess.run([sys.executable, "-c", _SERVER], capture_output=True, text=True, check=True, timeout=240)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    from huggingface_hub import constants
+
+    found = {}
+    with HTTPServer(("127.0.0.1", 0), Hub) as server, pytest.MonkeyPatch.context() as patch:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        for name, value in (("token", "hf_secret"), ("local_files_only", True)):
+            Hub.seen.clear()
+            with suppress(ModelError):
+                FastLanguageModel.from_pretrained("someone/else", **{name: value})
+                raise AssertionError("there is no such model")
+            found[name] = sorted(set(Hub.seen), key=str)
+        server.shutdown()
+    return found
 
 
 def code_of_a_model(folder: Path, saved: Path) -> str:

@@ -64,7 +64,7 @@ def test_rendered_text_trains_what_the_conversation_trains(chat_tokenizer, famil
     tokenizer = chat_tokenizer(family)
     encoder = ExampleEncoder(tokenizer, train_on=train_on)
     markers = resolve_markers(tokenizer)
-    for seed in range(200):
+    for seed in range(80):
         messages = random_conversation(seed, system=family not in WITHOUT_SYSTEM)
         example = Conversation(messages, (None,) * len(messages), "x", "messages")
         (wanted,) = encoder.encode(example)

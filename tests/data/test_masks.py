@@ -15,7 +15,7 @@ from .chat_families import FAMILIES, template_text
 from .conversations import TOOLS, random_conversation
 from .oracle import expected_documents
 
-CONVERSATIONS = 200
+CONVERSATIONS = 80
 WITHOUT_SYSTEM = {"gemma-original"}
 WITH_TOOLS = ["chatml", "llama-3", "mistral", "mistral-pieces", "qwen3", "gpt-oss"]
 NO_END_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,12 +38,24 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def under_torchrun(folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-               str(free_port()), "-m", "tests.e2e._worker", str(tmp_path), "equal"]  # fmt: skip
+               str(free_port()), "-m", "tests.e2e._worker", str(folder), "equal"]  # fmt: skip
     ended = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
+
+def forked(folder: Path) -> None:
+    """What torchrun does, without three processes that import torch."""
+    with two_processes(folder, "equal") as (processes, logs):
+        for process in processes:
+            process.join(240)
+        assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
+
+
+@pytest.mark.parametrize("train", [forked, pytest.param(under_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(train: Callable[[Path], None], tmp_path: Path) -> None:
+    train(tmp_path)
     recorder = GradientRecorder()
     alone = support.trainer(
         tmp_path / "alone", per_device_train_batch_size=4, callbacks=[recorder],

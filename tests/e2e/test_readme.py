@@ -20,15 +20,18 @@ def test_the_example_is_short():
     assert len([line for line in python_example().splitlines() if line.strip()]) <= 15
 
 
-def test_the_example_runs_and_its_adapter_loads_in_plain_peft(smollm2, tmp_path, monkeypatch):
+# Three steps show that it learns; a step of the real model takes seconds.
+@pytest.mark.parametrize("steps", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_the_example_runs_and_its_adapter_loads_in_plain_peft(smollm2, tmp_path, monkeypatch, steps):
     from peft import AutoPeftModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
-    exec(compile(python_example(), "README.md", "exec"), scope)
+    code, scope = python_example(), dict[str, object]()
+    assert "max_steps=10" in code
+    exec(compile(code.replace("max_steps=10", f"max_steps={steps}"), "README.md", "exec"), scope)
     losses = [entry["loss"] for entry in scope["trainer"].state.log_history if "loss" in entry]  # type: ignore[attr-defined]
-    assert len(losses) == 10
-    assert losses[-1] < 0.8 * losses[0]
+    assert len(losses) == steps
+    assert losses[-1] < 0.5 * losses[0]
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs/sums/adapter")
     assert any(parameter.any() for name, parameter in loaded.named_parameters() if "lora_B" in name)
 

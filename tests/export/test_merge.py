@@ -234,6 +234,7 @@ def test_mixed_adapters_are_compared_as_they_are_mixed(saved: Path, tmp_path: Pa
         torch.testing.assert_close(logits(loaded(tmp_path / "out")[0]), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("exports_load_in_a_fork")
 def test_an_export_that_cannot_be_loaded_says_why(saved: Path, tmp_path: Path) -> None:
     model, tokenizer = loaded(saved)
     reference = reference_of(model, tokenizer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmarks import memory
 from benchmarks.memory import CONFIGURATIONS, measure, name_of
+from tests import forking
 
 from tunesmith.memory.plan import UNSLOTH_SHARE
 
@@ -25,9 +28,13 @@ def compare(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("spec", QUICK, ids=name_of)
-def test_prediction_of_a_small_run(spec: dict[str, Any]) -> None:
-    compare(spec)
+def test_prediction_of_a_small_run() -> None:
+    compare(QUICK[0])
+
+
+def test_prediction_where_the_libraries_are_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "subprocess", SimpleNamespace(run=forking.run))
+    compare(QUICK[1])
 
 
 @pytest.fixture

@@ -7,9 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+from tests import forking
+
+from tunesmith.cli.main import main
 
 
 @contextmanager
@@ -29,6 +36,24 @@ def server_process(*words: Any) -> Iterator[tuple[subprocess.Popen[str], list[st
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def forked_server(folder: Path, *words: Any) -> Iterator[tuple[BaseProcess, list[str], int, Path]]:
+    """Start one that need not import torch first, which writes to files in ``folder``; give the file of stdout too."""
+    out, err = folder / "out", folder / "err"
+    process = forking.start(main, ["serve", *map(str, words), "--port", "0"], out=out, err=err)
+    try:
+        lines: list[str] = []
+        deadline = time.monotonic() + 60
+        while not lines or not lines[-1].startswith("curl "):
+            assert process.is_alive() and time.monotonic() < deadline, err.read_text(encoding="utf-8")
+            time.sleep(0.02)
+            lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+        yield process, lines, int(lines[0].split()[2].rpartition(":")[2]), out
+    finally:
+        process.kill()
+        process.join()
 
 
 def stream(port: int, model: str, begun: Callable[[], Any] = int, **body: Any) -> tuple[str, bool]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-STEPS = 30
+STEPS = 18
+"""Of the tiny run."""
 
 
 def tiny_run(folder: str) -> Any:
@@ -15,7 +16,7 @@ def tiny_run(folder: str) -> Any:
 
     return support.trainer(
         folder,
-        rows=40,
+        rows=24,
         model=support.adapted("llama", lora_dropout=0.2, use_gradient_checkpointing=True),
         eval_dataset=tiny.chat_rows(6, seed=1),
         per_device_train_batch_size=2,
@@ -38,7 +39,7 @@ def real_run(folder: str) -> Any:
     model = FastLanguageModel.get_peft_model(model, r=8, lora_dropout=0.1)
     args = SFTConfig(
         output_dir=folder,
-        max_steps=STEPS,
+        max_steps=30,
         save_steps=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,

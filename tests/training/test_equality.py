@@ -135,30 +135,36 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_loss_of_smollm2_equals_transformers_own(
-    train_on: str, smollm2: Callable[[], tuple[Any, Any]], tmp_path: Path
-) -> None:
+def test_loss_of_smollm2_equals_transformers_own(smollm2: Callable[[], tuple[Any, Any]], tmp_path: Path) -> None:
     from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
 
     model, tokenizer = smollm2()
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "down_proj"])
-    args = SFTConfig(output_dir=str(tmp_path), train_on=train_on, per_device_train_batch_size=3, use_cpu=True)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=ROWS, processing_class=tokenizer)
-    assert not trainer.head.reasons
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
-    with torch.no_grad():
-        loss = trainer.head.loss(batch, len(batch["rows"])).item()
-        model.get_base_model().set_attn_implementation("sdpa")
-        total = count = 0.0
-        for row in ROWS:
-            # Its own rendering and its own shift; only the assistant's mask comes from our documents.
-            ids = tokenizer.apply_chat_template(row["messages"], return_tensors="pt", return_dict=True)["input_ids"]
-            document = next(d for d in trainer.train_data.documents if d.input_ids.tolist() == ids[0].tolist())
-            labels = torch.where(torch.from_numpy(document.trained), ids, -100)
-            trained = int((labels[:, 1:] != -100).sum())
-            total += model(input_ids=ids, labels=labels).loss.item() * trained
-            count += trained
-    assert loss == pytest.approx(total / count, rel=1e-5)
-    if train_on == "all":
-        assert count == sum(len(d) - 1 for d in trainer.train_data.documents)
+    ours: dict[str, float] = {}
+    trained: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    for train_on in ("assistant", "all"):
+        args = SFTConfig(output_dir=str(tmp_path), train_on=train_on, per_device_train_batch_size=3, use_cpu=True)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=ROWS, processing_class=tokenizer)
+        assert not trainer.head.reasons
+        batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+        with torch.no_grad():
+            ours[train_on] = trainer.head.loss(batch, len(batch["rows"])).item()
+        documents = trainer.train_data.documents
+        trained[train_on] = {tuple(d.input_ids.tolist()): torch.from_numpy(d.trained) for d in documents}
+    base = model.get_base_model()
+    base.set_attn_implementation("sdpa")
+    total, count = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0)
+    for row in ROWS:
+        # Its own rendering, its own shift and its own loss; only the assistant's mask comes from our documents.
+        ids = tokenizer.apply_chat_template(row["messages"], return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        for train_on, masks in trained.items():
+            labels = torch.where(masks[tuple(ids[0].tolist())], ids, -100)
+            labelled = int((labels[:, 1:] != -100).sum())
+            loss = base.loss_function(logits=logits, labels=labels, vocab_size=base.config.vocab_size)
+            total[train_on] += loss.item() * labelled
+            count[train_on] += labelled
+    for train_on, loss in ours.items():
+        assert loss == pytest.approx(total[train_on] / count[train_on], rel=1e-5)
+    assert count["all"] == sum(len(ids) - 1 for ids in trained["all"]) > count["assistant"]

@@ -20,7 +20,8 @@ from tests import forking
 from tests.training import _victim, support
 from tests.training._victim import STEPS
 
-KILLS = 10
+KILLS = 6
+"""Of the tiny run; the real one is killed ten times."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
     return folder, ended.seconds
 
 
-def test_ten_kills_change_no_byte(uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
+def test_kills_change_no_byte(uninterrupted: tuple[Path, float], tmp_path: Path) -> None:
     straight, seconds = uninterrupted
     folder = tmp_path / "run"
     draw = random.Random(11)
     killed = in_checkpoint = 0
     for attempt in range(KILLS):
-        # Every other kill waits until the writing of a checkpoint has begun, the rest strike anywhere.
+        # Two of three wait until the writing of a checkpoint has begun, the rest strike anywhere.
         kill = (
             {"in_checkpoint": draw.randint(1, 3), "after_s": draw.uniform(0, 0.01)}
-            if attempt % 2
+            if attempt % 3
             else {"after_s": draw.uniform(0.1, 0.25) * seconds}
         )
         ended = run(folder, resume=attempt > 0, **kill)
         assert ended.status in (-signal.SIGKILL, 0), log_of(folder)
         killed += ended.status != 0
         in_checkpoint += ended.partial
-    assert killed >= KILLS - 2, "the run ended before the kills: make it longer"
+    assert killed >= KILLS - 1, "the run ended before the kills: make it longer"
     assert in_checkpoint >= 2, "no kill struck while a checkpoint was written"
     ended = run(folder, resume=True)
     assert ended.status == 0, log_of(folder)
@@ -145,7 +146,7 @@ def test_ten_kills_change_no_byte_of_smollm2(tmp_path: Path) -> None:
     ended = run(straight, model="smollm2")
     assert ended.status == 0, log_of(straight)
     draw = random.Random(12)
-    for attempt in range(KILLS):
+    for attempt in range(10):
         kill = {"in_checkpoint": draw.randint(1, 3), "after_s": draw.uniform(0, 0.3)}
         if attempt % 2:
             kill = {"after_s": draw.uniform(0.05, 0.2) * ended.seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ LENGTHS = (60, 50, 30, 20, 45, 25)
 
 
 @pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads, as a CPU with two cores has, whatever the suite runs on; lanes for tiny models too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, as a CPU with two cores has, whatever the suite runs on; lanes for tiny models too.
+
+    Torch only says so. Two real threads on the products that are not in lanes would wait for each other wherever other
+    processes have the cores too, and the tests would take ten times as long; threads of lanes are real in any case.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(lanes_module, "_LEAST_VALUES", 1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -71,12 +71,14 @@ def weights(run: SFTTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
 
 
-def test_a_run_in_lanes_learns_what_a_run_in_one_piece_learns(tmp_path: Path, used: list[int]) -> None:
+def test_a_run_in_lanes_learns_what_a_run_in_one_piece_learns(
+    tmp_path: Path, used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = trainer(tmp_path / "lanes")
     assert ours.lanes == ours.plan.lanes == 2
     ours.train()
     assert used and set(used) == {2}
-    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     used.clear()
     single = trainer(tmp_path / "single")
     assert single.plan.lanes == 1
