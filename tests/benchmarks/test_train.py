@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks import train
 from benchmarks.ops import CASES, Case
 from benchmarks.ops import measure as measure_op
 from benchmarks.train import run_arm, table
 from benchmarks.workload import build, load
-
 from tests import forking
+
+from benchmarks import train
 
 from ..tiny import tiny_model, tiny_tokenizer
 

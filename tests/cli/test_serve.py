@@ -32,7 +32,10 @@ def test_a_run_is_served_and_sigterm_finishes_what_was_accepted(trained_run, tmp
         # The connection stays open and idle: it must not hold up the end.
         with ThreadPoolExecutor(6) as pool:
             # Two are being written, four wait for them.
-            jobs = [pool.submit(stream, port, model, temperature=0, max_tokens=100) for model in ["done", "other", "tiny-llama"] * 2]
+            jobs = [
+                pool.submit(stream, port, model, temperature=0, max_tokens=100)
+                for model in ["done", "other", "tiny-llama"] * 2
+            ]
             until_accepted(port, 7)
             os.kill(process.pid, signal.SIGTERM)
             answers = [job.result(60) for job in jobs]

@@ -14,7 +14,9 @@ from tunesmith.cli.main import main
 SHORT = ("--max-steps", 4, "--r", 2, "--no-packing", "--dtype", "float32")
 
 
-def test_a_run_from_flags_says_what_it_does_in_eighty_columns_and_leaves_a_folder(run, tmp_path, model_folder, rows_file):
+def test_a_run_from_flags_says_what_it_does_in_eighty_columns_and_leaves_a_folder(
+    run, tmp_path, model_folder, rows_file
+):
     folder = tmp_path / "run"
     flags = ("--model", model_folder, "--data", rows_file, "--output-dir", folder, *SHORT, "--lr", "1e-3")
     outcome = run("train", *flags, "--set", "weight_decay=0.1")

@@ -118,7 +118,9 @@ def asked_of_hub() -> dict[str, list[str | None]]:
         address = f"http://127.0.0.1:{server.server_port}"
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", address)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
         for name, value in (("token", "hf_secret"), ("local_files_only", True)):
             Hub.seen.clear()
             with suppress(ModelError):

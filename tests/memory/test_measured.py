@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks import memory
 from benchmarks.memory import CONFIGURATIONS, measure, name_of
 from tests import forking
 
+from benchmarks import memory
 from tunesmith.memory.plan import UNSLOTH_SHARE
 
 QUICK: tuple[dict[str, Any], ...] = (

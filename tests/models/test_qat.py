@@ -185,6 +185,7 @@ def test_the_layers_that_are_not_fused_say_why(folders: dict[str, Path]) -> None
 
 # ---- the whole way ----
 
+
 def loss_of(model: Any) -> float:
     """Return the loss a trained token of rows that no run here trains on, row by row from the model's own logits."""
     total, count = 0.0, 0

@@ -22,8 +22,7 @@ from tunesmith.models.load import facts_of
 __all__ = ["ADAPTER_BAR", "export_adapter"]
 
 ADAPTER_BAR = 1e-6
-"""Mean KL divergence in nats above which an adapter folder has failed: nothing in it is rounded. What computing in 16 bits brings
-comes on top (``verify.py``), as for every bar."""
+"""Mean KL divergence in nats above which an adapter folder has failed: nothing in it is rounded."""
 
 _NOTHING = About()
 
@@ -55,5 +54,5 @@ def export_adapter(
         found = compare(reference, temporary, runtime=runtime)
         report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
                               {"adapter": found}, reference.moved)  # fmt: skip
-        write_report(report, temporary, ADAPTER_BAR + reference.rounding, base=facts.name, about=about)
+        write_report(report, temporary, ADAPTER_BAR + reference.slack, base=facts.name, about=about)
     return report
