@@ -16,7 +16,7 @@ def test_plan_shows_parts_choice_and_disk(run, model_folder, rows_file):
         "optimizer",
         "kept",
         "peak",
-        "backward keeps",
+        "checkpointing",
         "together",
         "checkpoints",
         "merged",
@@ -68,7 +68,7 @@ def test_train_writes_and_compares_the_prediction(run, model_folder, rows_file, 
     folder = tmp_path / "run"
     outcome = run("train", "--model", model_folder, "--data", rows_file, "--output-dir", folder, "--max-steps", "2")
     shown = " ".join(outcome.out.split())
-    assert outcome.code == 0 and "predicted at the peak; backward keeps" in shown and "were predicted (" in shown
+    assert outcome.code == 0 and "predicted at the peak; checkpointing" in shown and "were predicted (" in shown
     record = json.loads((folder / "plan.json").read_text())
     numbers = json.loads((folder / "result.json").read_text())
     assert record["peak"] == numbers["predicted_peak_bytes"] and sum(record["parts"].values()) <= record["peak"]

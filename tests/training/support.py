@@ -36,15 +36,20 @@ def adapted(family: str = "llama", *, dtype: Any = None, seed: int = 0, **adapte
 
 
 def trainer(folder: Path | str, *, rows: Any = 24, model: Any = None, **settings: Any) -> Any:
-    """Return an ``SFTTrainer`` on a tiny model; ``settings`` are those of the trainer and of ``SFTConfig``."""
+    """Return an ``SFTTrainer`` on a tiny model; ``settings`` are those of the trainer and of ``SFTConfig``.
+
+    Checkpoints, a seventh of so short a run, are written only where ``settings`` say something about them.
+    """
     from tunesmith import SFTConfig, SFTTrainer
+
+    saved = "steps" if any(name.startswith(("save_", "eval_", "load_best")) for name in settings) else "no"
 
     own = {name: settings.pop(name) for name in ("eval_dataset", "callbacks", "formatting_func", "optimizers")
            if name in settings}  # fmt: skip
     args = SFTConfig(
         output_dir=str(folder),
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
-           "disable_tqdm": True, "use_cpu": True, "eval_split": 0, **settings},
+           "disable_tqdm": True, "use_cpu": True, "eval_split": 0, "save_strategy": saved, **settings},
     )  # fmt: skip
     return SFTTrainer(
         model=adapted() if model is None else model,

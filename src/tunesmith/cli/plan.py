@@ -123,7 +123,7 @@ def _facts(found: Preview, *, is_asked: bool) -> list[tuple[str, str]]:
         ("weights", f"{found.dtype}{f'; stored: {stored}' if stored else ''}"),
         ("memory", f"{bytes_in_words(found.memory)} {'asked for' if is_asked else 'can be had here'}"),
         ("predicted peak", f"{bytes_in_words(plan.peak)}, {100 * plan.peak / found.memory:.0f} % of it"),
-        ("backward keeps", f"{plan.describe()}: {plan.reason}"),
+        ("checkpointing", f"{plan.describe()}: {plan.reason}"),
         (
             "together",
             f"{plan.together()}; the largest part has {plan.tokens:,}, the longest row {found.work.longest:,}",

@@ -150,12 +150,12 @@ def _language_rows(trainer: SFTTrainer | TaskTrainer, steps: int) -> list[tuple[
 
 
 def plan_in_short(plan: TrainingPlan) -> str:
-    """Return the predicted peak, what layers keep and the tokens computed together, in one sentence."""
+    """Return the predicted peak, what layers compute again and the tokens computed together, in one sentence."""
     if not plan.peak:
-        return f"{plan.reason}; backward keeps: {plan.describe()}"
+        return f"{plan.reason}; checkpointing: {plan.describe()}"
     warning = "" if plan.advice is None else f". It may not fit: {plan.advice}"
     peak = f"{bytes_in_words(plan.peak)} predicted at the peak"
-    return f"{peak}; backward keeps: {plan.describe()} ({plan.reason}); together: {plan.together()}{warning}"
+    return f"{peak}; checkpointing: {plan.describe()} ({plan.reason}); together: {plan.together()}{warning}"
 
 
 def _devices(trainer: SFTTrainer | TaskTrainer) -> str:
