@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,8 @@ def measure(spec: dict[str, Any], *, timeout: float = 3000) -> dict[str, Any]:
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(spec)],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+        # It is main memory that is measured, also where a GPU is there.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     if ended.returncode:
         raise RuntimeError(f"{name_of(spec)} failed: {ended.stderr[-2000:]}")

@@ -29,6 +29,15 @@ os.environ.setdefault("TUNESMITH_CACHE", str(ROOT / ".cache"))
 from . import provenance, tiny  # noqa: E402  (the environment comes first)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs where tests that need one are left out: the others expect the devices, dtypes and sizes of a CPU.
+
+    ``-m "not slow"`` shows it to all tests, those of a GPU among them.
+    """
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class NetworkBlockedError(OSError):
     """A test tried to reach something outside this machine."""
 

@@ -59,7 +59,9 @@ def scores_of(model: Any, tokenizer: Any, less: float = 0.0) -> dict[str, Any]:
         answer: list[int] = []
         for _ in range(8):
             with torch.no_grad():
-                logits = model.eval()(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0, -1]
+                logits = model.eval()(
+                    input_ids=torch.tensor([ids + answer], device=model.device), use_cache=False
+                ).logits[0, -1]
             top = (logits.log_softmax(-1) - less).topk(5)
             named = {
                 f"token_id:{token}": value for token, value in zip(*map(torch.Tensor.tolist, top[::-1]), strict=True)

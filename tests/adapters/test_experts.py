@@ -42,7 +42,9 @@ def adapt(folder: Path, **arguments: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+        return model.eval()(
+            input_ids=torch.arange(40, device=model.device)[None] * 7 % 300, use_cache=False
+        ).logits.cpu()
 
 
 @pytest.mark.parametrize("modules", [None, []], ids=["with linear layers", "alone"])

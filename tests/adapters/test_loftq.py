@@ -43,7 +43,9 @@ def adapt(base: Path, bits: int = 4, iterations: int = 1, **arguments: Any) -> A
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+        return model.eval()(
+            input_ids=torch.arange(40, device=model.device)[None] * 7 % 300, use_cache=False
+        ).logits.cpu()
 
 
 def linear(model: Any) -> Any:

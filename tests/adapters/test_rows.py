@@ -128,7 +128,7 @@ def test_a_quantized_base_can_be_looked_at(base: Path) -> None:
     model = FastLanguageModel.get_peft_model(
         load(base, load_in_4bit=True), r=4, init_lora_weights="eva", init_data=tiny.chat_rows(16)
     )
-    a = layer_of(model).lora_A["default"].weight
+    a = layer_of(model).lora_A["default"].weight.cpu()
     torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-4)
 
 

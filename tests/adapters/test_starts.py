@@ -43,7 +43,9 @@ def adapt(base: Path, **arguments: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+        return model.eval()(
+            input_ids=torch.arange(40, device=model.device)[None] * 7 % 300, use_cache=False
+        ).logits.cpu()
 
 
 def plainly_reloaded(base: Path, adapter: Path) -> Any:

@@ -39,7 +39,9 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> torch.Tensor:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+        return model.eval()(
+            input_ids=torch.arange(40, device=model.device)[None] * 7 % 300, use_cache=False
+        ).logits.cpu()
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora"])

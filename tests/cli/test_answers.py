@@ -159,7 +159,8 @@ def adapters(model_folder, tmp_path_factory):
         torch.manual_seed(seed)
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+                # Drawn on the CPU: a GPU's generator gives others, and texts that may hold breaks of lines.
+                parameter.data.copy_(torch.nn.init.normal_(torch.empty(parameter.shape), std=0.3))
         tuned.save_pretrained(folder)
     return folders
 

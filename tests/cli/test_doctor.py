@@ -11,7 +11,7 @@ def test_doctor_prints_versions_machine_and_packages(run):
     outcome = run("doctor")
     assert outcome.code == 0
     shown = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
-    assert torch.__version__ in shown["torch"]
+    assert torch.__version__.split("+")[0] in shown["torch"]  # a package may be named without its build
     assert "(" in shown["dtype"]  # the reason
     assert {"device", "threads", "memory", "cache", *OPTIONAL} <= set(shown)
     assert {"rms_norm", "attention_varlen"} <= set(shown)

@@ -240,7 +240,7 @@ def test_the_templates_own_refusal_is_passed_on(chat_tokenizer):
 
 def test_deep_nesting_is_refused_without_a_traceback(chat_tokenizer):
     nested: dict = {}
-    for _ in range(5000):
+    for _ in range(100_000):  # more than Python 3.12 takes in C, which is more than in Python
         nested = {"a": nested}
     call = {"type": "function", "function": {"name": "time", "arguments": nested}}
     row = conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])

@@ -41,7 +41,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def logits(model: Any) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        return model(input_ids=torch.arange(40)[None] * 7 % 300, use_cache=False).logits
+        return model(input_ids=torch.arange(40, device=model.device)[None] * 7 % 300, use_cache=False).logits.cpu()
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from tunesmith import FastLanguageModel
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(12)[None] * 7 % 300, use_cache=False).logits
+        return model.eval()(
+            input_ids=torch.arange(12, device=model.device)[None] * 7 % 300, use_cache=False
+        ).logits.cpu()
 
 
 def adapt(model: Any, **arguments: Any) -> Any:

@@ -48,7 +48,7 @@ def expected(model: Any, family: str, shares: dict[str, float] | None = None) ->
     parts = {**PARTS, **(GEMMA_PARTS if family in ("gemma2", "gemma3") else {})}
     for weight in merged_weights(model, adapter_shares(model, shares)):
         module, _, kind = weight.name.rpartition(".")
-        value = weight.make().detach().float().numpy()
+        value = weight.make().detach().float().cpu().numpy()
         if module in ENDS:
             name = ENDS[module]
         else:

@@ -205,7 +205,7 @@ def shake(model: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def outputs(model: Any, tokenizer: Any) -> list[Any]:

@@ -92,8 +92,9 @@ def dense_twin(model: Any, folder: Path, *, loading: Any = None, **arguments: An
 
 def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
+    ids = ids.to(model.device)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.grad.clone().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -441,7 +442,7 @@ def test_shapes_without_values_take_the_same_bytes(width: str, folders: dict[str
     empty = adapted(empty_causal_lm(source, max_seq_length=256, dtype="float32", width=width))
     model = adapted(load(folders["llama"], width))
     assert facts_of(empty).width == facts_of(model).width == width
-    planned, there = shape_of(empty, kind="cpu"), shape_of(model)
+    planned, there = shape_of(empty, kind=model.device.type), shape_of(model)
     assert planned == there
     assert there.base_bytes < shape_of(adapted(load(folders["llama"], None))).base_bytes
     assert there.written_out == 2 * 56 * 32

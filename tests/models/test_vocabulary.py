@@ -41,7 +41,7 @@ def load(folder: Path, **arguments: Any) -> tuple[Any, Any]:
 def logits(model: Any) -> torch.Tensor:
     ids = torch.cat([torch.arange(30) * 7 % 300, torch.arange(tiny.VOCABULARY, ROWS)])
     with torch.no_grad():
-        return model.eval()(input_ids=ids[None], use_cache=False).logits
+        return model.eval()(input_ids=ids[None].to(model.device), use_cache=False).logits.cpu()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16"}, {"load_in_4bit": True}], ids=str)
@@ -50,7 +50,7 @@ def test_new_rows_are_the_mean_of_the_old(name: str, arguments: dict[str, Any], 
     model, _ = load(folders[name], resize_model_vocab=ROWS, **arguments)
     before, _ = load(folders[name], **arguments)
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        weight, old = getattr(model, get)().weight, getattr(before, get)().weight
+        weight, old = getattr(model, get)().weight.cpu(), getattr(before, get)().weight.cpu()
         assert torch.equal(weight[: len(old)], old)
         mean = old.float().mean(0).to(old.dtype)
         assert len(weight) == ROWS and all(torch.equal(row, mean) for row in weight[len(old) :])

@@ -51,8 +51,10 @@ def test_four_bits_are_those_of_bitsandbytes(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, nested: bool
 ) -> None:
     weight, theirs = four_bits(shape, kind=kind, dtype=dtype, nested=nested)
-    assert torch.equal(dequantize(weight, dtype=dtype), theirs)
-    assert torch.equal(reference.dequantize(weight).to(dtype), theirs)
+    # In float16 its kernel for some processors rounds otherwise by the last bit.
+    near = {"rtol": 2**-10 if dtype == torch.float16 else 0, "atol": 0}
+    torch.testing.assert_close(dequantize(weight, dtype=dtype), theirs, **near)
+    torch.testing.assert_close(reference.dequantize(weight).to(dtype), theirs, **near)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

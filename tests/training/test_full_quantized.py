@@ -50,7 +50,8 @@ def load(folder: Path, width: str | None, **arguments: Any) -> Any:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    ids = IDS.to(model.device)
+    model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
