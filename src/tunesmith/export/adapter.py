@@ -54,5 +54,5 @@ def export_adapter(
         found = compare(reference, temporary, runtime=runtime)
         report = ExportReport(folder, "lora", "adapter", size, "float32", time.perf_counter() - start,
                               {"adapter": found}, reference.moved)  # fmt: skip
-        write_report(report, temporary, ADAPTER_BAR + reference.slack, base=facts.name, about=about)
+        write_report(report, temporary, ADAPTER_BAR + reference.rounding, base=facts.name, about=about)
     return report

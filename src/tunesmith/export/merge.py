@@ -102,7 +102,7 @@ def merge_model(
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         report = ExportReport(folder, method, best, size, str(form), time.perf_counter() - start, comparisons,
                               reference.moved)  # fmt: skip
-        bar = MERGE_METHODS[method] + reference.slack
+        bar = MERGE_METHODS[method] + reference.rounding
         write_report(report, temporary, bar, base=facts_of(model).name, about=about)
     return report
 

@@ -91,7 +91,7 @@ def export_torchao(
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         report = ExportReport(folder, f"torchao-{scheme.name}", "base", size, scheme.name, time.perf_counter() - start,
                               found, reference.moved)  # fmt: skip
-        write_report(report, temporary, bar + reference.slack, base=facts_of(model).name, about=about)
+        write_report(report, temporary, bar + reference.rounding, base=facts_of(model).name, about=about)
     return report
 
 

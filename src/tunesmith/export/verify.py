@@ -67,7 +67,6 @@ class Reference:
         base: what the untuned base answers to the probes; None where adapters are none or cannot be switched off.
         dtype: in which it was computed, and in which the export is.
         rounding: mean KL divergence that computing in ``dtype`` alone may bring, beside another runtime or device.
-        on_cpu: whether it was computed where exports are.
     """
 
     probes: tuple[np.ndarray, ...]
@@ -78,12 +77,6 @@ class Reference:
     base: tuple[np.ndarray, ...] | None
     dtype: str
     rounding: float = 0.0
-    on_cpu: bool = True
-
-    @property
-    def slack(self) -> float:
-        """What a bar is raised by for exports that are computed by the same code on a CPU."""
-        return 0.0 if self.on_cpu else self.rounding
 
     @property
     def beginnings(self) -> tuple[np.ndarray, ...]:
@@ -161,8 +154,7 @@ def reference_of(model: Any, tokenizer: Any = None, prompts: Sequence[Any] = ())
                 base = tuple(_logprobs(model, probe) for probe in probes)
     said = None if tokenizer is None else _said(_text(tokenizer))
     dtype = str(model.dtype).removeprefix("torch.")
-    return Reference(tuple(probes), tuple(found), texts, choices, said, base, dtype, _rounding(model),
-                     model.device.type == "cpu")  # fmt: skip
+    return Reference(tuple(probes), tuple(found), texts, choices, said, base, dtype, _rounding(model))
 
 
 def _rounding(model: Any) -> float:
