@@ -39,7 +39,9 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 def model_of(family: str, **changes: Any) -> Any:
     # llama.cpp has no window for mistral: one that is smaller than the probes would answer otherwise.
-    return tiny.tiny_model(family, **({"sliding_window": None} if family == "mistral" else {}), **changes)
+    model = tiny.tiny_model(family, **({"sliding_window": None} if family == "mistral" else {}), **changes)
+    keep_softcap(model)
+    return model
 
 
 def expected(model: Any, family: str, shares: dict[str, float] | None = None) -> dict[str, np.ndarray]:
@@ -80,7 +82,6 @@ def fields(file: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_stored_as_llama_cpp_wants_it(family: str, tmp_path: Path) -> None:
     model = disturb(adapt(model_of(family)))
-    keep_softcap(model)
     report = save_gguf(model, tmp_path / "out", tiny.tiny_tokenizer(), methods="F32")
     (file,) = report.files
     assert file.path == tmp_path / "out" / "out.F32.gguf"
@@ -357,7 +358,7 @@ def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_changes_nothing_of_the_model(tmp_path: Path) -> None:
-    model = disturb(adapt(tiny.tiny_model("gemma2")))
+    model = disturb(adapt(model_of("gemma2")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_gguf(model, tmp_path / "out", tiny.tiny_tokenizer(), methods=["q8_0", "f16"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
