@@ -47,7 +47,7 @@ CASES = {
     "just below a block": attention_inputs([BLOCK - 1], heads=2, key_heads=1, size=4),
     "a whole block": attention_inputs([BLOCK], heads=2, key_heads=1, size=4),
     "just above a block": attention_inputs([BLOCK + 1], heads=2, key_heads=1, size=4),
-    "three blocks": attention_inputs([600, 3], heads=2, key_heads=1, size=4),
+    "many blocks": attention_inputs([600, 3], heads=2, key_heads=1, size=4),
     "window across blocks": attention_inputs([600, 259], heads=2, key_heads=1, size=4, window=100),
     "window longer than a block": attention_inputs([600], heads=2, key_heads=1, size=4, window=300),
     "documents of like length, computed together": attention_inputs([33, 47, 64, 33, 65, 5, 48, 64]),
@@ -67,7 +67,7 @@ def test_output_and_gradients_equal_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["several documents", "documents of like length, computed together", "window across blocks", "three blocks"]
+    "name", ["several documents", "documents of like length, computed together", "window across blocks", "many blocks"]
 )
 def test_as_accurate_as_plain_torch(name: str, dtype: torch.dtype) -> None:
     assert_no_worse(attention_varlen, reference.attention_varlen, CASES[name], dtype)

@@ -2,9 +2,8 @@
 
 ``fused_lora(config)`` asks PEFT, through its documented hook for custom layers, to build :class:`FusedLoraLinear` for
 plain linear layers. It is a ``peft.tuners.lora.Linear``: names, saving, merging and switching adapters are PEFT's.
-On quantized layers its own classes stay, but for merging, which would round the training away; on those in float8
-:class:`Float8LoraLinear` does the same. Layers that train for
-quantization (``models/qat.py``) get :class:`QatLoraLinear`.
+On quantized layers its own classes stay, but for merging, which would round the training away; layers in float8 get
+:class:`Float8LoraLinear`, and those that train for quantization (``models/qat.py``) :class:`QatLoraLinear`.
 """
 
 from __future__ import annotations

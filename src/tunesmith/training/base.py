@@ -95,8 +95,8 @@ class RunTrainer(Trainer):
     def _walking_once(self) -> Iterator[None]:
         """Look for what trains once a run.
 
-        The Trainer walks over all modules for every step, to count them, to clip and to set gradients to None. With
-        SmolLM2 these walks took 40 ms a step, on a GPU that computes the step itself in 15.
+        The Trainer walks over all modules for every step, to count them, to clip and to set gradients to None. With a
+        model of SmolLM2's shape on an H200 a step took 55 ms with these walks and takes 22 without.
         """
         model, self._found = self.model, self.trainable()
 

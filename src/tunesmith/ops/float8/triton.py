@@ -16,7 +16,7 @@ from tunesmith.ops.float8 import cpu
 
 __all__ = ["quantize_rows"]
 
-# Columns of a row that a program holds in registers. Untuned: no GPU has run it.
+# Columns of a row that a program holds in registers. Untuned.
 _MOST_COLUMNS = 65536
 
 

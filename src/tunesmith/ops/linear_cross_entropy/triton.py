@@ -16,7 +16,7 @@ import triton.language as tl
 
 __all__ = ["row_losses_"]
 
-# Logits that a program holds at once. Untuned: no GPU has run it.
+# Logits that a program holds at once. Untuned.
 _MOST_COLUMNS = 8192
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["backward", "forward", "warps_for", "weight_gradient"]
 
-# Rows and columns of a tile of the weight's gradient, and programs along the rows at most. Untuned: no GPU has run it.
+# Rows and columns of a tile of the weight's gradient, and programs along the rows at most. Untuned.
 _TILE = (16, 256)
 _MOST_PARTS = 256
 
@@ -23,7 +23,7 @@ _MOST_PARTS = 256
 def warps_for(block: int) -> int:
     """Return the warps of a program that holds ``block`` values: 16 a thread, 4 to 16 warps.
 
-    Untuned: no GPU has run it.
+    Untuned.
     """
     return min(16, max(4, triton.next_power_of_2(block) // 512))
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["norm_rotate", "norm_rotate_backward", "rotate_"]
 
-# Values of one piece in a program: heads times half the rotated size. Untuned: no GPU has run it.
+# Values of one piece in a program: heads times half the rotated size. Untuned.
 _MOST_VALUES = 2048
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 __all__ = ["backward", "forward"]
 
-# Columns of a program. Untuned: no GPU has run it.
+# Columns of a program. Untuned.
 _MOST_COLUMNS = 1024
 
 
