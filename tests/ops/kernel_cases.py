@@ -96,7 +96,6 @@ class Case:
         call: runs the primitive, given the module of an implementation, the inputs and the memory of the results.
         plain: the same in plain torch, in the dtype of its inputs.
         changes: inputs that the call may change.
-        only: the one implementation that has to do this; empty for all.
         rounds: whether plain torch is to compute in the dtype of the inputs all the way.
     """
 
@@ -106,7 +105,6 @@ class Case:
     call: Callable[[Any, dict[str, Any], Memory], Tensors]
     plain: Callable[[dict[str, Any]], Tensors]
     changes: tuple[str, ...] = ()
-    only: str = ""
     rounds: bool = False
 
 
@@ -438,37 +436,32 @@ class _Loss:
     divisor: float = 1.0
     divisor_on_device: bool = False
     want_grad: bool = True
-    grad_out: str = ""
+    rounded: bool = False
     size: float = 3.0
     has_idle: bool = False
 
     def inputs(self, memory: Memory) -> dict[str, Any]:
-        """Logits are float32 whatever the dtype is: that is the gradient's. Every second row is idle, if any are."""
+        """Logits are float32, or ``rounded`` to the dtype. Every second row is idle, if any are."""
         targets = memory.integers(self.classes, self.rows)
         if self.has_idle:
             targets[::2] = -100
         return {
-            "logits": memory.draw(self.rows, self.classes, pad=self.pad, dtype=torch.float32, scale=self.size),
+            "logits": memory.draw(
+                self.rows, self.classes, pad=self.pad, dtype=None if self.rounded else torch.float32, scale=self.size
+            ),
             "targets": targets,
         }
 
     def call(self, module: Any, given: dict[str, Any], memory: Memory) -> Tensors:
         """Run the primitive."""
         logits, divisor = given["logits"], self.divisor
-        grad = None
-        if self.grad_out == "apart":
-            grad = memory.empty(self.rows, self.classes, pad=self.pad)
-        elif self.grad_out == "over the logits":
-            # The first half of each row; a row of 16-bit values is twice as long as one of 32 bits.
-            grad = logits.as_strided((self.rows, self.classes), (logits.stride(0), 1)).view(memory.dtype)
-            grad = grad[:, : self.classes] if memory.dtype.itemsize == 2 else logits
         losses = module.row_losses_(
             logits, given["targets"],
             torch.tensor(divisor, device=logits.device) if self.divisor_on_device else divisor,
             logit_scale=self.logit_scale, softcap=self.softcap, label_smoothing=self.smoothing,
-            want_grad=self.want_grad, grad_out=grad, has_idle=self.has_idle,
+            want_grad=self.want_grad, has_idle=self.has_idle,
         )  # fmt: skip
-        return {"losses": losses, **({"grad": logits if grad is None else grad} if self.want_grad else {})}
+        return {"losses": losses, **({"grad": logits} if self.want_grad else {})}
 
     def plain(self, given: dict[str, Any]) -> Tensors:
         """The same through torch's own cross-entropy."""
@@ -494,13 +487,13 @@ _LOSSES = {
     "softcap of small logits": _Loss(7, 431, softcap=30.0, size=0.05),
     "smoothing": _Loss(7, 431, smoothing=0.1),
     "large logits": _Loss(7, 431, size=1e4),
-    "everything": _Loss(9, 431, pad=1, logit_scale=3.0, softcap=2.0, smoothing=0.2, divisor=9.0, grad_out="apart"),
+    "everything": _Loss(9, 431, pad=1, logit_scale=3.0, softcap=2.0, smoothing=0.2, divisor=9.0, rounded=True),
     "no gradient": _Loss(9, 431, want_grad=False, softcap=2.0, smoothing=0.2),
-    "gradient apart": _Loss(6, 431, grad_out="apart", pad=5),
+    "rounded": _Loss(6, 431, rounded=True, pad=5),
     "no rows": _Loss(0, 31),
     "idle rows": _Loss(7, 431, has_idle=True, divisor=17.0, divisor_on_device=True),
     "idle rows, everything": _Loss(
-        9, 431, pad=1, logit_scale=3.0, softcap=2.0, smoothing=0.2, grad_out="apart", has_idle=True
+        9, 431, pad=1, logit_scale=3.0, softcap=2.0, smoothing=0.2, rounded=True, has_idle=True
     ),
 }
 
@@ -508,9 +501,6 @@ _LOSSES = {
 def _loss_cases() -> Iterator[Case]:
     for name, loss in _LOSSES.items():
         yield Case("linear_cross_entropy", f"row losses, {name}", loss.inputs, loss.call, loss.plain, ("logits",))
-    over = _Loss(6, 20_011, grad_out="over the logits")
-    yield Case("linear_cross_entropy", "row losses, gradient over the logits", over.inputs, over.call, over.plain,
-               ("logits",), only="triton")  # fmt: skip
 
 
 # ---- attention_varlen ----
@@ -573,7 +563,7 @@ def cases_at(
     yield _attention_case((tokens // 2, 1, tokens - tokens // 2 - 1), heads, key_heads, size, pad=8)
     for name, loss in {
         "plain": _Loss(64, classes),
-        "rounded": _Loss(64, classes, grad_out="apart", divisor=7.0),
+        "rounded": _Loss(64, classes, rounded=True, divisor=7.0),
     }.items():
         yield Case("linear_cross_entropy", f"row losses, {name}, {classes} classes", loss.inputs, loss.call, loss.plain,
                    ("logits",))  # fmt: skip

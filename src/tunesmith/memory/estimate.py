@@ -430,8 +430,9 @@ def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
     """Return the final norm under autograd, hidden rows with their gradient, and one chunk of logits."""
     size, wide = shape.itemsize, shape.wide
     most = _CHUNK_GPU if shape.kind == "cuda" else _CHUNK
-    chunk = min(max(rows, 1), max(16, most // (shape.vocabulary * wide)))
-    # Logits, and as much again while logsumexp works; a softcap keeps its slope too.
-    logits = chunk * shape.vocabulary * wide * (2 + (shape.softcap and gradient))
+    logits = min(max(rows, 1), max(16, most // (shape.vocabulary * size))) * shape.vocabulary * size
+    if shape.kind == "cpu":
+        # Widened in blocks of 16 rows; a softcap keeps its slope too.
+        logits += 16 * shape.vocabulary * wide * ((size < wide) + (shape.softcap and gradient))
     norm = rows * shape.hidden * (2 * wide + 2 * size)
     return logits + norm + (rows * shape.hidden * size if gradient else 0)

@@ -21,6 +21,7 @@ keeping log-sum-exps and going over the scores three times. With a softcap c, S 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,14 +47,15 @@ _BLOCK_16, _LEAST_POSITIONS_16 = 128, 64
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Documents computed together, each in a row of a grid (documents, length).
+    """Documents computed together, each in a row of a grid (documents, length), the longest first.
 
     ``members`` are their first tokens and lengths. ``start`` is the first token of all where they fill the grid without
-    gaps, so that views replace copies.
+    gaps: one copy then does for all.
     """
 
     members: tuple[tuple[int, int], ...]
     length: int
+    block: int
     start: int | None
 
     @property
@@ -63,29 +65,36 @@ class _Group:
     def heads(self, x: torch.Tensor, sharing: int = 1) -> torch.Tensor:
         """Return (documents * K, length * sharing, E) of ``x`` (T, K * sharing, E), padded with 0."""
         x = x.unflatten(1, (-1, sharing))
-        out = x.new_empty(self.documents, x.shape[1], self.length, *x.shape[2:])
+        shape = (self.documents, x.shape[1], self.length, *x.shape[2:])
         if self.start is not None:
-            out.copy_(self._view(x).transpose(1, 2))
+            out = x.new_empty(shape).copy_(self._view(x).transpose(1, 2))
         else:
+            out, x = x.new_zeros(shape), x.transpose(0, 1)
             for row, (begin, length) in zip(out, self.members, strict=True):
-                row[:, :length].copy_(x[begin : begin + length].transpose(0, 1))
-                row[:, length:].zero_()
+                row[:, :length] = x[:, begin : begin + length]
         return out.flatten(2, 3).flatten(0, 1)
+
+    def blocks(self, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (documents, first key, first query, end) of every block of queries.
+
+        The first ``documents`` of the grid reach into the block; their keys and queries both stop before ``end``.
+        """
+        for first in range(0, self.length, self.block):
+            reaching = sum(length > first for _, length in self.members)
+            yield reaching, (0 if window is None else max(0, first - window + 1)), first, min(first + self.block, self.length)
 
     def positions(self, heads: torch.Tensor, sharing: int = 1) -> torch.Tensor:
         """Return (documents, positions, K, sharing, E), a view, of (documents * K, positions * sharing, E)."""
-        return heads.view(self.documents, -1, heads.shape[1] // sharing, sharing, heads.shape[2]).transpose(1, 2)
+        return heads.unflatten(0, (self.documents, -1)).unflatten(2, (-1, sharing)).transpose(1, 2)
 
-    def grid(self, out: torch.Tensor, sharing: int = 1) -> torch.Tensor:
-        """Return (documents, length, K, sharing, E) to fill for ``out`` (T, K * sharing, E): a view where one is."""
-        out = out.unflatten(1, (-1, sharing))
-        return out.new_empty(self.documents, self.length, *out.shape[1:]) if self.start is None else self._view(out)
-
-    def write(self, grid: torch.Tensor, out: torch.Tensor) -> None:
-        """Write ``grid``, made by :meth:`grid` and filled since, to ``out``."""
-        if self.start is None:
+    def write(self, heads: torch.Tensor, out: torch.Tensor, sharing: int = 1) -> None:
+        """Write ``heads`` (documents * K, length * sharing, E) to their rows of ``out`` (T, K * sharing, E)."""
+        grid, out = self.positions(heads, sharing), out.unflatten(1, (-1, sharing))
+        if self.start is not None:
+            self._view(out).copy_(grid)
+        else:
             for row, (begin, length) in zip(grid, self.members, strict=True):
-                out[begin : begin + length].copy_(row[:length].flatten(1, 2))
+                out[begin : begin + length] = row[:length]
 
     def _view(self, x: torch.Tensor) -> torch.Tensor:
         assert self.start is not None
@@ -94,21 +103,21 @@ class _Group:
 
 @functools.lru_cache(maxsize=8)
 def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tuple[_Group, ...]:
-    """Return documents of one rounded length together, as many as ``MOST_SCORES`` allows."""
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    start = 0
-    for length in lengths:
-        if length:
-            by_length.setdefault(-(-length // step) * step, []).append((start, length))
-        start += length
+    """Return documents together, the longest first, none shorter than half of its grid.
+
+    A product has at most ``MOST_SCORES`` scores.
+    """
+    starts = (end - length for length, end in zip(lengths, itertools.accumulate(lengths), strict=True))
+    rest = sorted(((start, length) for start, length in zip(starts, lengths, strict=True) if length), key=lambda m: -m[1])
     groups: list[_Group] = []
-    for rounded, members in sorted(by_length.items()):
-        most = max(1, MOST_SCORES // (heads * min(rounded, block) * rounded))
-        for first in range(0, len(members), most):
-            chosen = tuple(members[first : first + most])
-            begin, (last, _) = chosen[0][0], chosen[-1]
-            is_full = all(length == rounded for _, length in chosen) and last - begin == (len(chosen) - 1) * rounded
-            groups.append(_Group(chosen, rounded, begin if is_full else None))
+    while rest:
+        length = -(-rest[0][1] // step) * step
+        most = max(1, MOST_SCORES // (heads * min(length, block) * length))
+        chosen = tuple(member for member in rest[:most] if 2 * -(-member[1] // block) * block >= length)
+        rest = rest[len(chosen) :]
+        begin = chosen[0][0]
+        is_full = all(member == (begin + i * length, length) for i, member in enumerate(chosen))
+        groups.append(_Group(chosen, length, block, begin if is_full else None))
     return tuple(groups)
 
 
@@ -122,12 +131,6 @@ def sizes_for(itemsize: int, sharing: int) -> tuple[int, int]:
     if itemsize > 2:
         return 1, max(_LEAST_POSITIONS, _BLOCK // sharing)
     return _STEP, max(_LEAST_POSITIONS_16, _BLOCK_16 // sharing)
-
-
-def _blocks(length: int, window: int | None, block: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first key, first query, end) of every query block; keys and queries both stop before ``end``."""
-    for first in range(0, length, block):
-        yield (0 if window is None else max(0, first - window + 1)), first, min(first + block, length)
 
 
 @functools.lru_cache(maxsize=64)
@@ -183,20 +186,6 @@ def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Te
     return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
 
 
-def _added(total: torch.Tensor | None, part: torch.Tensor, first: int, length: int) -> torch.Tensor:
-    """Return ``total`` (heads, length, E), None for zeros, with ``part`` added from ``first`` on, in float32 at least.
-
-    In 16 bits late blocks would be rounded away.
-    """
-    wide = wide_dtype(part.dtype)
-    if total is None:
-        if part.shape[1] == length:
-            return part.to(wide)
-        total = part.new_zeros(part.shape[0], length, part.shape[2], dtype=wide)
-    total[:, first : first + part.shape[1]] += part
-    return total
-
-
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -212,20 +201,20 @@ def forward(
 
     All may be strided.
     """
-    heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
+    heads, key_heads = query.shape[1], key.shape[1]
+    sharing = heads // key_heads
     (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
     for group in _groups(host_lengths(lengths), heads, step, block):
         q, k, v = group.heads(query, sharing), group.heads(key), group.heads(value)
         q = q.mul_(before) if before != 1.0 else q
         buffer = q.new_empty(group.documents * heads * min(block, group.length) * group.length)
-        found = group.grid(out, sharing)
-        for first_key, first, end in _blocks(group.length, window, block):
-            queries = q[:, first * sharing : end * sharing]
-            weights, _ = _weights(queries, k[:, first_key:end], behind, window, softcap, buffer, sharing)
-            part = torch.bmm(weights.to(q.dtype), v[:, first_key:end])
-            found[:, first:end] = group.positions(part, sharing)
-        group.write(found, out)
+        found = q.new_empty(len(q), q.shape[1], v.shape[2])
+        for documents, first_key, first, end in group.blocks(window):
+            seen, rows = slice(documents * key_heads), slice(first * sharing, end * sharing)
+            weights, _ = _weights(q[seen, rows], k[seen, first_key:end], behind, window, softcap, buffer, sharing)
+            torch.bmm(weights.to(q.dtype), v[seen, first_key:end], out=found[seen, rows])
+        group.write(found, out, sharing)
     return out, ()
 
 
@@ -249,7 +238,8 @@ def backward(
 
     ``out`` and ``kept`` are what forward returned; nothing of them is needed here.
     """
-    heads, sharing = query.shape[1], query.shape[1] // key.shape[1]
+    heads, key_heads = query.shape[1], key.shape[1]
+    sharing, wide = heads // key_heads, wide_dtype(query.dtype)
     (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
     for group in _groups(host_lengths(lengths), heads, step, block):
         q, d_found = group.heads(query, sharing), group.heads(dout, sharing)
@@ -257,27 +247,23 @@ def backward(
         q = q.mul_(before) if before != 1.0 else q
         size = group.documents * heads * min(block, group.length) * group.length
         for_scores, for_slopes = q.new_empty(size), q.new_empty(size)
-        found = group.grid(dquery, sharing)
-        dk: torch.Tensor | None = None
-        dv: torch.Tensor | None = None
-        # The last block first: without a window it sees all keys.
-        for first_key, first, end in reversed(list(_blocks(group.length, window, block))):
-            rows = slice(first * sharing, end * sharing)
-            keys, queries, d_part = k[:, first_key:end], q[:, rows], d_found[:, rows]
+        dq = torch.empty_like(q)
+        # In float32 at least: in 16 bits late blocks would be rounded away.
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for documents, first_key, first, end in group.blocks(window):
+            seen, rows = slice(documents * key_heads), slice(first * sharing, end * sharing)
+            keys, queries, d_part = k[seen, first_key:end], q[seen, rows], d_found[seen, rows]
             weights, slope = _weights(queries, keys, behind, window, softcap, for_scores, sharing)
-            dv = _added(dv, torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part), first_key, group.length)
-            d_weights = _product(d_part, v[:, first_key:end].transpose(1, 2), for_slopes).to(weights.dtype)
+            dv[seen, first_key:end].add_(torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part))
+            d_weights = _product(d_part, v[seen, first_key:end].transpose(1, 2), for_slopes).to(weights.dtype)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if slope is not None:
                 d_scores = d_scores.mul_(slope)
             if behind != 1.0:
                 d_scores = d_scores.mul_(behind)
             d_scores = d_scores.to(q.dtype)
-            torch.mul(group.positions(torch.bmm(d_scores, keys), sharing), before, out=found[:, first:end])
-            dk = _added(dk, torch.bmm(d_scores.transpose(1, 2), queries), first_key, group.length)
-        group.write(found, dquery)
-        for grad, target in ((dk, dkey), (dv, dvalue)):
-            assert grad is not None
-            found = group.grid(target)
-            found.copy_(group.positions(grad))
-            group.write(found, target)
+            torch.bmm(d_scores, keys, out=dq[seen, rows])
+            dk[seen, first_key:end].add_(torch.bmm(d_scores.transpose(1, 2), queries))
+        group.write(dq.mul_(before) if before != 1.0 else dq, dquery, sharing)
+        group.write(dk, dkey)
+        group.write(dv, dvalue)

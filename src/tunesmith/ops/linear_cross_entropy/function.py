@@ -54,16 +54,12 @@ def _chunks(
     *,
     want_grad: bool,
 ) -> Iterator[_Chunk]:
-    wide = wide_dtype(hidden.dtype)
     kernels = primitives("linear_cross_entropy", hidden)
     chunk = _CHUNK_BYTES_GPU if hidden.device.type == "cuda" else _CHUNK_BYTES
-    step = max(16, chunk // (weight.shape[0] * wide.itemsize))
+    step = max(16, chunk // (weight.shape[0] * hidden.itemsize))
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)
-        product = torch.nn.functional.linear(hidden[part], weight, bias)
-        logits = product.to(wide)
-        # In 16 bits the product has been read and takes the rounded gradient.
-        low = product if product.dtype != wide else None
+        logits = torch.nn.functional.linear(hidden[part], weight, bias)
         losses = kernels.row_losses_(
             logits,
             targets[part],
@@ -73,9 +69,8 @@ def _chunks(
             label_smoothing=head.label_smoothing,
             has_idle=head.has_idle,
             want_grad=want_grad,
-            grad_out=low if want_grad else None,
         )
-        yield _Chunk(part, losses, (logits if low is None else low) if want_grad else None)
+        yield _Chunk(part, losses, logits if want_grad else None)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Same function and arguments as ``cpu.py``, which has the formulas. The first pass keeps the running maximum and the sum
 of exponentials (Milakov and Gimelshein 2018, arXiv:1805.02867); the second writes the gradient where the logits were,
-or rounded to ``grad_out``. Nothing else of a row's size is made.
+rounded to their dtype. Nothing else of a row's size is made.
 """
 
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
@@ -44,10 +44,8 @@ def _row_losses_kernel(
     logits,
     targets,
     losses,
-    grad,
     factor,
     logits_stride,
-    grad_stride,
     classes,
     logit_scale,
     softcap,
@@ -55,11 +53,10 @@ def _row_losses_kernel(
     HAS_CAP: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     FACTOR_ON_DEVICE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
     HAS_IDLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row n of logits and grad (N, V), V = ``classes``; targets and losses (N,); grid (N,).
+    """Row n of logits (N, V), V = ``classes``; targets and losses (N,); grid (N,).
 
     ``factor`` is logit_scale / divisor, or points at it.
     """
@@ -92,7 +89,6 @@ def _row_losses_kernel(
         loss = tl.where(is_idle, 0.0, loss)
     tl.store(losses + row, loss)
     if WANT_GRAD:
-        there = grad + row * grad_stride
         scale = tl.load(factor) if FACTOR_ON_DEVICE else factor
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -102,15 +98,11 @@ def _row_losses_kernel(
             slope = tl.where(column == target, slope - (1.0 - smoothing), slope)
             if HAS_CAP:
                 slope *= 1.0 - (z / softcap) * (z / softcap)
-            if OVERLAPS:
-                # 16-bit gradients over their own 32-bit logits: they stay behind what is still to be read, once
-                # every thread has read the present block.
-                tl.debug_barrier()
             slope *= scale
             if HAS_IDLE:
                 # Chosen, not multiplied: 0 times what a broken row may hold would be NaN.
                 slope = tl.where(is_idle, 0.0, slope)
-            tl.store(there + column, slope.to(grad.dtype.element_ty), mask=inside)
+            tl.store(here + column, slope.to(logits.dtype.element_ty), mask=inside)
 
 
 def row_losses_(
@@ -123,31 +115,23 @@ def row_losses_(
     label_smoothing: float,
     want_grad: bool,
     has_idle: bool = False,
-    grad_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the losses (N,), not divided, of ``logits`` (N, V) in float32, which may be overwritten.
+    """Return the losses (N,), not divided and in float32, of ``logits`` (N, V), which may be overwritten.
 
-    With ``want_grad`` the gradient of the raw logits, divided by ``divisor``, is left in ``logits``, or written to
-    ``grad_out`` and rounded there. With ``has_idle`` targets below 0 are of rows without a loss and a gradient.
-    ``grad_out`` may be a 16-bit view of the logits' own rows, from their start on.
+    With ``want_grad`` the gradient of the raw logits, divided by ``divisor``, is left in ``logits``, rounded to their
+    dtype. With ``has_idle`` targets below 0 are of rows without a loss and a gradient.
     """
     rows, classes = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    grad = logits if grad_out is None else grad_out
     on_device = isinstance(divisor, torch.Tensor)
     # A divisor on the device stays there: reading it would wait for all the work before.
     factor = logit_scale / (divisor.to(logits.device, torch.float32).reshape(1) if on_device else divisor)
     block = min(_MOST_COLUMNS, triton.next_power_of_2(classes))
     with torch.cuda.device_of(logits):
         _row_losses_kernel[(rows,)](
-            logits, targets, losses, grad, factor, logits.stride(0), grad.stride(0), classes,
+            logits, targets, losses, factor, logits.stride(0), classes,
             float(logit_scale), float(softcap or 0.0), float(label_smoothing),
             HAS_CAP=softcap is not None, WANT_GRAD=want_grad, FACTOR_ON_DEVICE=on_device,
-            OVERLAPS=grad.dtype != logits.dtype and _share_memory(grad, logits), HAS_IDLE=has_idle,
-            BLOCK=block, num_warps=min(16, max(4, block // 512)),
+            HAS_IDLE=has_idle, BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return losses
-
-
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -211,7 +211,7 @@ def _parts(projections: Sequence[Projection]) -> list[tuple[Projection, slice, s
 
 def _stack_a(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
     given = [p.a for p in projections if p.a is not None]
-    return given[0].to(dtype) if len(given) == 1 else torch.cat([a.to(dtype) for a in given])
+    return given[0].to(dtype) if len(given) == 1 else torch.cat(given).to(dtype)
 
 
 def _mask(x: torch.Tensor, p: Projection, seeds: Sequence[int], index: int) -> torch.Tensor:
