@@ -23,13 +23,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from tunesmith.ops.attention_varlen.documents import Lengths, host_lengths
 from tunesmith.ops.rows import wide_dtype
+from tunesmith.ops.scripted import scripted
 
 __all__ = ["MOST_SCORES", "backward", "forward", "sizes_for"]
 
@@ -47,58 +47,14 @@ _BLOCK_16, _LEAST_POSITIONS_16 = 128, 64
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Documents computed together, each in a row of a grid (documents, length), the longest first.
+    """Documents computed together, each in a row of a grid (documents, length): first tokens and lengths.
 
-    ``members`` are their first tokens and lengths. ``start`` is the first token of all where they fill the grid without
-    gaps: one copy then does for all.
+    The longest comes first.
     """
 
-    members: tuple[tuple[int, int], ...]
+    starts: list[int]
+    lengths: list[int]
     length: int
-    block: int
-    start: int | None
-
-    @property
-    def documents(self) -> int:
-        return len(self.members)
-
-    def heads(self, x: torch.Tensor, sharing: int = 1) -> torch.Tensor:
-        """Return (documents * K, length * sharing, E) of ``x`` (T, K * sharing, E), padded with 0."""
-        x = x.unflatten(1, (-1, sharing))
-        shape = (self.documents, x.shape[1], self.length, *x.shape[2:])
-        if self.start is not None:
-            out = x.new_empty(shape).copy_(self._view(x).transpose(1, 2))
-        else:
-            out, x = x.new_zeros(shape), x.transpose(0, 1)
-            for row, (begin, length) in zip(out, self.members, strict=True):
-                row[:, :length] = x[:, begin : begin + length]
-        return out.flatten(2, 3).flatten(0, 1)
-
-    def blocks(self, window: int | None) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (documents, first key, first query, end) of every block of queries.
-
-        The first ``documents`` of the grid reach into the block; their keys and queries both stop before ``end``.
-        """
-        for first in range(0, self.length, self.block):
-            reaching = sum(length > first for _, length in self.members)
-            yield reaching, (0 if window is None else max(0, first - window + 1)), first, min(first + self.block, self.length)
-
-    def positions(self, heads: torch.Tensor, sharing: int = 1) -> torch.Tensor:
-        """Return (documents, positions, K, sharing, E), a view, of (documents * K, positions * sharing, E)."""
-        return heads.unflatten(0, (self.documents, -1)).unflatten(2, (-1, sharing)).transpose(1, 2)
-
-    def write(self, heads: torch.Tensor, out: torch.Tensor, sharing: int = 1) -> None:
-        """Write ``heads`` (documents * K, length * sharing, E) to their rows of ``out`` (T, K * sharing, E)."""
-        grid, out = self.positions(heads, sharing), out.unflatten(1, (-1, sharing))
-        if self.start is not None:
-            self._view(out).copy_(grid)
-        else:
-            for row, (begin, length) in zip(grid, self.members, strict=True):
-                out[begin : begin + length] = row[:length]
-
-    def _view(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.start is not None
-        return x[self.start : self.start + self.documents * self.length].unflatten(0, (self.documents, self.length))
 
 
 @functools.lru_cache(maxsize=8)
@@ -107,17 +63,15 @@ def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tupl
 
     A product has at most ``MOST_SCORES`` scores.
     """
-    starts = (end - length for length, end in zip(lengths, itertools.accumulate(lengths), strict=True))
-    rest = sorted(((start, length) for start, length in zip(starts, lengths, strict=True) if length), key=lambda m: -m[1])
+    starts = [end - length for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    rest = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
     groups: list[_Group] = []
     while rest:
-        length = -(-rest[0][1] // step) * step
+        length = -(-lengths[rest[0]] // step) * step
         most = max(1, MOST_SCORES // (heads * min(length, block) * length))
-        chosen = tuple(member for member in rest[:most] if 2 * -(-member[1] // block) * block >= length)
+        chosen = [i for i in rest[:most] if 2 * -(-lengths[i] // block) * block >= length]
         rest = rest[len(chosen) :]
-        begin = chosen[0][0]
-        is_full = all(member == (begin + i * length, length) for i, member in enumerate(chosen))
-        groups.append(_Group(chosen, length, block, begin if is_full else None))
+        groups.append(_Group([starts[i] for i in chosen], [lengths[i] for i in chosen], length))
     return tuple(groups)
 
 
@@ -133,57 +87,12 @@ def sizes_for(itemsize: int, sharing: int) -> tuple[int, int]:
     return _STEP, max(_LEAST_POSITIONS_16, _BLOCK_16 // sharing)
 
 
-@functools.lru_cache(maxsize=64)
-def _hidden(rows: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return (rows, keys), -inf where a query may not look and else 0; the last query is at the last key."""
-    behind = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)[None, :]
-    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
-    return torch.zeros(rows, keys, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
-
-
 def _split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """Return the part of ``scale`` for the queries, and the part for the scores.
 
     Queries are scaled where that rounds nothing more: in 32 bits and above, or by a power of two.
     """
     return (scale, 1.0) if dtype.itemsize > 2 or math.frexp(scale)[0] == 0.5 else (1.0, scale)
-
-
-def _weights(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    buffer: torch.Tensor,
-    sharing: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return P (heads, positions * sharing, keys) and, with a softcap, the slope of the cap.
-
-    P is in 16 bits where S, as the product rounds it, is all there is to know.
-    """
-    scores = _product(queries, keys.transpose(1, 2), buffer)
-    if softcap is not None or scale != 1.0:
-        scores = scores.to(wide_dtype(queries.dtype))
-    if scale != 1.0:
-        scores = scores.mul_(scale)
-    slope = None
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_()
-        slope = 1 - scores * scores
-        scores = scores.mul_(softcap)
-    rows, count = queries.shape[1] // sharing, keys.shape[1]
-    # Without a window only the square below the last ``rows`` keys holds something to hide.
-    seen = 0 if window is not None else count - rows
-    hidden = _hidden(rows, count - seen, window, scores.dtype, keys.device)
-    scores.unflatten(1, (rows, sharing))[..., seen:].add_(hidden[:, None])
-    return torch.softmax(scores, -1), slope
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Return a b in the front of ``buffer``."""
-    shape = (a.shape[0], a.shape[1], b.shape[2])
-    return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
 
 
 def forward(
@@ -201,20 +110,13 @@ def forward(
 
     All may be strided.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
-    sharing = heads // key_heads
-    (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
+    heads, wide = query.shape[1], wide_dtype(query.dtype)
+    step, block = sizes_for(query.dtype.itemsize, heads // key.shape[1])
+    before, behind = _split_scale(scale, query.dtype)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
     for group in _groups(host_lengths(lengths), heads, step, block):
-        q, k, v = group.heads(query, sharing), group.heads(key), group.heads(value)
-        q = q.mul_(before) if before != 1.0 else q
-        buffer = q.new_empty(group.documents * heads * min(block, group.length) * group.length)
-        found = q.new_empty(len(q), q.shape[1], v.shape[2])
-        for documents, first_key, first, end in group.blocks(window):
-            seen, rows = slice(documents * key_heads), slice(first * sharing, end * sharing)
-            weights, _ = _weights(q[seen, rows], k[seen, first_key:end], behind, window, softcap, buffer, sharing)
-            torch.bmm(weights.to(q.dtype), v[seen, first_key:end], out=found[seen, rows])
-        group.write(found, out, sharing)
+        _forward(query, key, value, out, group.starts, group.lengths, group.length, block, before, behind, window,
+                 softcap, wide)  # fmt: skip
     return out, ()
 
 
@@ -238,32 +140,161 @@ def backward(
 
     ``out`` and ``kept`` are what forward returned; nothing of them is needed here.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
-    sharing, wide = heads // key_heads, wide_dtype(query.dtype)
-    (before, behind), (step, block) = _split_scale(scale, query.dtype), sizes_for(query.dtype.itemsize, sharing)
+    heads, wide = query.shape[1], wide_dtype(query.dtype)
+    step, block = sizes_for(query.dtype.itemsize, heads // key.shape[1])
+    before, behind = _split_scale(scale, query.dtype)
     for group in _groups(host_lengths(lengths), heads, step, block):
-        q, d_found = group.heads(query, sharing), group.heads(dout, sharing)
-        k, v = group.heads(key), group.heads(value)
-        q = q.mul_(before) if before != 1.0 else q
-        size = group.documents * heads * min(block, group.length) * group.length
-        for_scores, for_slopes = q.new_empty(size), q.new_empty(size)
-        dq = torch.empty_like(q)
-        # In float32 at least: in 16 bits late blocks would be rounded away.
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for documents, first_key, first, end in group.blocks(window):
-            seen, rows = slice(documents * key_heads), slice(first * sharing, end * sharing)
-            keys, queries, d_part = k[seen, first_key:end], q[seen, rows], d_found[seen, rows]
-            weights, slope = _weights(queries, keys, behind, window, softcap, for_scores, sharing)
-            dv[seen, first_key:end].add_(torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part))
-            d_weights = _product(d_part, v[seen, first_key:end].transpose(1, 2), for_slopes).to(weights.dtype)
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            if slope is not None:
-                d_scores = d_scores.mul_(slope)
-            if behind != 1.0:
-                d_scores = d_scores.mul_(behind)
-            d_scores = d_scores.to(q.dtype)
-            torch.bmm(d_scores, keys, out=dq[seen, rows])
-            dk[seen, first_key:end].add_(torch.bmm(d_scores.transpose(1, 2), queries))
-        group.write(dq.mul_(before) if before != 1.0 else dq, dquery, sharing)
-        group.write(dk, dkey)
-        group.write(dv, dvalue)
+        _backward(dout, query, key, value, dquery, dkey, dvalue, group.starts, group.lengths, group.length, block,
+                  before, behind, window, softcap, wide)  # fmt: skip
+
+
+def _gather(x: torch.Tensor, sharing: int, starts: list[int], lengths: list[int], length: int) -> torch.Tensor:
+    """Return (documents * K, length * sharing, E) of ``x`` (T, K * sharing, E), padded with 0."""
+    x = x.unflatten(1, (-1, sharing)).transpose(0, 1)
+    grid = x.new_zeros((len(starts), x.size(0), length, sharing, x.size(3)))
+    for i in range(len(starts)):
+        grid[i, :, : lengths[i]].copy_(x[:, starts[i] : starts[i] + lengths[i]])
+    return grid.flatten(2, 3).flatten(0, 1)
+
+
+def _scatter(heads: torch.Tensor, out: torch.Tensor, sharing: int, starts: list[int], lengths: list[int]) -> None:
+    """Write ``heads`` (documents * K, length * sharing, E) to their rows of ``out`` (T, K * sharing, E)."""
+    grid = heads.unflatten(0, (len(starts), -1)).unflatten(2, (-1, sharing)).transpose(1, 2)
+    rows = out.unflatten(1, (-1, sharing))
+    for i in range(len(starts)):
+        rows[starts[i] : starts[i] + lengths[i]].copy_(grid[i, : lengths[i]])
+
+
+def _hidden(rows: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Return (rows, keys), -inf where a query may not look and else 0; the last query is at the last key."""
+    behind = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)[None, :]
+    hidden = behind < 0
+    if window is not None:
+        hidden = hidden | (behind >= window)
+    return torch.zeros((rows, keys), dtype=like.dtype).masked_fill_(hidden, -math.inf).to(like.device)
+
+
+def _weights(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    square: torch.Tensor,
+    sharing: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return P (heads, positions * sharing, keys) and, with a softcap, the slope of the cap.
+
+    P is in 16 bits where S, as the product rounds it, is all there is to know. ``square`` is what a whole block hides
+    of its own keys.
+    """
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    if softcap is not None or scale != 1.0:
+        scores = scores.to(wide)
+    if scale != 1.0:
+        scores.mul_(scale)
+    slope: torch.Tensor | None = None
+    if softcap is not None:
+        scores.div_(softcap).tanh_()
+        slope = 1 - scores * scores
+        scores.mul_(softcap)
+    rows, count = queries.size(1) // sharing, keys.size(1)
+    grid = scores.unflatten(1, (rows, sharing))
+    if window is None:
+        grid[:, :, :, count - rows :].add_(square[:rows, :rows].unsqueeze(1))
+    else:
+        grid.add_(_hidden(rows, count, window, scores).unsqueeze(1))
+    return torch.softmax(scores, -1), slope
+
+
+@scripted
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    starts: list[int],
+    lengths: list[int],
+    length: int,
+    block: int,
+    before: float,
+    behind: float,
+    window: int | None,
+    softcap: float | None,
+    wide: torch.dtype,
+) -> None:
+    """Write the rows of one group to ``out``."""
+    key_heads = key.size(1)
+    sharing = query.size(1) // key_heads
+    q = _gather(query, sharing, starts, lengths, length)
+    k, v = _gather(key, 1, starts, lengths, length), _gather(value, 1, starts, lengths, length)
+    if before != 1.0:
+        q.mul_(before)
+    found = q.new_empty((q.size(0), q.size(1), v.size(2)))
+    square = _hidden(block, block, None, q)
+    for first in range(0, length, block):
+        end = min(first + block, length)
+        begin = 0 if window is None else max(0, first - window + 1)
+        # Those of the grid that reach into the block.
+        count = sum([int(own > first) for own in lengths]) * key_heads
+        queries = q[:count, first * sharing : end * sharing]
+        weights, _ = _weights(queries, k[:count, begin:end], square, sharing, behind, window, softcap, wide)
+        rows = found[:count, first * sharing : end * sharing]
+        torch.bmm(weights.to(v.dtype), v[:count, begin:end], out=rows)
+    _scatter(found, out, sharing, starts, lengths)
+
+
+@scripted
+def _backward(
+    dout: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dquery: torch.Tensor,
+    dkey: torch.Tensor,
+    dvalue: torch.Tensor,
+    starts: list[int],
+    lengths: list[int],
+    length: int,
+    block: int,
+    before: float,
+    behind: float,
+    window: int | None,
+    softcap: float | None,
+    wide: torch.dtype,
+) -> None:
+    """Write the gradients of one group to ``dquery``, ``dkey`` and ``dvalue``."""
+    key_heads = key.size(1)
+    sharing = query.size(1) // key_heads
+    q, d_found = _gather(query, sharing, starts, lengths, length), _gather(dout, sharing, starts, lengths, length)
+    k, v = _gather(key, 1, starts, lengths, length), _gather(value, 1, starts, lengths, length)
+    if before != 1.0:
+        q.mul_(before)
+    dq = torch.empty_like(q)
+    # In float32 at least: in 16 bits late blocks would be rounded away.
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    square = _hidden(block, block, None, q)
+    for first in range(0, length, block):
+        end = min(first + block, length)
+        begin = 0 if window is None else max(0, first - window + 1)
+        count = sum([int(own > first) for own in lengths]) * key_heads
+        queries = q[:count, first * sharing : end * sharing]
+        keys, d_part = k[:count, begin:end], d_found[:count, first * sharing : end * sharing]
+        weights, slope = _weights(queries, keys, square, sharing, behind, window, softcap, wide)
+        dv[:count, begin:end].add_(torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part))
+        d_weights = torch.bmm(d_part, v[:count, begin:end].transpose(1, 2)).to(weights.dtype)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        if slope is not None:
+            d_scores.mul_(slope)
+        if behind != 1.0:
+            d_scores.mul_(behind)
+        d_scores = d_scores.to(q.dtype)
+        rows = dq[:count, first * sharing : end * sharing]
+        torch.bmm(d_scores, keys, out=rows)
+        dk[:count, begin:end].add_(torch.bmm(d_scores.transpose(1, 2), queries))
+    if before != 1.0:
+        dq.mul_(before)
+    _scatter(dq, dquery, sharing, starts, lengths)
+    _scatter(dk, dkey, 1, starts, lengths)
+    _scatter(dv, dvalue, 1, starts, lengths)

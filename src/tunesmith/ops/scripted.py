@@ -1,0 +1,41 @@
+"""Loops over operations that do not hold Python's lock.
+
+Lanes (``training/lanes.py``) compute in two threads. Each operation that Python calls takes the interpreter's lock
+again when it is done, and while one thread has it the other one sleeps: with hundreds of small operations a layer that
+cost a sixth of a step. TorchScript runs the same operations in the same order from C++.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["scripted"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+# torch has no script for Python 3.14 and later. Functions then run as they are: slower, with the same results.
+_AVAILABLE = hasattr(torch.jit, "script") and sys.version_info < (3, 14)
+
+
+def scripted(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return ``function`` (tensors, numbers and lists of them; no keywords) as TorchScript, made when first called."""
+    if not _AVAILABLE:
+        return function
+    lock, made = threading.Lock(), list[Callable[_P, _R]]()
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not made:
+            with lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                made[:] = [torch.jit.script(function)]
+        return made[0](*args, **kwargs)
+
+    return run
