@@ -142,4 +142,5 @@ def _kernels(stage: Stage) -> None:
     settings: dict[str, Any] = {"logit_scale": 1.0, "softcap": None, "label_smoothing": 0.0, "want_grad": True}
     # Read twice: a row does not fit into a program.
     _measure(stage, f"row losses, {rows} rows",
-             lambda: losses.row_losses_(logits, targets, 1.0, **settings), nbytes=3 * logits.numel() * logits.itemsize)  # fmt: skip
+             lambda: losses.row_losses_(logits, targets, 1.0, **settings),
+             nbytes=3 * logits.numel() * logits.itemsize)  # fmt: skip

@@ -318,6 +318,23 @@ def test_weights_that_have_the_layout_for_generation_are_refused(folders: dict[s
         protect_gradients(model)
 
 
+def test_four_bits_whose_rows_end_within_a_block_are_read_right() -> None:
+    """By bitsandbytes itself they are not, on processors with AVX512."""
+    weight = 0.05 * torch.randn(100, 80, generator=torch.Generator().manual_seed(0))
+    layer = bitsandbytes.nn.Linear4bit(80, 100, bias=False, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    protect_gradients(torch.nn.ModuleList([layer]))
+    read = read_projection(layer, training=True)
+    assert not isinstance(read, str)
+    assert read.quantized is not None
+    dense = reference.dequantize(read.quantized).float()
+    assert (dense - weight).norm() < 0.12 * weight.norm()
+    x = torch.randn(3, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, x.detach() @ dense.t())
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dense.sum(0).expand(3, 80))
+
+
 # ---- float8 ----
 
 

@@ -35,7 +35,9 @@ def four_bits(
     if nested:
         second = Nested(state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
     weight = FourBitWeight(codes, state.code, state.absmax, state.blocksize, shape, kind, second)
-    return weight, bnb.dequantize_4bit(codes, state)
+    # As one row: where a row ends within a block, its kernel for AVX512 takes scales of other blocks (0.50.2).
+    state.shape = torch.Size((1, matrix.numel()))
+    return weight, bnb.dequantize_4bit(codes, state).view(shape)
 
 
 def eight_bits(shape: tuple[int, int]) -> EightBitWeight:

@@ -120,10 +120,11 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         from bitsandbytes import functional
 
+        # As one row: see ``protect_gradients`` for what rows that end within a block do.
         codes, state = functional.quantize_4bit(
-            weight.contiguous(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
+            weight.reshape(1, -1), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        return functional.dequantize_4bit(codes, state)
+        return functional.dequantize_4bit(codes, state).view_as(weight)
     flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % _BLOCK)).view(-1, _BLOCK)
     scale = flat.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     values = normal_float(bits).to(weight.device)

@@ -142,7 +142,8 @@ def protect_gradients(model: Any) -> None:
     """Keep the 4-bit layers of ``model`` in the one layout that has a backward.
 
     On processors with AVX512-BF16 bitsandbytes turns a weight into a layout for generation in its first evaluation, and
-    every gradient after it is silently wrong (cosine to the true one 0.04).
+    every gradient after it is silently wrong (cosine to the true one 0.04). On those with AVX512 it also reads a weight
+    wrongly whose rows end within a block (in bitsandbytes 0.50.2): such layers read theirs as the engine does.
 
     Raises:
         ModelError: a weight has the layout for generation already.
@@ -151,6 +152,8 @@ def protect_gradients(model: Any) -> None:
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False
+        if module.weight.device.type == "cpu" and module.in_features % module.weight.blocksize:
+            module.__class__ = _dense_class("Linear4bit")
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ModelError(
                 f"the 4-bit weight {name} has the layout that bitsandbytes makes for generation, whose gradients are "
@@ -165,21 +168,19 @@ def keep_activations(model: Any) -> None:
     """
     for module in model.modules():
         if is_quantized(module) and hasattr(module, "state"):
-            module.__class__ = _eight_bit_class()
+            module.__class__ = _dense_class("Linear8bitLt")
 
 
 @functools.cache
-def _eight_bit_class() -> type:
+def _dense_class(name: str) -> type:
+    """Return a class for layers of bitsandbytes of that ``name``, whose weights are read as what they stand for."""
     import bitsandbytes
 
-    class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
-        """The layer of bitsandbytes, its weights read as the numbers that they stand for."""
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., F) in the dtype of ``x`` (..., D)."""
+        weight = read_quantized(self)
+        if isinstance(weight, str):
+            raise ModelError(f"{weight}. Load the model with FastLanguageModel.from_pretrained.")
+        return quantized_linear(x, weight, self.bias)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """Return (..., F) in the dtype of ``x`` (..., D)."""
-            weight = read_quantized(self)
-            if isinstance(weight, str):
-                raise ModelError(f"{weight}. Load the model with FastLanguageModel.from_pretrained.")
-            return quantized_linear(x, weight, self.bias)
-
-    return Linear8bitLt
+    return type(name, (getattr(bitsandbytes.nn, name),), {"forward": forward, "__module__": __name__})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.ops.rows import row_blocks, wide_dtype
+from tunesmith.ops.rows import block_rows, row_blocks, wide_dtype
+from tunesmith.ops.scripted import scripted
 
 __all__ = ["backward", "forward", "weight_gradient"]
 
@@ -29,13 +30,7 @@ def forward(
     wide, (rows, width) = wide_dtype(x.dtype), total.shape
     scale = weight.to(wide) + offset if offset else weight.to(wide)
     rstd = torch.empty(rows, dtype=wide, device=x.device)
-    for part in row_blocks(rows, width, wide.itemsize):
-        block = total[part].to(wide)
-        torch.rsqrt(torch.linalg.vector_norm(block, dim=-1).square_().div_(width).add_(eps), out=rstd[part])
-        if wide == out.dtype:
-            torch.mul(block, rstd[part, None], out=out[part]).mul_(scale)
-        else:
-            out[part].copy_(block.mul_(rstd[part, None]).mul_(scale))
+    _forward(total, scale, eps, out, rstd, block_rows(width, wide.itemsize))
     return out, total, rstd
 
 
@@ -51,14 +46,9 @@ def backward(
 ) -> torch.Tensor:
     """Return dx (T, D), with ``dresidual`` added where it is given; ``out`` may be ``dh`` or ``dresidual``."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    wide, (rows, width) = rstd.dtype, x.shape
+    wide, width = rstd.dtype, x.shape[1]
     scale = weight.to(wide) + offset if offset else weight.to(wide)
-    for part in row_blocks(rows, width, wide.itemsize):
-        block, inverse = x[part].to(wide), rstd[part]
-        grad = dh[part].to(wide) * scale
-        mean = torch.linalg.vecdot(grad, block).mul_(inverse).mul_(inverse).mul_(inverse).div_(width)
-        grad.mul_(inverse[:, None]).addcmul_(block, mean[:, None], value=-1)
-        out[part].copy_(grad if dresidual is None else grad.add_(dresidual[part]))
+    _backward(dh, x, scale, rstd, dresidual, out, block_rows(width, wide.itemsize))
     return out
 
 
@@ -68,3 +58,39 @@ def weight_gradient(dh: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor) -> to
     for part in row_blocks(x.shape[0], x.shape[1], rstd.dtype.itemsize):
         total += (dh[part].to(rstd.dtype) * x[part]).mul_(rstd[part, None]).sum(0)
     return total
+
+
+@scripted
+def _forward(
+    total: torch.Tensor, scale: torch.Tensor, eps: float, out: torch.Tensor, rstd: torch.Tensor, step: int
+) -> None:
+    """Write ``rstd`` and ``out``, ``step`` rows at a time."""
+    rows, width = total.size(0), total.size(1)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        block, inverse, target = total[start:end].to(rstd.dtype), rstd[start:end], out[start:end]
+        inverse.copy_(torch.linalg.vector_norm(block, dim=-1).square_().div_(width).add_(eps).rsqrt_())
+        target.copy_((block * inverse.unsqueeze(1)).mul_(scale))
+
+
+@scripted
+def _backward(
+    dh: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    rstd: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    out: torch.Tensor,
+    step: int,
+) -> None:
+    """Write ``out``, ``step`` rows at a time."""
+    rows, width = x.size(0), x.size(1)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        block, inverse = x[start:end].to(rstd.dtype), rstd[start:end]
+        grad = dh[start:end].to(rstd.dtype) * scale
+        mean = torch.linalg.vecdot(grad, block).mul_(inverse).mul_(inverse).mul_(inverse).div_(width)
+        grad.mul_(inverse.unsqueeze(1)).addcmul_(block, mean.unsqueeze(1), value=-1)
+        if dresidual is not None:
+            grad.add_(dresidual[start:end])
+        out[start:end].copy_(grad)

@@ -12,25 +12,17 @@ from __future__ import annotations
 import torch
 
 from tunesmith.ops.rms_norm import cpu as rms_norm
-from tunesmith.ops.rows import row_blocks, wide_dtype
+from tunesmith.ops.rows import block_rows, wide_dtype
+from tunesmith.ops.scripted import scripted
 
 __all__ = ["norm_rotate", "norm_rotate_backward", "rotate_"]
 
 
 def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool = False) -> None:
     """Rotate ``heads`` (T, H, E) in place by ``cos`` and ``sin`` (T, Er), backwards where ``inverse``."""
-    tokens, count, size = heads.shape
-    half, wide = cos.shape[-1] // 2, wide_dtype(heads.dtype)
-    sign = -1.0 if inverse else 1.0
-    for part in row_blocks(tokens, count * size, wide.itemsize):
-        c, s = cos[part, None, :half].to(wide), sin[part, None, :half].to(wide)
-        first, second = heads[part, :, :half], heads[part, :, half : 2 * half]
-        a, b = first.to(wide), second.to(wide)
-        lower = b * c
-        lower.addcmul_(a, s, value=sign)
-        upper = a * c
-        first.copy_(upper.addcmul_(b, s, value=-sign))
-        second.copy_(lower)
+    _, count, size = heads.shape
+    wide = wide_dtype(heads.dtype)
+    _rotate(heads, cos, sin, -1.0 if inverse else 1.0, wide, block_rows(count * size, wide.itemsize))
 
 
 def norm_rotate(
@@ -73,3 +65,20 @@ def norm_rotate_backward(
         dweight += rms_norm.weight_gradient(flat, before, inverse)
     out.copy_(rms_norm.backward(flat, before, weight, inverse, offset=offset, out=flat).view(heads.shape))
     return out
+
+
+@scripted
+def _rotate(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float, wide: torch.dtype, step: int
+) -> None:
+    """Rotate in place by ``sign`` times the angles, ``step`` tokens at a time."""
+    tokens, half = heads.size(0), cos.size(-1) // 2
+    for start in range(0, tokens, step):
+        end = min(start + step, tokens)
+        c, s = cos[start:end, None, :half].to(wide), sin[start:end, None, :half].to(wide)
+        first, second = heads[start:end, :, :half], heads[start:end, :, half : 2 * half]
+        a, b = first.to(wide), second.to(wide)
+        lower, upper = b * c, a * c
+        lower.addcmul_(a, s, value=sign)
+        first.copy_(upper.addcmul_(b, s, value=-sign))
+        second.copy_(lower)

@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from tunesmith.ops.rows import row_blocks, wide_dtype
+from tunesmith.ops.rows import block_rows, row_blocks, wide_dtype
+from tunesmith.ops.scripted import scripted
 
 __all__ = ["backward", "forward"]
 
@@ -29,8 +30,7 @@ def forward(gate_up: torch.Tensor, *, activation: str, out: torch.Tensor | None 
     out = gate_up.new_empty(rows, width) if out is None else out
     wide = wide_dtype(gate_up.dtype)
     if activation == "silu" and out.dtype.itemsize == 2:
-        for part in row_blocks(rows, width, out.itemsize):
-            torch.ops.aten.silu.out(gate_up[part, :width], out=out[part]).mul_(gate_up[part, width:])
+        _forward_in_16_bits(gate_up, out, block_rows(width, out.itemsize))
         return out
     for part in row_blocks(rows, width, wide.itemsize):
         gate, up = gate_up[part, :width].to(wide), gate_up[part, width:]
@@ -54,7 +54,7 @@ def backward(
     rows, width = dh.shape
     out = torch.empty_like(gate_up) if out is None else out
     if activation == "silu" and out.dtype.itemsize == 2:
-        _backward_in_16_bits(dh, gate_up, out, hidden_out)
+        _backward_in_16_bits(dh, gate_up, out, hidden_out, block_rows(width, out.itemsize))
         return out
     wide = wide_dtype(gate_up.dtype)
     slope_of = _silu if activation == "silu" else _gelu
@@ -71,18 +71,30 @@ def backward(
     return out
 
 
+@scripted
+def _forward_in_16_bits(gate_up: torch.Tensor, out: torch.Tensor, step: int) -> None:
+    rows, width = out.size(0), out.size(1)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        part = out[start:end]
+        torch.ops.aten.silu(gate_up[start:end, :width], out=part)
+        part.mul_(gate_up[start:end, width:])
+
+
+@scripted
 def _backward_in_16_bits(
-    dh: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, hidden_out: torch.Tensor | None
+    dh: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, hidden_out: torch.Tensor | None, step: int
 ) -> None:
-    rows, width = dh.shape
-    for part in row_blocks(rows, width, dh.itemsize):
-        gate, up, grad = gate_up[part, :width], gate_up[part, width:], dh[part]
+    rows, width = dh.size(0), dh.size(1)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        gate, up, grad = gate_up[start:end, :width], gate_up[start:end, width:], dh[start:end]
         active = torch.nn.functional.silu(gate)
         if hidden_out is not None:
-            torch.mul(active, up, out=hidden_out[part])
+            torch.mul(active, up, out=hidden_out[start:end])
         d_active = up * grad  # before ``out``, which may be ``gate_up``, is written
-        torch.mul(active, grad, out=out[part, width:])
-        torch.ops.aten.silu_backward.grad_input(d_active, gate, grad_input=out[part, :width])
+        torch.mul(active, grad, out=out[start:end, width:])
+        torch.ops.aten.silu_backward(d_active, gate, grad_input=out[start:end, :width])
 
 
 def _silu(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
