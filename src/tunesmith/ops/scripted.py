@@ -2,7 +2,8 @@
 
 Lanes (``training/lanes.py``) compute in two threads. Each operation that Python calls takes the interpreter's lock
 again when it is done, and while one thread has it the other one sleeps: with hundreds of small operations a layer that
-cost a sixth of a step. TorchScript runs the same operations in the same order from C++.
+cost a sixth of a step. TorchScript runs the same operations in the same order from C++. A GPU has no lanes, and
+TorchScript would fuse operations there: its tensors go through the function as it is written.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ _AVAILABLE = hasattr(torch.jit, "script") and sys.version_info < (3, 14)
 
 
 def scripted(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Return ``function`` (tensors, numbers and lists of them; no keywords) as TorchScript, made when first called."""
+    """Return ``function`` as TorchScript for a CPU, made when first called.
+
+    Its first argument is a tensor, the others are tensors, numbers and lists of them, given by position.
+    """
     if not _AVAILABLE:
         return function
     lock, made = threading.Lock(), list[Callable[_P, _R]]()
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if args[0].device.type != "cpu":  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
         if not made:
             with lock, warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)

@@ -20,6 +20,7 @@ import torch
 
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.quantized.weights import QuantizedWeight
+from tunesmith.ops.scripted import scripted
 
 __all__ = [
     "Multiplier",
@@ -93,14 +94,12 @@ def forward(
         torch.mm(x, stacked.t(), out=out)
     elif stacked is not None:
         stacked.forward(x, out=out)
-    for p, rows, columns in _parts(projections):
-        y = out[:, rows]
+    for p, rows, _ in _parts(projections):
         if stacked is None:
-            torch.mm(x, p.weight.t(), out=y)
-        if p.b is not None:
-            y.addmm_(s[:, columns], p.b.to(x.dtype).t().contiguous(), alpha=p.scale)
+            torch.mm(x, p.weight.t(), out=out[:, rows])
         if p.bias is not None:
-            y.add_(p.bias)
+            out[:, rows].add_(p.bias)
+    _add_adapters(out, s, *_adapters(projections))
     return out, s
 
 
@@ -119,11 +118,7 @@ def low_rank(x: torch.Tensor, projections: Sequence[Projection], *, seeds: Seque
 def low_rank_gradient(dy: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:
     """Return ds (T, R) for the gradient ``dy`` (T, F) of the output."""
     ds = dy.new_empty(len(dy), sum(p.rank for p in projections))
-    for p, rows, columns in _parts(projections):
-        if p.b is not None:
-            torch.mm(dy[:, rows], p.b.to(dy.dtype), out=ds[:, columns])
-            if p.scale != 1.0:
-                ds[:, columns].mul_(p.scale)
+    _through_b(dy, ds, *_adapters(projections))
     return ds
 
 
@@ -207,6 +202,40 @@ def _parts(projections: Sequence[Projection]) -> list[tuple[Projection, slice, s
         parts.append((p, slice(row, row + p.weight.shape[0]), slice(column, column + p.rank)))
         row, column = row + p.weight.shape[0], column + p.rank
     return parts
+
+
+def _adapters(projections: Sequence[Projection]) -> tuple[list[torch.Tensor], list[int], list[float]]:
+    """Return the B matrices, their first columns of y, and their scales."""
+    given = [(p.b, rows.start, p.scale) for p, rows, _ in _parts(projections) if p.b is not None]
+    return [b for b, _, _ in given], [start for _, start, _ in given], [scale for _, _, scale in given]
+
+
+@scripted
+def _add_adapters(
+    y: torch.Tensor, s: torch.Tensor, given: list[torch.Tensor], starts: list[int], scales: list[float]
+) -> None:
+    """Add scale_i s_i B_i^T to the columns of ``y`` that belong to it."""
+    column = 0
+    for i, b in enumerate(given):
+        rank = b.size(1)
+        part = y[:, starts[i] : starts[i] + b.size(0)]
+        part.addmm_(s[:, column : column + rank], b.to(y.dtype).t().contiguous(), alpha=scales[i])
+        column += rank
+
+
+@scripted
+def _through_b(
+    dy: torch.Tensor, ds: torch.Tensor, given: list[torch.Tensor], starts: list[int], scales: list[float]
+) -> None:
+    """Write scale_i dy_i B_i to the columns of ``ds`` that belong to it."""
+    column = 0
+    for i, b in enumerate(given):
+        rank = b.size(1)
+        part = ds[:, column : column + rank]
+        torch.mm(dy[:, starts[i] : starts[i] + b.size(0)], b.to(dy.dtype), out=part)
+        if scales[i] != 1.0:
+            part.mul_(scales[i])
+        column += rank
 
 
 def _stack_a(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:

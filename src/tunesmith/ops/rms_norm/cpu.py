@@ -70,7 +70,11 @@ def _forward(
         end = min(start + step, rows)
         block, inverse, target = total[start:end].to(rstd.dtype), rstd[start:end], out[start:end]
         inverse.copy_(torch.linalg.vector_norm(block, dim=-1).square_().div_(width).add_(eps).rsqrt_())
-        target.copy_((block * inverse.unsqueeze(1)).mul_(scale))
+        if target.dtype == block.dtype:
+            torch.mul(block, inverse.unsqueeze(1), out=target)
+            target.mul_(scale)
+        else:
+            target.copy_(block.mul_(inverse.unsqueeze(1)).mul_(scale))
 
 
 @scripted
