@@ -65,7 +65,7 @@ def test_peft_alone_gives_equal_logits(trained: tuple[Path, torch.Tensor]) -> No
 
     folder, expected = trained
     model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=5e-5)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), expected, atol=1e-2), "the adapter must matter"
 

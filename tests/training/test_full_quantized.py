@@ -15,9 +15,12 @@ from tests import tiny
 from tunesmith import FastLanguageModel
 from tunesmith.core.errors import SettingsError
 from tunesmith.engine.install import engine_of
+from tunesmith.engine.read import four_bit_weight
 from tunesmith.memory import shape_of
 from tunesmith.models.load import facts_of
+from tunesmith.models.quantize import protect_gradients
 from tunesmith.models.whole import FourBitLinear, decoder_linears, int8_layers
+from tunesmith.ops.quantized import reference
 from tunesmith.training.settings import load_run_settings
 
 from .support import trainer
@@ -58,9 +61,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def dense(layer: Any) -> torch.Tensor:
     """Return the numbers that a layer computes with."""
     if isinstance(layer, FourBitLinear):
-        import bitsandbytes.functional
-
-        return bitsandbytes.functional.dequantize_4bit(*layer.quantized())
+        return reference.dequantize(four_bit_weight(*layer.quantized())).to(layer.weight.dtype)
     return layer.weight.dequantize()
 
 
@@ -211,6 +212,7 @@ def test_the_result_of_4_bits_is_the_4_bit_model_with_the_same_loss(
         from transformers import AutoModelForCausalLM
 
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+        protect_gradients(theirs)
         with torch.no_grad():
             torch.testing.assert_close(theirs(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 

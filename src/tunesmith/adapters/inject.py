@@ -21,6 +21,7 @@ from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import is_quantized
 from tunesmith.models.load import facts_of
 from tunesmith.models.qat import prepare, refuse_other_scheme
+from tunesmith.models.quantize import is_misread
 from tunesmith.models.settings import Width
 from tunesmith.models.whole import is_torchaos, train_in
 
@@ -82,6 +83,7 @@ def inject_adapter(
         )
     if settings.takes_from_base or settings.rounds_base:
         refuse_quantized(model)
+    _refuse_misread(model, settings)
     facts = facts_of(model)
     if facts.task != CAUSAL_LM and (settings.needs_rows or settings.rounds_base):
         raise NotSupportedYetError(
@@ -132,6 +134,16 @@ def _check_rows(settings: AdapterSettings, rows: PreparedData | None) -> None:
         raise AdapterError(
             "init_data is looked at by eva, corda and lora_ga, and not by init_lora_weights="
             f"{settings.init_lora_weights!r}. Leave it out."
+        )
+
+
+def _refuse_misread(model: Any, settings: AdapterSettings) -> None:
+    """Refuse DoRA where its norms would come from a weight that bitsandbytes reads wrongly."""
+    wrong = [name for name, module in model.named_modules() if is_misread(module)]
+    if settings.use_dora and wrong:
+        raise AdapterError(
+            f"use_dora with load_in_4bit: on this processor (AVX512) bitsandbytes reads {wrong[0]} wrongly, whose number "
+            "of columns 64 does not divide, and DoRA takes norms from it. Leave use_dora or load_in_4bit out."
         )
 
 

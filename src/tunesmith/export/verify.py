@@ -25,6 +25,7 @@ import torch
 from tunesmith.core.errors import AdapterError, ExportError
 from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.modes import adapter_disabled, evaluation_mode
+from tunesmith.models.quantize import protect_gradients
 from tunesmith.models.vision import auto_class
 
 __all__ = ["PROBES", "Comparison", "Reference", "compare", "compared", "reference_of"]
@@ -343,6 +344,7 @@ def _answer(folder: str, probes: str, answers: str, runtime: str, dtype: str, sp
 
         model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
     keep_softcap(model)
+    protect_gradients(model)  # for what it reads wrongly; see there
     found: dict[str, Any] = {}
     with np.load(probes) as loaded:
         for index, name in enumerate(loaded.files):

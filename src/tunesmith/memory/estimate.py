@@ -25,7 +25,7 @@ from tunesmith.engine.float8 import why_no_products
 from tunesmith.engine.host import compute_device, is_on_host
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
-from tunesmith.ops.attention_varlen.cpu import MOST_SCORES, sizes_for
+from tunesmith.ops.attention_varlen.cpu import groups_of, sizes_for
 
 __all__ = [
     "LIBRARIES_BYTES",
@@ -412,13 +412,10 @@ def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:
     query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
     step, positions = sizes_for(size, shape.heads // max(1, shape.key_heads))
     most = 0
-    by_length: dict[int, int] = {}
-    for length in part.lengths:
-        rounded = -(-length // step) * step
-        by_length[rounded] = by_length.get(rounded, 0) + 1
-    for length, documents in by_length.items():
+    for group in groups_of(tuple(part.lengths), shape.heads, step, positions):
+        # Lanes share the documents of a part.
+        together, length = -(-len(group.lengths) // lanes), group.length
         block = shape.heads * min(length, positions) * length
-        together = min(documents, max(1, MOST_SCORES // block))
         # q, k, v and the gradients of output and q; those of k and v in sums. Two products, weights, their slope.
         grids = together * length * ((3 * query + 3 * keys) * size + 2 * keys * wide)
         scores = together * block * (2 * size + 2 * wide + (2 * (size + wide) if size < 4 else 0))

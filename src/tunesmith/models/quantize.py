@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "float8_notes",
     "is_four_bit",
+    "is_misread",
     "keep_activations",
     "make_quantized",
     "nf4_tensors",
@@ -138,6 +139,16 @@ def width_of(config: Any) -> Width | None:
     return "4bit" if known.get("load_in_4bit") else "8bit" if known.get("load_in_8bit") else None
 
 
+def is_misread(module: Any) -> bool:
+    """Return whether bitsandbytes itself reads the weight of a 4-bit layer wrongly here; see :func:`protect_gradients`."""
+    import torch
+
+    if not is_four_bit(module) or module.weight.device.type != "cpu":
+        return False
+    ends_within = module.in_features % module.weight.blocksize != 0
+    return ends_within and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def protect_gradients(model: Any) -> None:
     """Keep the 4-bit layers of ``model`` in the one layout that has a backward.
 
@@ -152,7 +163,7 @@ def protect_gradients(model: Any) -> None:
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False
-        if module.weight.device.type == "cpu" and module.in_features % module.weight.blocksize:
+        if is_misread(module):
             module.__class__ = _dense_class("Linear4bit")
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ModelError(

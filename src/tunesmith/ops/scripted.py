@@ -28,7 +28,9 @@ _AVAILABLE = hasattr(torch.jit, "script") and sys.version_info < (3, 14)
 def scripted(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return ``function`` as TorchScript for a CPU, made when first called.
 
-    Its first argument is a tensor, the others are tensors, numbers and lists of them, given by position.
+    Its first argument is a tensor, the others are tensors, numbers and lists of them, given by position. A tensor in 16
+    bits must not meet a float there by ``*`` or ``mul_``, unless it is a power of two: TorchScript rounds the float to
+    16 bits first.
     """
     if not _AVAILABLE:
         return function

@@ -1,9 +1,10 @@
 """Blocked causal attention over batches of documents and its backward, in plain torch.
 
-Documents of nearly equal length are computed together as one batch of matrix products, padded behind their last token:
-causality already hides what comes after. Queries are cut into blocks; a block sees the keys from the start of its
-window to its own last token, so that most of the upper half of the score matrix is not computed. Heads that share a key
-head are rows of one product: the queries of a position lie side by side, (positions, heads that share) by E.
+Documents of like length are computed together as one batch of matrix products, the longest first, padded behind their
+last token: causality already hides what comes after. Queries are cut into blocks; a block has the documents that reach
+into it, and sees the keys from the start of its window to its own last token, so that most of the upper half of the
+score matrix is not computed. Heads that share a key head are rows of one product: the queries of a position lie side by
+side, (positions, heads that share) by E.
 
 In 16 bits lengths are rounded up to a multiple of 32: there a CPU's matrix library prepares a kernel for every
 new shape, and lengths as they come are nearly all new. The softmax runs in torch's own kernels, which widen within the
@@ -31,9 +32,9 @@ from tunesmith.ops.attention_varlen.documents import Lengths, host_lengths
 from tunesmith.ops.rows import wide_dtype
 from tunesmith.ops.scripted import scripted
 
-__all__ = ["MOST_SCORES", "backward", "forward", "sizes_for"]
+__all__ = ["Group", "backward", "forward", "groups_of", "sizes_for"]
 
-MOST_SCORES = 4 * 2**20
+_MOST_SCORES = 4 * 2**20
 """Scores of one product at most: 16 MB in float32, so that a batch of documents stays near the cache."""
 
 _STEP = 32
@@ -46,7 +47,7 @@ _BLOCK_16, _LEAST_POSITIONS_16 = 128, 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Documents computed together, each in a row of a grid (documents, length): first tokens and lengths.
 
     The longest comes first.
@@ -58,20 +59,20 @@ class _Group:
 
 
 @functools.lru_cache(maxsize=8)
-def _groups(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tuple[_Group, ...]:
+def groups_of(lengths: tuple[int, ...], heads: int, step: int, block: int) -> tuple[Group, ...]:
     """Return documents together, the longest first, none shorter than half of its grid.
 
-    A product has at most ``MOST_SCORES`` scores.
+    A product has at most ``_MOST_SCORES`` scores. ``step`` and ``block`` are those of :func:`sizes_for`.
     """
     starts = [end - length for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
     rest = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-    groups: list[_Group] = []
+    groups: list[Group] = []
     while rest:
         length = -(-lengths[rest[0]] // step) * step
-        most = max(1, MOST_SCORES // (heads * min(length, block) * length))
+        most = max(1, _MOST_SCORES // (heads * min(length, block) * length))
         chosen = [i for i in rest[:most] if 2 * -(-lengths[i] // block) * block >= length]
         rest = rest[len(chosen) :]
-        groups.append(_Group([starts[i] for i in chosen], [lengths[i] for i in chosen], length))
+        groups.append(Group([starts[i] for i in chosen], [lengths[i] for i in chosen], length))
     return tuple(groups)
 
 
@@ -114,7 +115,7 @@ def forward(
     step, block = sizes_for(query.dtype.itemsize, heads // key.shape[1])
     before, behind = _split_scale(scale, query.dtype)
     out = query.new_empty(len(query), heads, value.shape[2]) if out is None else out
-    for group in _groups(host_lengths(lengths), heads, step, block):
+    for group in groups_of(host_lengths(lengths), heads, step, block):
         _forward(query, key, value, out, group.starts, group.lengths, group.length, block, before, behind, window,
                  softcap, wide)  # fmt: skip
     return out, ()
@@ -143,7 +144,7 @@ def backward(
     heads, wide = query.shape[1], wide_dtype(query.dtype)
     step, block = sizes_for(query.dtype.itemsize, heads // key.shape[1])
     before, behind = _split_scale(scale, query.dtype)
-    for group in _groups(host_lengths(lengths), heads, step, block):
+    for group in groups_of(host_lengths(lengths), heads, step, block):
         _backward(dout, query, key, value, dquery, dkey, dvalue, group.starts, group.lengths, group.length, block,
                   before, behind, window, softcap, wide)  # fmt: skip
 

@@ -94,12 +94,13 @@ def forward(
         torch.mm(x, stacked.t(), out=out)
     elif stacked is not None:
         stacked.forward(x, out=out)
-    for p, rows, _ in _parts(projections):
-        if stacked is None:
+    else:
+        for p, rows, _ in _parts(projections):
             torch.mm(x, p.weight.t(), out=out[:, rows])
+    _add_adapters(out, s, *_adapters(projections))
+    for p, rows, _ in _parts(projections):
         if p.bias is not None:
             out[:, rows].add_(p.bias)
-    _add_adapters(out, s, *_adapters(projections))
     return out, s
 
 
@@ -232,9 +233,9 @@ def _through_b(
     for i, b in enumerate(given):
         rank = b.size(1)
         part = ds[:, column : column + rank]
-        torch.mm(dy[:, starts[i] : starts[i] + b.size(0)], b.to(dy.dtype), out=part)
-        if scales[i] != 1.0:
-            part.mul_(scales[i])
+        # With beta 0 what is there is not read. The scale goes into the sum, before it is rounded.
+        dy_part = dy[:, starts[i] : starts[i] + b.size(0)]
+        torch.addmm(part, dy_part, b.to(dy.dtype), beta=0, alpha=scales[i], out=part)
         column += rank
 
 
