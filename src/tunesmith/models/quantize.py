@@ -140,7 +140,7 @@ def width_of(config: Any) -> Width | None:
 
 
 def is_misread(module: Any) -> bool:
-    """Return whether bitsandbytes itself reads the weight of a 4-bit layer wrongly here; see :func:`protect_gradients`."""
+    """Return whether bitsandbytes reads the weight of a 4-bit layer wrongly here; see :func:`protect_gradients`."""
     import torch
 
     if not is_four_bit(module) or module.weight.device.type != "cpu":
