@@ -142,8 +142,8 @@ def _refuse_misread(model: Any, settings: AdapterSettings) -> None:
     wrong = [name for name, module in model.named_modules() if is_misread(module)]
     if settings.use_dora and wrong:
         raise AdapterError(
-            f"use_dora with load_in_4bit: on this processor (AVX512) bitsandbytes reads {wrong[0]} wrongly, whose columns "
-            "64 does not divide, and DoRA takes norms from it. Leave use_dora or load_in_4bit out."
+            f"use_dora with load_in_4bit: on this processor (AVX512) bitsandbytes reads {wrong[0]} wrongly, whose "
+            "columns 64 does not divide, and DoRA takes norms from it. Leave use_dora or load_in_4bit out."
         )
 
 
