@@ -139,10 +139,10 @@ def _check_rows(settings: AdapterSettings, rows: PreparedData | None) -> None:
 
 def _refuse_misread(model: Any, settings: AdapterSettings) -> None:
     """Refuse DoRA where its norms would come from a weight that bitsandbytes reads wrongly."""
-    wrong = [name for name, module in model.named_modules() if is_misread(module)]
-    if settings.use_dora and wrong:
+    wrong = next((name for name, module in model.named_modules() if is_misread(module)), None)
+    if settings.use_dora and wrong is not None:
         raise AdapterError(
-            f"use_dora with load_in_4bit: on this processor (AVX512) bitsandbytes reads {wrong[0]} wrongly, whose "
+            f"use_dora with load_in_4bit: on this processor (AVX512) bitsandbytes reads {wrong} wrongly, whose "
             "columns 64 does not divide, and DoRA takes norms from it. Leave use_dora or load_in_4bit out."
         )
 

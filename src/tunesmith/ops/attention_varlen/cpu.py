@@ -166,6 +166,12 @@ def _scatter(heads: torch.Tensor, out: torch.Tensor, sharing: int, starts: list[
         rows[starts[i] : starts[i] + lengths[i]].copy_(grid[i, : lengths[i]])
 
 
+def _reach(first: int, block: int, length: int, window: int | None, lengths: list[int]) -> tuple[int, int, int]:
+    """Return how many documents reach into the block of queries from ``first`` on, its first key and its end."""
+    begin = 0 if window is None else max(0, first - window + 1)
+    return sum([int(own > first) for own in lengths]), begin, min(first + block, length)
+
+
 def _hidden(rows: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
     """Return (rows, keys), -inf where a query may not look and else 0; the last query is at the last key."""
     behind = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)[None, :]
@@ -235,10 +241,8 @@ def _forward(
     found = q.new_empty((q.size(0), q.size(1), v.size(2)))
     square = _hidden(block, block, None, q)
     for first in range(0, length, block):
-        end = min(first + block, length)
-        begin = 0 if window is None else max(0, first - window + 1)
-        # Those of the grid that reach into the block.
-        count = sum([int(own > first) for own in lengths]) * key_heads
+        documents, begin, end = _reach(first, block, length, window, lengths)
+        count = documents * key_heads
         queries = q[:count, first * sharing : end * sharing]
         weights, _ = _weights(queries, k[:count, begin:end], square, sharing, behind, window, softcap, wide)
         rows = found[:count, first * sharing : end * sharing]
@@ -277,9 +281,8 @@ def _backward(
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     square = _hidden(block, block, None, q)
     for first in range(0, length, block):
-        end = min(first + block, length)
-        begin = 0 if window is None else max(0, first - window + 1)
-        count = sum([int(own > first) for own in lengths]) * key_heads
+        documents, begin, end = _reach(first, block, length, window, lengths)
+        count = documents * key_heads
         queries = q[:count, first * sharing : end * sharing]
         keys, d_part = k[:count, begin:end], d_found[:count, first * sharing : end * sharing]
         weights, slope = _weights(queries, keys, square, sharing, behind, window, softcap, wide)
