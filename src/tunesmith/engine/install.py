@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.core.memory import forget_pages
+from tunesmith.core.memory import forget_pages, trim_heap
 from tunesmith.engine.attention import ATTENTION, document_lengths
 from tunesmith.engine.dense import DenseWeights
 from tunesmith.engine.families import LayerShape, describe
@@ -239,6 +239,7 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
         # Loaded weights are views of their file, which stays mapped as long as one of them lies there: without this,
         # those that were stacked would count twice.
         forget_pages((place, weight.nbytes) for weight, place in places if weight.data_ptr() != place)
+    trim_heap()  # of those that were converted, and lay there before they were stacked
     base.tunesmith_engine = engine
     return engine
 

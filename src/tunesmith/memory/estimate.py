@@ -56,6 +56,9 @@ _LATER = 12 * MIB
 _HEAP, _HEAP_SHARE = 36 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
+_KERNELS = 48 * MIB
+"""Kernels of products in 16 bits on a CPU (``core.memory.limit_kernel_caches``): 50 MiB are made in the first step and
+up to 170 in later ones with other numbers of tokens, of which the other constants, from float32, leave that much."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
 _LANE_SCRATCH, _LANE_SHARE = 1.3, 0.08
@@ -259,7 +262,8 @@ def estimate(
     lanes = setting.lanes
     head = lanes * _head_bytes(shape, -(-part.rows // lanes))
     kept = kept_bytes(shape, part, setting.policies)
-    fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) if on_cpu else 0
+    if on_cpu:
+        fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) + _KERNELS * (shape.itemsize == 2)
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {

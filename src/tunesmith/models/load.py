@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
-from tunesmith.core.memory import trim_heap
+from tunesmith.core.memory import limit_kernel_caches, trim_heap
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, task_of
 from tunesmith.core.versions import keep_softcap
@@ -158,6 +158,7 @@ def load_model(
     """
     import transformers
 
+    limit_kernel_caches()
     head = head or Head()
     device = choose_device()
     check_fp8(width)

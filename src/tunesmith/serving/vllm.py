@@ -31,6 +31,7 @@ from typing import Any
 
 from tunesmith.core.device import choose_device
 from tunesmith.core.errors import ModelError, ServingError, SettingsError
+from tunesmith.core.memory import KERNEL_CACHES
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import is_float8
@@ -211,8 +212,8 @@ def _arguments(model: Any, place: Path, options: VllmOptions) -> list[str]:
 
 
 def _environment(model: Any, is_other: bool) -> dict[str, str]:
-    """Return the environment of the child: ours, less what would lead another Python to our packages."""
-    own = ("PYTHONPATH", "PYTHONHOME") if is_other else ()
+    """Return the environment of the child: ours, less our limits and what would lead another Python to our packages."""
+    own = (*KERNEL_CACHES, *(("PYTHONPATH", "PYTHONHOME") if is_other else ()))
     environment = {name: value for name, value in os.environ.items() if name not in own}
     environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # all files are here, and so are its parts
