@@ -109,6 +109,18 @@ def test_every_part_counts_once() -> None:
     assert sum(measured.parts[name] for name in ("libraries", "base", "adapter")) >= 2**30
 
 
+def test_kernels_and_a_compiler_are_counted_where_there_are_any() -> None:
+    def libraries(**changes: Any) -> int:
+        found = estimate(plain_shape(**changes), PartShape((64,), 64), Setting((Policy.FULL,) * 2))
+        return found.parts["libraries"]
+
+    plain, fused_layers = libraries(), libraries(itemsize=2)
+    assert 40 < (fused_layers - plain) / 2**20 < 60
+    assert libraries(itemsize=2, layers=()) > fused_layers + 2**26
+    assert libraries(itemsize=2, kind="cuda") < plain
+    assert libraries(compiles=True) > plain + 2**28
+
+
 def test_leaner_policies_keep_less_and_more_tokens_more() -> None:
     shape = plain_shape()
 

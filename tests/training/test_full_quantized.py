@@ -116,6 +116,7 @@ def test_8_bits_are_all_that_is_stored(folders: dict[str, Path], tmp_path: Path)
     assert len(layers) == 14 and "lm_head" not in layers
     assert {layer.weight.int_data.dtype for layer in layers.values()} == {torch.int8}
     assert trainer(tmp_path, model=model).args.optim == "adamw_torch_8bit"
+    assert shape_of(model).compiles and not shape_of(load(folders["llama"], "4bit")).compiles
     whole, own = shape_of(load(folders["llama"], None, full_finetuning=True)), shape_of(model)
     entries = sum(layer.weight.numel() for layer in layers.values())
     rows = sum(layer.weight.shape[0] for layer in layers.values())

@@ -56,9 +56,11 @@ _LATER = 12 * MIB
 _HEAP, _HEAP_SHARE = 36 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
-_KERNELS = 48 * MIB
-"""Kernels of products in 16 bits on a CPU (``core.memory.limit_kernel_caches``): 50 MiB are made in the first step and
-up to 170 in later ones with other numbers of tokens, of which the other constants, from float32, leave that much."""
+_KERNELS, _KERNELS_UNFUSED = 48 * MIB, 170 * MIB
+"""Kernels of products in 16 bits on a CPU (``core.memory.limit_kernel_caches``): 50 MiB from the first step, up to 170
+from later ones with other numbers of tokens. For fused layers the other constants, from float32, count the rest."""
+_COMPILER = 340 * MIB
+"""What torch.compile leaves in the process, and what the update that it built takes for a moment."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
 _LANE_SCRATCH, _LANE_SHARE = 1.3, 0.08
@@ -86,6 +88,7 @@ class MemoryShape:
         float8: whether products of training steps run in float8.
         rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
         gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
+        compiles: whether torch.compile builds the update of the weights: of those that train in int8.
     """
 
     hidden: int
@@ -109,6 +112,7 @@ class MemoryShape:
     float8: bool = False
     rebuilt: int = 0
     gradient_bytes: int = 0
+    compiles: bool = False
 
     @property
     def wide(self) -> int:
@@ -221,6 +225,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         quantized=0 if float8 else max(map(sum, dense), default=0),
         float8=float8,
         gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
+        compiles=any(hasattr(p, "__tensor_flatten__") for p in trained),
     )
 
 
@@ -263,7 +268,8 @@ def estimate(
     head = lanes * _head_bytes(shape, -(-part.rows // lanes))
     kept = kept_bytes(shape, part, setting.policies)
     if on_cpu:
-        fixed["libraries"] += int(_HEAP_SHARE * (kept + 4 * fixed["gradients"])) + _KERNELS * (shape.itemsize == 2)
+        kernels = (_KERNELS if shape.layers else _KERNELS_UNFUSED) * (shape.itemsize == 2) + _COMPILER * shape.compiles
+        fixed["libraries"] += kernels + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {
