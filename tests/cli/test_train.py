@@ -36,6 +36,7 @@ def test_a_run_from_flags_says_what_it_does_in_eighty_columns_and_leaves_a_folde
     ):
         assert words in shown, words
     assert [line.split()[0] for line in outcome.out.splitlines() if "tok/s" in line] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [" left  " in line for line in outcome.out.splitlines() if "tok/s" in line] == [True, True, True, False]
     assert "it/s" not in outcome.out + outcome.err  # no bar of transformers
     too_long = [line for line in outcome.out.splitlines() if len(line) > 80]
     assert [line for line in too_long if str(tmp_path) not in line] == []

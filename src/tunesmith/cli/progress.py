@@ -97,7 +97,8 @@ class StepProgress(TrainerCallback):
         if logs.get("grad_norm") is not None:
             parts.append(f"grad {float(logs['grad_norm']):.2f}")
         # What matters least comes last: a narrow terminal cuts it off.
-        parts += [f"{amount(logs['tokens_per_s'])} tok/s", f"{duration(left)} left", bytes_in_words(logs["peak_bytes"])]
+        parts += [f"{amount(logs['tokens_per_s'])} tok/s", f"{duration(left)} left" if left else "done"]
+        parts.append(bytes_in_words(logs["peak_bytes"]))
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
