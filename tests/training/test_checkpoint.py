@@ -15,6 +15,7 @@ import pytest
 from tests import tiny
 from tests.training import support
 
+from tunesmith import SFTConfig
 from tunesmith.core import files
 from tunesmith.core.errors import CheckpointError, OutputError
 from tunesmith.training.checkpoint import _check_same_run, checkpoints_in, find_checkpoint, remove_old_checkpoints
@@ -309,3 +310,13 @@ def test_rows_of_other_order_are_other_data(run: Path) -> None:
     rows = tiny.chat_rows(16)
     with pytest.raises(CheckpointError, match="data train: "):
         support.trainer(run, **{**SETTINGS, "rows": rows[::-1]}).train(resume_from_checkpoint=True)
+
+
+def test_a_run_at_the_default_rate_can_be_resumed(tmp_path: Path) -> None:
+    default = SFTConfig(output_dir=str(tmp_path)).learning_rate
+    trainer = support.trainer(tmp_path / "run", learning_rate=default, max_steps=2, save_steps=1)
+    trainer.train()
+    assert {type(group["lr"]) for group in trainer.optimizer.param_groups} == {float}
+    again = support.trainer(tmp_path / "run", learning_rate=default, max_steps=3, save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3

@@ -81,6 +81,8 @@ class RunTrainer(Trainer):
             raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
         if not has_one:
             give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = float(group["lr"])  # a default's own type would be in checkpoints, which cannot read it
         return optimizer
 
     # ---- one step ----
