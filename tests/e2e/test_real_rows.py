@@ -36,6 +36,7 @@ def test_four_bits_learn_as_sixteen_do(smollm2):
     assert four["losses"][0] > whole["losses"][0]
     assert means[1] <= 1.1 * means[0]
     assert means[1] / means[0] < four["losses"][0] / whole["losses"][0]
+    assert four["peak_bytes"] < whole["peak_bytes"]
 
 
 @pytest.mark.slow

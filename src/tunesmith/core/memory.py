@@ -28,6 +28,7 @@ __all__ = [
 SHAPES_KEPT = 128
 """Shapes of products in 16 bits whose kernels a thread keeps; a step needs about 70 in each of two lanes."""
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""What limits the two caches, oneDNN's own and torch's in every thread: names in the environment."""
 
 
 def peak_bytes() -> int:
