@@ -112,7 +112,7 @@ def test_every_part_counts_once() -> None:
 def test_kernels_and_a_compiler_are_counted_where_there_are_any() -> None:
     def libraries(**changes: Any) -> int:
         found = estimate(plain_shape(**changes), PartShape((64,), 64), Setting((Policy.FULL,) * 2))
-        return found.parts["libraries"]
+        return found.parts.get("libraries", 0)  # a part of nothing is left out
 
     plain, fused_layers = libraries(), libraries(itemsize=2)
     assert 40 < (fused_layers - plain) / 2**20 < 60

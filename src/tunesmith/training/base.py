@@ -82,7 +82,8 @@ class RunTrainer(Trainer):
         if not has_one:
             give_embeddings_their_rate(optimizer, self.model, self.args.embedding_learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = float(group["lr"])  # a default's own type would be in checkpoints, which cannot read it
+                if isinstance(group["lr"], float):  # torchao's is a tensor
+                    group["lr"] = float(group["lr"])  # a checkpoint with a default's own type could not be read
         return optimizer
 
     # ---- one step ----
