@@ -56,16 +56,17 @@ _LATER = 12 * MIB
 _HEAP, _HEAP_SHARE = 36 * MIB, 0.03
 """Holes in glibc's heap, and the share of kept values and (four times) gradients that they grow by: calibrated on
 benchmarks/results/memory.jsonl."""
-_KERNELS, _KERNELS_UNFUSED = 48 * MIB, 170 * MIB
-"""Kernels of products in 16 bits on a CPU (``core.memory.limit_kernel_caches``): 50 MiB from the first step, up to 170
-from later ones with other numbers of tokens. For fused layers the other constants, from float32, count the rest."""
+_KERNELS, _KERNELS_UNFUSED = 110 * MIB, 170 * MIB
+"""Kernels of products in 16 bits on a CPU (``core.memory.limit_kernel_caches``): 50 MiB from the first step, the rest
+from later ones with other numbers of tokens."""
 _COMPILER = 340 * MIB
 """What torch.compile leaves in the process, and what the update that it built takes for a moment."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
-_LANE_SCRATCH, _LANE_SHARE = 1.3, 0.08
-"""Buffers of lanes, each of the larger half, over buffers of one part; and the share of what is kept by which lanes
-need more, whose heaps are their own."""
+_LANE_SCRATCH, _LANE_SHARE, _LANE_HEAPS = 1.3, 0.06, 64 * MIB
+"""Buffers of lanes, each of the larger half, over buffers of one part; the share of what is kept by which lanes need
+more; and holes in heaps of their own, which grow while parts of ever other lengths come, twice as large in 16 bits,
+where kernels that stay lie between what is freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +270,8 @@ def estimate(
     kept = kept_bytes(shape, part, setting.policies)
     if on_cpu:
         kernels = (_KERNELS if shape.layers else _KERNELS_UNFUSED) * (shape.itemsize == 2) + _COMPILER * shape.compiles
-        fixed["libraries"] += kernels + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
+        heaps = _LANE_HEAPS * (lanes > 1) * (1 + (shape.itemsize == 2))
+        fixed["libraries"] += kernels + heaps + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
     parts = {

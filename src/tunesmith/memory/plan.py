@@ -39,6 +39,9 @@ _MARGIN = 1.05
 
 _NEARLY = 1.05
 """Less memory is worth nothing where it is less by this."""
+_SAVED = 3
+"""``use_gradient_checkpointing="unsloth"``: of so many layers one has its quantized weights written out, so that fewer
+bits take less memory than a whole base whatever the budget."""
 
 # Rate of matrix products over tokens computed together, 1 = the largest. float32, AMD EPYC with AVX2, 2 threads: a
 # forward and backward of SmolLM2-135M at 512 tokens runs at 0.93 of the rate at 1,024 and above.
@@ -209,7 +212,7 @@ def plan_training(
         )
     # Of a share of transformers' peak no more than the memory that there is.
     room = 0 if limit is None else min(room, limit - chosen.estimate.peak)
-    dense = _layers_to_keep(shape, chosen, room)
+    dense = _layers_to_keep(shape, chosen, room, shape.count // _SAVED if mode == "unsloth" else shape.count)
     chosen = planner.try_out(chosen.policies, chosen.tokens, dense) if dense else chosen
     return TrainingPlan(
         mode=mode,
@@ -338,17 +341,18 @@ def _saver(
     return near[0], limit, 0, reason
 
 
-def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int) -> int:
+def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int, most: int) -> int:
     """Return how many layers' quantized weights stay written out in half of ``room``, where all else is kept already.
 
-    Writing them out costs less than anything that a policy computes again. What loading took for a moment and gave back
-    they may have whole: the peak of the run stays what it is.
+    Writing them out costs less than anything that a policy computes again. At most ``most`` do, but what loading took
+    for a moment and gave back they may have whole: the peak of the run stays what it is.
     """
     size = shape.quantized * shape.itemsize
     if not size or any(policy is not Policy.NONE for policy in choice.policies):
         return 0
     later = [choice.estimate.step, *(peak for name, peak in choice.estimate.phases.items() if name != "load")]
-    return min(shape.count, max(room // 2, choice.estimate.peak - max(later), 0) // size)
+    given_back = max(choice.estimate.peak - max(later), 0)
+    return min(shape.count, max(min(room // 2 // size, most), given_back // size))
 
 
 def _standing(shape: MemoryShape) -> int:
