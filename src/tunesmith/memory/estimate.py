@@ -63,10 +63,10 @@ _COMPILER = 340 * MIB
 """What torch.compile leaves in the process, and what the update that it built takes for a moment."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
-_LANE_SCRATCH, _LANE_SHARE, _LANE_HEAPS = 1.3, 0.06, 64 * MIB
+_LANE_SCRATCH, _LANE_SHARE, _LANE_HEAPS, _SMALL_PART = 1.3, 0.06, 64 * MIB, 2048
 """Buffers of lanes, each of the larger half, over buffers of one part; the share of what is kept by which lanes need
-more; and holes in heaps of their own, which grow while parts of ever other lengths come, twice as large in 16 bits,
-where kernels that stay lie between what is freed."""
+more; and holes in heaps of their own, which grow while parts of ever other lengths come. In 16 bits kernels that stay
+lie between what is freed: twice the holes were measured in parts of up to so many tokens, not in larger ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +270,7 @@ def estimate(
     kept = kept_bytes(shape, part, setting.policies)
     if on_cpu:
         kernels = (_KERNELS if shape.layers else _KERNELS_UNFUSED) * (shape.itemsize == 2) + _COMPILER * shape.compiles
-        heaps = _LANE_HEAPS * (lanes > 1) * (1 + (shape.itemsize == 2))
+        heaps = _LANE_HEAPS * (lanes > 1) * (1 + (shape.itemsize == 2 and part.tokens <= _SMALL_PART))
         fixed["libraries"] += kernels + heaps + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
@@ -287,7 +287,9 @@ def estimate(
     standing_later = sum(fixed.values())
     # Weights and moments are written from where they are.
     phases = {"save": standing_later}
-    phases["load"] = max(peak_so_far, libraries + shape.base_bytes + shape.load_bytes)
+    # A weight that is quantized stands beside its file in 32 bits, and leaves holes until the last one is done.
+    quantizing = (4 * shape.written_out + _QUANTIZING) * (on_cpu and shape.written_out > 0)
+    phases["load"] = max(peak_so_far, libraries + shape.base_bytes + shape.load_bytes + quantizing)
     if evaluated is not None:
         forward = _scratch_bytes(shape, evaluated, (Policy.FULL,) * shape.count)
         rows = _head_bytes(shape, evaluated.rows, gradient=False)
