@@ -39,9 +39,9 @@ _MARGIN = 1.05
 
 _NEARLY = 1.05
 """Less memory is worth nothing where it is less by this."""
-_SAVED = 3
-"""``use_gradient_checkpointing="unsloth"``: of so many layers one has its quantized weights written out, so that fewer
-bits take less memory than a whole base whatever the budget."""
+_LAYERS_A_DENSE_ONE = 3
+"""``use_gradient_checkpointing="unsloth"``: of so many layers at most one keeps its quantized weights written out. The
+least that fewer bits save, with 8 of 16, is half of a layer; a third given back leaves the run below a whole base."""
 
 # Rate of matrix products over tokens computed together, 1 = the largest. float32, AMD EPYC with AVX2, 2 threads: a
 # forward and backward of SmolLM2-135M at 512 tokens runs at 0.93 of the rate at 1,024 and above.
@@ -212,7 +212,8 @@ def plan_training(
         )
     # Of a share of transformers' peak no more than the memory that there is.
     room = 0 if limit is None else min(room, limit - chosen.estimate.peak)
-    dense = _layers_to_keep(shape, chosen, room, shape.count // _SAVED if mode == "unsloth" else shape.count)
+    most = shape.count // _LAYERS_A_DENSE_ONE if mode == "unsloth" else shape.count
+    dense = _layers_to_keep(shape, chosen, room, most)
     chosen = planner.try_out(chosen.policies, chosen.tokens, dense) if dense else chosen
     return TrainingPlan(
         mode=mode,
