@@ -211,13 +211,6 @@ def test_quantized_weights_stay_written_out_in_half_of_the_memory_that_is_left()
     assert "the quantized weights of 4 layers written out" in some.describe()
 
 
-def test_what_loading_gave_back_is_theirs() -> None:
-    layer = four_bits().quantized * 2
-    plain = planned(False, shape=four_bits(), length=64)
-    loading = planned(False, shape=four_bits(load_bytes=plain.peak - 6 * GIB + 5 * layer), length=64)
-    assert loading.dense == 5 and loading.peak == plain.peak + 5 * layer
-
-
 @pytest.mark.parametrize(("mode", "memory"), [(True, 200), ("selective", 200), ("auto", 14), (False, None)])
 def test_none_stay_where_something_else_is_short_or_memory_is_not_known(mode: bool | str, memory: int | None) -> None:
     plan = planned(mode, None if memory is None else memory * GIB, shape=four_bits(), length=2048)

@@ -18,6 +18,7 @@ from tunesmith.core.errors import ModelError, SettingsError, TunesmithError
 from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.install import engine_of
 from tunesmith.models import gguf_cache
+from tunesmith.models import load as models_load
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import empty_causal_lm, facts_of, stored_bytes
 
@@ -54,6 +55,28 @@ def test_a_folder_is_loaded_with_its_facts(saved: Path) -> None:
 def test_the_dtype_asked_for(dtype: Any, expected: torch.dtype, saved: Path) -> None:
     model, _ = load(saved, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not tell what of a file is mapped")
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_weights_that_are_quantized_leave_no_file_in_memory(
+    width: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped() -> int:
+        """Return the resident bytes of the weight file."""
+        parts = Path("/proc/self/smaps").read_text().split(str(tmp_path / "model.safetensors"))[1:]
+        return sum(int(part.partition("Rss:")[2].split()[0]) * 1024 for part in parts)
+
+    tiny.tiny_model("llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=4).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    seen: list[int] = []
+    monkeypatch.setattr(models_load, "_leave_files", lambda model: seen.append(mapped()))
+    model, _ = load(tmp_path, dtype="float32", **{f"load_in_{width}": True})
+    assert size > 25 * 2**20 and seen[0] < size // 10
+    # What is read later comes from the file again.
+    own = tiny.tiny_model("llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=4).state_dict()
+    assert torch.equal(model.model.embed_tokens.weight, own["model.embed_tokens.weight"])
 
 
 def test_the_window(saved: Path) -> None:

@@ -84,7 +84,7 @@ class MemoryShape:
         trained: parameters that get a gradient (float32).
         trained_bytes: of these, as they are stored.
         kind: "cpu" or "cuda".
-        load_bytes: what loading needs beside the base for a moment: weights that are stored in another dtype.
+        load_bytes: of weights stored in another dtype, which loading needs beside the base for a moment.
         written_out: entries of the largest group of quantized weights, dense while a product reads them.
         quantized: entries of the quantized weights of the layer that has the most; 0 where steps do not write them out.
         float8: whether products of training steps run in float8.
@@ -250,7 +250,7 @@ def estimate(
 
     Args:
         present: bytes that this process holds with base and adapter loaded; None: before anything is loaded.
-        peak_so_far: the peak of this process until now.
+        peak_so_far: the peak of this process until now, with the model loaded; 0: before that.
         evaluated: the largest part of an evaluation.
     """
     standing = shape.base_bytes + shape.trained_bytes
@@ -288,11 +288,10 @@ def estimate(
     standing_later = sum(fixed.values())
     # Weights and moments are written from where they are.
     phases = {"save": standing_later}
-    loaded = libraries + shape.base_bytes + shape.load_bytes
-    if on_cpu and shape.load_bytes and shape.written_out:
-        # A weight that is quantized stands beside its file in 32 bits, and leaves holes until the last one is done.
-        loaded += 4 * shape.written_out + _QUANTIZING
-    phases["load"] = max(peak_so_far, loaded)
+    # A weight that is quantized stands beside itself in 32 bits; then what was not is copied out of its file.
+    quantizing = max(4 * shape.written_out, shape.vocabulary * shape.hidden * shape.itemsize)
+    beside = quantizing if on_cpu and shape.written_out else shape.load_bytes
+    phases["load"] = peak_so_far or libraries + shape.base_bytes + beside
     if evaluated is not None:
         forward = _scratch_bytes(shape, evaluated, (Policy.FULL,) * shape.count)
         rows = _head_bytes(shape, evaluated.rows, gradient=False)

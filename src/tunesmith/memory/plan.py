@@ -345,15 +345,12 @@ def _saver(
 def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int, most: int) -> int:
     """Return how many layers' quantized weights stay written out in half of ``room``, where all else is kept already.
 
-    Writing them out costs less than anything that a policy computes again. At most ``most`` do, but what loading took
-    for a moment and gave back they may have whole: the peak of the run stays what it is.
+    Writing them out costs less than anything that a policy computes again. At most ``most`` do.
     """
     size = shape.quantized * shape.itemsize
     if not size or any(policy is not Policy.NONE for policy in choice.policies):
         return 0
-    later = [choice.estimate.step, *(peak for name, peak in choice.estimate.phases.items() if name != "load")]
-    given_back = max(choice.estimate.peak - max(later), 0)
-    return min(shape.count, max(min(room // 2 // size, most), given_back // size))
+    return min(room // 2 // size, most)
 
 
 def _standing(shape: MemoryShape) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
-from tunesmith.core.memory import limit_kernel_caches, trim_heap
+from tunesmith.core.memory import forget_pages, limit_kernel_caches, trim_heap
 from tunesmith.core.seeds import seeded
 from tunesmith.core.tasks import CAUSAL_LM, task_of
 from tunesmith.core.versions import keep_softcap
@@ -28,6 +28,7 @@ from tunesmith.models.quantize import (
     make_quantized,
     protect_gradients,
     quantization_config,
+    reading_once,
     to_float8,
     width_of,
 )
@@ -196,7 +197,7 @@ def load_model(
     if offload_embedding:
         check_not_tied(config)
     kind = head.auto_model or (auto_class(own) if sees else getattr(transformers, task.auto))
-    with readable_errors(source), seeded(head.seed):
+    with readable_errors(source), seeded(head.seed), reading_once(packs):
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     keep_softcap(model, attn_implementation)
@@ -406,10 +407,12 @@ def _offload(model: PreTrainedModel, device: torch.device) -> None:
 
 def _leave_files(model: PreTrainedModel) -> None:
     """Copy what was not quantized out of the weight files: one view keeps the pages of a whole file in memory."""
+    trim_heap()  # of the whole weights that were quantized one by one
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_floating_point():
+            file = (parameter.data_ptr(), parameter.nbytes)
             parameter.data = parameter.data.clone()
-    trim_heap()  # of the whole weights that were quantized one by one
+            forget_pages([file])
 
 
 def _refuse_other_width(source: ModelSource, width: Width, hub: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ weights through ``ops/quantized``, see ``engine/layer.py``.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ModelError
+from tunesmith.core.memory import forget_pages, trim_heap
 from tunesmith.core.versions import installed
 from tunesmith.engine.float8 import store_in_float8, why_no_products
 from tunesmith.engine.read import is_quantized, read_quantized
@@ -29,6 +31,7 @@ __all__ = [
     "protect_gradients",
     "quantization_config",
     "quantize_nf4",
+    "reading_once",
     "to_float8",
     "width_of",
 ]
@@ -55,6 +58,40 @@ def quantization_config(width: Width, dtype: torch.dtype, *, leave_out: list[str
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=leave_out,
     )
+
+
+_TRIMMED = 2**28
+"""Bytes of weights after whose quantization the holes that they left in the heap are given back."""
+
+
+def reading_once(packs: Width | None) -> AbstractContextManager[Any]:
+    """Return a context in which weights that are quantized one by one leave nothing of themselves behind.
+
+    transformers maps weight files into memory until the last weight is loaded: without this the whole file is in this
+    process beside the quantized weights, and what quantizing needs for a moment stays as holes in the heap. Does
+    nothing without ``packs``, the width.
+    """
+    if packs is None:
+        return nullcontext()
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class ReadingOnce(TorchDispatchMode):
+        read = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            weight = args[0] if args else None
+            is_last = func.namespace == "bitsandbytes" or func is torch.ops.aten._to_copy.default
+            if is_last and isinstance(weight, torch.Tensor) and weight.device.type == "cpu":
+                forget_pages([(weight.data_ptr(), weight.nbytes)])
+                self.read += weight.nbytes
+                if self.read > _TRIMMED:
+                    trim_heap()
+                    self.read = 0
+            return result
+
+    return ReadingOnce()
 
 
 def make_quantized(model: Any, width: Width, dtype: torch.dtype, *, leave_out: list[str] | None = None) -> None:

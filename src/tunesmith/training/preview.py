@@ -140,9 +140,13 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
 
 
 def converted_bytes(stored: dict[str, int], itemsize: int, kind: str, width: Width | None = None) -> int:
-    """Return the bytes of weight files that stand beside the weights while these are made in another width on a CPU."""
-    same = () if width is not None else _STORED.get(itemsize, ())
-    return sum(size for dtype, size in stored.items() if dtype not in same) if kind == "cpu" else 0
+    """Return the bytes of weight files that stand beside the weights while these are made in another dtype on a CPU.
+
+    Those that are quantized to a ``width`` leave their files one by one.
+    """
+    same = _STORED.get(itemsize, ())
+    is_kept = kind != "cpu" or width is not None
+    return 0 if is_kept else sum(size for dtype, size in stored.items() if dtype not in same)
 
 
 def probe_settings(settings: RunSettings, plan: TrainingPlan) -> Probe:
