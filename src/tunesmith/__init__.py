@@ -23,6 +23,9 @@ _HOME_OF = {
     "embed_texts": "tunesmith.models.embed",
     "train_on_responses_only": "tunesmith.training.responses",
     "get_chat_template": "tunesmith.api",
+    "standardize_data_formats": "tunesmith.data.standardize",
+    "standardize_sharegpt": "tunesmith.data.standardize",
+    "is_bf16_supported": "tunesmith.core.device",
     "is_bfloat16_supported": "tunesmith.core.device",
     "TunesmithError": "tunesmith.core.errors",
 }
@@ -34,8 +37,11 @@ if TYPE_CHECKING:
     from tunesmith.api import FastModel as FastModel
     from tunesmith.api import FastVisionModel as FastVisionModel
     from tunesmith.api import get_chat_template as get_chat_template
+    from tunesmith.core.device import is_bf16_supported as is_bf16_supported
     from tunesmith.core.device import is_bfloat16_supported as is_bfloat16_supported
     from tunesmith.core.errors import TunesmithError as TunesmithError
+    from tunesmith.data.standardize import standardize_data_formats as standardize_data_formats
+    from tunesmith.data.standardize import standardize_sharegpt as standardize_sharegpt
     from tunesmith.models.embed import embed_texts as embed_texts
     from tunesmith.serving.outputs import SamplingParams as SamplingParams
     from tunesmith.training.config import SFTConfig as SFTConfig

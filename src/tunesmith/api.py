@@ -17,7 +17,7 @@ from tunesmith.adapters.inject import (
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
-from tunesmith.core.errors import SettingsError
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.tasks import find_task
@@ -285,9 +285,44 @@ class FastVisionModel(FastModel):
     """Vision-language models: ``from_pretrained`` gives ``(model, processor)``, ``get_peft_model`` filters by parts."""
 
 
-def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
-    """Give ``tokenizer``, or a processor, a built-in chat template or one from a file, and return it."""
-    from tunesmith.data.templates import apply_template
+_USUAL_MAPPING = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
 
-    apply_template(tokenizer, chat_template)
+
+def get_chat_template(
+    tokenizer: Any,
+    chat_template: str | tuple[str, str] = "chatml",
+    mapping: Mapping[str, str] | None = None,
+    map_eos_token: bool = True,
+    system_message: str | None = None,
+) -> Any:
+    """Give ``tokenizer``, or a processor, a chat template, and return it.
+
+    Args:
+        chat_template: a built-in name, a ``.jinja`` file, the template's own text, or a pair of that and its end of
+            turn. Names of families (``llama-3.1``, ``qwen-2.5``, ``gemma-3`` ...) keep a tokenizer's own template of
+            that family.
+        mapping: None, or the usual names of keys and roles. Rows with ``from`` and ``value`` are read as they are.
+        map_eos_token: taken, and without use: answers end at the template's end of turn and at the tokenizer's EOS.
+        system_message: None; a system message belongs into the rows.
+
+    Raises:
+        SettingsError: no such template, another mapping, or a system message.
+        ModelError: the tokenizer lacks tokens of the template.
+    """
+    from tunesmith.data.templates import apply_template, family_template
+
+    if mapping is not None and any(_USUAL_MAPPING.get(key, value) != value for key, value in mapping.items()):
+        raise SettingsError(
+            f"mapping={dict(mapping)!r}: templates read role and content. Rows with from and value are trained on as "
+            "they are; to render them yourself use standardize_sharegpt(dataset) first, and leave mapping out."
+        )
+    if system_message is not None:
+        raise SettingsError("system_message: write it into the rows, as a first message with the role system.")
+    if isinstance(chat_template, (tuple, list)):
+        chat_template, end = chat_template
+        if end not in ("eos_token", True) and tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
+            raise ModelError(f"the tokenizer has no token {end!r}, which the template is said to end a turn with.")
+    chosen = family_template(tokenizer, chat_template)
+    if chosen is not None:
+        apply_template(tokenizer, chosen)
     return tokenizer

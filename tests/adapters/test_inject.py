@@ -118,6 +118,15 @@ def test_the_same_call_again_returns_the_model() -> None:
     assert facts_of(adapt(model, use_gradient_checkpointing=True)).checkpointing
 
 
+def test_the_base_below_an_adapter_is_not_adapted_again() -> None:
+    base = tiny.tiny_model()
+    model = FastLanguageModel.get_peft_model(base, r=4)
+    with pytest.raises(AdapterError, match="Go on with the model that get_peft_model returned"):
+        FastLanguageModel.get_peft_model(base, r=4)
+    again = FastLanguageModel.get_peft_model(model.unload(), r=8)
+    assert again.peft_config["default"].r == 8
+
+
 def test_another_call_is_refused_with_the_difference() -> None:
     model = adapt()
     with pytest.raises(AdapterError, match=r"already carries an adapter with other settings \(r: 4 -> 8\)"):

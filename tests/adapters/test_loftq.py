@@ -202,7 +202,7 @@ def test_what_loftq_cannot_do(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         adapt(base, target_modules=["q_proj", "lm_head"])
     adapted = adapt(base)
     for add in (lambda: adapted.add_adapter("x", LoraConfig(r=2)), lambda: adapted.load_adapter(tmp_path, "x")):
-        with pytest.raises(AdapterError, match="adapter 'x' would stand on the base that LoftQ rounded"):
+        with pytest.raises(AdapterError, match=r"a base that is saved with the first one \(LoftQ"):
             add()
     adapted.save_pretrained(tmp_path / "adapter")
     shutil.rmtree(tmp_path / "adapter" / "base")
@@ -215,7 +215,7 @@ def test_what_loftq_cannot_do(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ModelError, match="LoftQ in 4 bits needs the package bitsandbytes"):
         adapt(base)
     monkeypatch.setattr("tunesmith.core.files.free_bytes", lambda folder: 1)
-    with pytest.raises(OutputError, match="the base that LoftQ rounded, saved beside its adapter, needs"):
+    with pytest.raises(OutputError, match="the base, saved beside its adapter, needs"):
         adapted.save_pretrained(tmp_path / "full")
     assert not (tmp_path / "full").exists()
 

@@ -147,6 +147,66 @@ def test_no_other_adapter_stands_on_what_is_left(base: Path, tmp_path: Path) -> 
             add()
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_no_start_that_changes_the_base_stands_beside_another_adapter(start: str, base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    taking = adapt(base, init_lora_weights=start)
+    with raw_weights(taking):
+        taking.save_pretrained(tmp_path)
+    model = adapt(base)
+    live = logits(model)
+    with pytest.raises(AdapterError, match=f"cannot share its base: .*init_lora_weights='{start}'"):
+        model.load_adapter(tmp_path, "x")
+    with pytest.raises(AdapterError, match=f"adapter 'x' would start with init_lora_weights='{start}'"):
+        model.add_adapter("x", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(AdapterError, match="took a random approximation out of the base"):
+        model.load_adapter(tmp_path, "x")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), live)
+
+
+@pytest.mark.parametrize("start", TAKING)
+def test_taken_off_or_merged_the_base_is_whole(start: str, base: Path, tmp_path: Path) -> None:
+    def trained() -> Any:
+        model = adapt(base, init_lora_weights=start, modules_to_save=["lm_head"])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    model, before = trained(), logits(load(base))
+    live = logits(model)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="this adapter is merged"), model.disable_adapter():
+        pass
+    torch.testing.assert_close(logits(model.unload()), before, rtol=0, atol=1e-3)
+    model = trained()
+    torch.testing.assert_close(logits(model.unload()), before, rtol=0, atol=1e-3)
+    model = trained()
+    live = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), live, rtol=0, atol=1e-3)
+
+
+def test_a_loaded_one_is_not_taken_off(base: Path, tmp_path: Path) -> None:
+    model = adapt(base, init_lora_weights="pissa")
+    with raw_weights(model):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="it cannot be switched off"):
+        load(tmp_path).unload()
+
+
+def test_an_adapter_on_a_merged_base_is_saved_with_it(base: Path, tmp_path: Path) -> None:
+    first = adapt(base, init_lora_weights=False)
+    second = FastLanguageModel.get_peft_model(first.merge_and_unload(), r=2, init_lora_weights=False)
+    live = logits(second)
+    assert (live - logits(load(base))).abs().max() > 0.1
+    second.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(load(tmp_path / "adapter")), live, rtol=0, atol=1e-4)
+    assert (tmp_path / "adapter" / "base" / "config.json").is_file()
+
+
 def test_ways_to_save_that_would_not_convert(base: Path, tmp_path: Path) -> None:
     model = adapt(base, init_lora_weights="pissa")
     for asked in ({"safe_serialization": False}, {"path_initial_model_for_weight_conversion": str(tmp_path)}):

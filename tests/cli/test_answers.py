@@ -114,6 +114,18 @@ def test_chat_forgets_what_no_longer_fits_and_says_so(run, tmp_path, model_folde
     assert "the oldest 1 of the exchanges no longer fit and are forgotten" in outcome.out
 
 
+def test_chat_goes_on_after_a_question_that_is_too_long(run, tmp_path, model_folder):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 160}))
+    outcome = run("chat", base, "--max-new-tokens", 8, stdin="the cat sat on the mat " * 40 + "\nthe cat\n/adapter\n")
+    assert outcome.code == 0 and "leaves no room for 8 of an answer in the window of 160; it is" in outcome.out
+    assert "base" in outcome.out  # the command behind it
+    outcome = run("generate", "--model", base, "the cat sat on the mat " * 40, "--max-new-tokens", 8)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "leaves no room for 8 of the answer: the model has 160 positions" in outcome.err
+
+
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -255,7 +267,11 @@ def test_evaluate_a_plain_model_and_without_base(run, model_folder, trained_run,
     ("words", "message"),
     [
         (["--metric", "exact"], "exact_match"),
-        (["--metric", "perplexity", "--temperature", "1"], "no effect on perplexity"),
+        (["--metric", "perplexity", "--temperature", "1"], "--temperature: without effect on perplexity"),
+        (
+            ["--metric", "perplexity", "--max-new-tokens", "3", "--batch-size", "2"],
+            "--max-new-tokens, --batch-size: with",
+        ),
         (["--metric", "json_match"], "json"),
         (["--metric", "exact_match", "--limit", "0"], "limit is 0"),
         (["--metric", "exact_match", "--output", "/nowhere/report.json"], "does not exist"),

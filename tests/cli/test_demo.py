@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 
 from tunesmith.cli import demo
@@ -5,9 +8,12 @@ from tunesmith.training.settings import RunSettings, load_run_settings
 
 
 @pytest.fixture
-def small(monkeypatch, model_folder):
-    """The demo in small: a tiny model, few rows, two steps."""
-    tiny = {"model": str(model_folder), "max_steps": 2, "max_seq_length": 512, "r": 2, "dtype": "float32"}
+def small(monkeypatch, model_folder, tmp_path_factory):
+    """The demo in small: a tiny model with a window for its longest prompt, few rows, two steps."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("demo") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    tiny = {"model": str(folder), "max_steps": 2, "max_seq_length": 512, "r": 2, "dtype": "float32"}
     for name, value in tiny.items():
         monkeypatch.setitem(demo.DEMO_SETTINGS, name, value)
     for name, value in {"_TRAIN_ROWS": 30, "_EVAL_ROWS": 4, "_HELD_OUT_ROWS": 3, "_LONGEST_ANSWER": 4}.items():

@@ -112,6 +112,30 @@ def test_files_that_cannot_be_read(content: bytes, message: str, tmp_path: Path)
         read_yaml(write(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("? [a, b]\n: c\n", ":1: a key must be a name, not a list or a mapping"),
+        ("? {a: b}\n: c\n", ":1: a key must be a name, not a list or a mapping"),
+        ("output_dir: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("a: " + "[" * 3000 + "\n", "not valid YAML"),
+    ],
+)
+def test_yaml_that_its_library_stumbles_over(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError, match=message):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_paths_that_no_file_can_have(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for path in (tmp_path / "file" / "run.yaml", tmp_path / ("x" * 300)):
+        with pytest.raises(SettingsError, match="cannot be read"):
+            read_yaml(path)
+    with pytest.raises(SettingsError, match="the value is not valid YAML"):
+        parse_assignment("model=2024-13-45")
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read_yaml(tmp_path / "missing.yaml")

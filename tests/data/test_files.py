@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import DataError
-from tunesmith.data.files import list_splits, read_rows
+from tunesmith.data.files import formatted_rows, has_valid, list_splits, read_rows
 
 ROWS = [{"text": "one"}, {"text": 'zwei, "zwo"\nund drei'}, {"text": "é 日本 \u2028 🙂"}]
 
@@ -186,6 +186,50 @@ def test_missing_file_names_the_nearest(tmp_path):
     message = error_of(tmp_path / "trian.jsonl")
     assert "no data at" in message and "Did you mean 'train.jsonl'? Data files there: train.jsonl." in message
     assert "does not exist" in error_of(tmp_path / "nowhere" / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["~backup.jsonl", "~nobody-of-this-name/rows.jsonl", "x" * 300 + ".jsonl"])
+def test_names_that_are_no_paths_of_this_system(name):
+    assert "no data at" in error_of(name)
+
+
+def test_a_folder_at_home_has_its_valid_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chat").mkdir()
+    write_rows(tmp_path / "chat" / "train.jsonl")
+    assert not has_valid("~/chat") and not has_valid(ROWS) and not has_valid("some/hub-id")
+    write_rows(tmp_path / "chat" / "valid.jsonl")
+    assert has_valid("~/chat") and has_valid(tmp_path / "chat") and not has_valid("~/chat/train.jsonl")
+
+
+def test_what_a_formatting_function_may_return():
+    assert [row["text"] for row in formatted_rows(ROWS[:1], lambda row: [row["text"], "two"])] == ["one", "two"]
+    for made, kind in (({"texts": "x"}, "returned an object"), (None, "returned null"), ([None], "returned a list")):
+        with pytest.raises(DataError, match=f"row 1: formatting_func.* {kind}"):
+            list(formatted_rows(ROWS[:1], lambda row, made=made: made))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_that_stands_twice(tmp_path, suffix):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table([pa.array(["first"]), pa.array(["second"])], names=["text", "text"])
+    if suffix == ".parquet":
+        parquet.write_table(table, tmp_path / "rows.parquet")
+    else:
+        with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as sink:
+            sink.write_table(table)
+    assert f"rows{suffix}: the column 'text' stands there twice" in error_of(tmp_path / f"rows{suffix}")
+
+
+def test_a_date_that_no_calendar_has(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    days = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
+    parquet.write_table(pa.table({"text": ["a"], "day": days}), tmp_path / "rows.parquet")
+    assert "after row 0: damaged" in error_of(tmp_path / "rows.parquet")
 
 
 def test_unknown_suffix(tmp_path):

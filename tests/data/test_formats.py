@@ -132,6 +132,19 @@ def test_tool_call_keeps_its_id_and_arguments_that_are_no_json():
     ]
 
 
+def test_the_older_form_of_calls_and_tools():
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    turns = [
+        USER,
+        {"role": "assistant", "content": "Wait", "function_call": call},
+        {"role": "function", "content": "2"},
+    ]
+    example = understand({"messages": [*turns, ANSWER], "functions": [{"name": "add"}]})
+    assert example.messages[1] == {"role": "assistant", "content": "Wait", "tool_calls": [CALL]}
+    assert example.messages[2]["role"] == "tool"
+    assert example.tools == [{"type": "function", "function": {"name": "add"}}]
+
+
 def test_sharegpt_function_call():
     turns = [
         {"from": "human", "value": "Hi"},
@@ -248,6 +261,13 @@ def test_an_empty_answer_that_does_not_train_is_kept():
             "bad tool call",
             "'{', which is not valid JSON.",
         ),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [CALL], "function_call": CALL}]},
+            "bad tool call",
+            "say the same",
+        ),
+        ({"messages": [USER, ANSWER], "functions": ["nope"]}, "bad tools", "functions must be a list of objects"),
+        ({"messages": [USER, ANSWER], "tools": [{}], "functions": [{}]}, "bad tools", "say the same"),
         ({"messages": [USER, ANSWER], "tools": "nope"}, "bad tools", "tools is the text 'nope'"),
         ({"messages": [USER, ANSWER], "tools": ["nope"]}, "bad tools", "must be a list of objects"),
         (
@@ -312,6 +332,13 @@ def test_mapping_of_columns_to_roles():
 def test_columns_of_one_role_are_joined_in_the_order_of_the_mapping():
     example = understand({"c": "ctx", "q": "Hi", "a": "Hello"}, {"c": "user", "q": "user", "a": "assistant"})
     assert example.messages[0]["content"] == "ctx\n\nHi"
+    example = understand({"c": " ", "q": "Hi", "a": "Hello"}, {"c": "user", "q": "user", "a": "assistant"})
+    assert example.messages[0]["content"] == "Hi"
+
+
+def test_empty_cells_of_a_table_are_nothing():
+    row = {"instruction": "Hi", "output": "Hello", "input": "", "history": "", "image": "", "images": "", "system": ""}
+    assert understand(row).messages == [USER, ANSWER]
 
 
 def test_mapping_of_columns_to_fields():

@@ -230,6 +230,7 @@ def test_split_is_a_partition_and_follows_the_seed():
         (40, 0.0, 500, 0),
         (300, 0.5, 7, 7),
         (60, 0.05, 500, 3),
+        (20, 0.99, 500, 19),
     ],
 )
 def test_split_sizes(rows, fraction, most, expected):

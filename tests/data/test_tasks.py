@@ -57,6 +57,7 @@ def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
         ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": "nn", "answer_start": 0}, "at character 0"),
         ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": 3}, "row 1: 'answer' is a number; an answer is"),
         ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": "ann", "answer_start": "0"}, "first character"),
+        ("SEQ_CLS", {"text": "a \ud83d", "label": 1}, "row 1: 'text' holds half of a surrogate pair"),
         ("SEQ_2_SEQ_LM", {"source": "a"}, "row 1: SEQ_2_SEQ_LM rows need source, target"),
         ("FEATURE_EXTRACTION", {"anchor": "a"}, "row 1: FEATURE_EXTRACTION rows need anchor, positive"),
     ],
@@ -89,6 +90,10 @@ def test_labels_are_collected_from_the_rows() -> None:
     assert collect_labels(read_records(tiny_tasks.tag_rows(5), "TOKEN_CLS")) == tiny_tasks.LABELS["TOKEN_CLS"]
     numbers = [{"text": "a", "label": label} for label in (10, 9, 10, 2)]
     assert collect_labels(read_records(numbers, "SEQ_CLS")) == ("2", "9", "10")
+    equal = [{"text": "a", "label": label} for label in ("01", "1", "-2")]
+    assert collect_labels(read_records(equal, "SEQ_CLS")) == ("-2", "01", "1")
+    dashes = [{"text": "a", "label": label} for label in ("--1", "1")]
+    assert collect_labels(read_records(dashes, "SEQ_CLS")) == ("--1", "1")
     truths = [{"text": "a", "label": label} for label in (True, False)]
     assert collect_labels(read_records(truths, "SEQ_CLS")) == ("false", "true")
     with pytest.raises(DataError, match=r"the rows have 1 label \(x\)"):
@@ -132,6 +137,8 @@ def test_a_word_that_the_tokenizer_drops_is_counted() -> None:
     data = prepare([{"tokens": ["ann", "\u200d", "figs"], "tags": ["B-PER", "O", "I-THING"]}], "TOKEN_CLS")
     assert [n for n in data.rows[0].features["labels"] if n >= 0] == [0, 2]
     assert data.ledger.notes["word without a token of its own, so without its tag"] == 1
+    last = prepare([{"tokens": ["ann", "figs", "\u200d"], "tags": ["B-PER", "O", "I-THING"]}], "TOKEN_CLS")
+    assert last.ledger.notes == data.ledger.notes
     lost = prepare([{"tokens": ["\u200d"], "tags": ["O"]}], "TOKEN_CLS")
     assert lost.ledger.dropped == {"no word is a token": 1}
 
@@ -140,7 +147,7 @@ def test_a_word_that_the_tokenizer_drops_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["3 red figs", ["3 red figs", "figs"], {"text": ["3 red figs"], "answer_start": [21]}]
+    "answer", ["3 red figs", "3 red figs ", ["3 red figs", "figs"], {"text": ["3 red figs"], "answer_start": [21]}]
 )
 def test_the_tokens_of_an_answer_are_found(answer: Any) -> None:
     row = {"question": "what has ann ?", "context": "bob has 1 nut . Ann  3 red figs .", "answer": answer}
@@ -230,6 +237,8 @@ def test_a_row_whose_answer_is_cut_off_is_left_out() -> None:
     row = {"question": "what", "context": "ann has 3 red figs and the nuts", "answer": "nuts"}
     data = prepare([row], "QUESTION_ANS", max_length=7, on_too_long="truncate")
     assert data.ledger.dropped == {"answer cut off": 1}
+    asked = prepare([{**row, "question": "what " * 9}], "QUESTION_ANS", max_length=7, on_too_long="truncate")
+    assert asked.ledger.dropped == {"question longer than 7 tokens": 1}
     assert (data.ledger.rows_cut, data.ledger.tokens_cut) == (0, 0)
 
 

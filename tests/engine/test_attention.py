@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests import tiny
 
+from tunesmith.core.errors import ModelError
 from tunesmith.engine.attention import ATTENTION, use_document_attention
 
 IMPLEMENTATION = {"gemma2": "eager", "gpt-oss": "eager"}
@@ -31,6 +32,19 @@ def padded_batch() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :7], mask[1, :2] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_what_it_does_not_compute_is_left_or_refused(family: str) -> None:
+    both_ways = tiny.tiny_model(family, is_causal=False)
+    assert "attends in both directions" in str(use_document_attention(both_ways))
+    ours, _ = pair(family)
+    ids = torch.arange(12)[None]
+    with pytest.raises(ModelError, match="Load the model with attn_implementation='eager'"):
+        ours(input_ids=ids, output_attentions=True)
+    ours.config.is_causal = False
+    with pytest.raises(ModelError, match="made to attend in both directions"):
+        ours(input_ids=ids)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -227,6 +227,19 @@ def test_backward_twice_gives_the_same(family: str, policy: Policy) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_weight_that_changed_in_between_is_noticed(policy: Policy) -> None:
+    layer = layer_of()
+    x, given = layer_inputs(layer)
+    layer._engine.set_policy(policy)
+    out = layer(x, **given).sum()
+    with torch.no_grad():
+        next(p for p in layer.parameters() if p.requires_grad).add_(0.1)
+    with pytest.raises(RuntimeError, match="changed in place between its forward and its backward"):
+        out.backward()
+    layer(x, **given).sum().backward()
+
+
 def test_double_backward_is_refused() -> None:
     layer = layer_of()
     x, given = layer_inputs(layer)

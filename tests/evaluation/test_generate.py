@@ -201,6 +201,14 @@ def test_settings_out_of_range_are_refused(model, tokenizer, settings, message):
         generate_answers(model, tokenizer, ["a"], **settings)
 
 
+def test_a_prompt_that_leaves_no_room_is_refused(model, tokenizer):
+    window = model.config.max_position_embeddings
+    ids = [5] * (window - 3)
+    assert len(generate_answers(model, tokenizer, [ids], max_new_tokens=3)) == 1
+    with pytest.raises(EvaluationError, match=f"prompt 2 has {window - 3} tokens and leaves no room for 4"):
+        generate_answers(model, tokenizer, ["a", ids], max_new_tokens=4)
+
+
 def test_an_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(EvaluationError, match="prompt 2 is empty"):
         generate_answers(model, tokenizer, ["a", ""])

@@ -212,6 +212,15 @@ def test_rows_that_the_template_refuses_are_counted(model, tokenizer, monkeypatc
     assert report.refused == {"chat template refuses the row": 1}
 
 
+def test_rows_that_do_not_fit_the_window_are_counted(model, tokenizer):
+    rows = [conversation("the cat " * 300, "a"), conversation("good", "a")]
+    report = evaluate(model, tokenizer, rows, "exact_match", max_new_tokens=2)
+    assert report.tuned.score.count == 1
+    assert report.refused == {"too long for the model's window with 2 tokens of answer": 1}
+    report = evaluate(model, tokenizer, rows, "perplexity")
+    assert report.refused == {"too long for the model's window": 1}
+
+
 def test_a_reference_that_the_metric_cannot_use_is_found_before_any_answer_is_generated(model, tokenizer):
     calls: list[object] = []
     with pytest.raises(EvaluationError, match=r"row 2 is no valid pattern"):

@@ -142,6 +142,16 @@ def test_an_export_is_loaded_elsewhere_and_compared(saved: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("exports_load_here")
+def test_what_is_loaded_ends_where_the_template_does(saved: Path, tmp_path: Path) -> None:
+    base, tokenizer = loaded(saved)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    base.generation_config.eos_token_id = other = end + 5
+    merge_model(disturb(adapt(base)), tmp_path / "out", tokenizer)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert written == sorted({end, other, tokenizer.eos_token_id})
+
+
+@pytest.mark.usefixtures("exports_load_here")
 def test_a_quantized_base_is_merged_by_the_nearer_route(saved: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(saved, load_in_4bit=True)
     model = disturb(adapt(base))

@@ -118,7 +118,7 @@ def test_kernels_and_a_compiler_are_counted_where_there_are_any() -> None:
     assert 100 < (fused_layers - plain) / 2**20 < 120
     assert libraries(itemsize=2, layers=()) > fused_layers + 2**25
     # Heaps of lanes have holes, and more of them between kernels that stay.
-    assert libraries(2) == plain + 2**26 and libraries(2, itemsize=2) == fused_layers + 2**27
+    assert libraries(2) == plain + 2**26 and libraries(2, itemsize=2) == fused_layers + 5 * 2**25
     assert libraries(itemsize=2, kind="cuda") < plain
     assert libraries(compiles=True) > plain + 2**28
 

@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 
 from tunesmith import FastLanguageModel
-from tunesmith.core.errors import ModelError, SettingsError
+from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.models.load import facts_of
 from tunesmith.models.rope import AUTOMATIC, SCHEMES, Stretch, stretch
@@ -215,6 +215,34 @@ def test_a_factor_of_its_own_counts_from_its_own_window(tmp_path: Path) -> None:
     model = load(tmp_path, None, WINDOW)
     assert facts_of(model).window == WINDOW
     assert model.config.rope_parameters == {**own, "factor": 16.0}
+
+
+def test_a_scheme_that_reaches_further_than_its_config_says_is_kept(tmp_path: Path) -> None:
+    """As some models are published: a window for everyday use, and YaRN for four times what they were trained with."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    tiny.tiny_model("qwen3", max_position_embeddings=80, rope_parameters=yarn).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    own = {name: value for name, value in yarn.items() if name != "rope_theta"}
+    for window, scaling in ((160, None), (256, None), (160, own)):
+        model = load(tmp_path, scaling, window)
+        assert model.config.rope_parameters["factor"] == 4.0 and facts_of(model).window == window
+    assert load(tmp_path, None, 512).config.rope_parameters["factor"] == 8.0
+
+
+def test_a_shorter_use_of_a_scheme_is_saved_with_its_reach(tmp_path: Path) -> None:
+    tiny.tiny_model("llama", max_position_embeddings=64).save_pretrained(tmp_path / "base")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", {"rope_type": "linear", "factor": 4.0}, 128, full_finetuning=True)
+    assert facts_of(model).window == 128 and model.config.max_position_embeddings == 256
+    model.save_pretrained(tmp_path / "saved")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved", None, 256).config.rope_parameters["factor"] == 4.0
+
+
+def test_an_adapter_is_not_used_beyond_its_window(folders: dict[str, Path], tmp_path: Path) -> None:
+    FastLanguageModel.get_peft_model(load(folders["llama"], "yarn"), r=2).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=f"is above the window of {WINDOW} tokens that the adapter"):
+        load(tmp_path, None, WINDOW + 1)
 
 
 def test_a_model_without_rotary_embedding_keeps_its_window(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.tiny import save_model
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.serving.adapters import AdapterShelf, read_adapter
+from tunesmith.serving.engine import Engine
 from tunesmith.serving.lora import Routing
 from tunesmith.serving.request import Request
 
@@ -88,6 +89,23 @@ def test_an_adapter_with_a_template_of_its_own_is_asked_by_it(base_folder, tmp_p
     engine = start({"other": tmp_path / "other"})
     assert engine.tokenizer_of("other").chat_template == tokenizer.chat_template != engine.tokenizer.chat_template
     assert engine.tokenizer_of(None) is engine.tokenizer
+
+
+def test_its_own_end_of_turn_ends_its_answers(base_folder, tmp_path):
+    model, tokenizer = loaded(base_folder)
+    disturb(adapt(model)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    plain, own = loaded(base_folder)
+    own.chat_template = None
+    engine = Engine(plain, own)
+    try:
+        engine.shelf.add("other", tmp_path / "other")
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        for name, ends in ((None, {own.eos_token_id}), ("other", {own.eos_token_id, end})):
+            ticket = engine.submit(Request((5, 6), 2, name), lambda delta: None)
+            assert ticket.ends == ends
+    finally:
+        engine.close(drain=False)
 
 
 KINDS = {

@@ -44,8 +44,11 @@ def trainer(folder: Path | str, *, rows: Any = 24, model: Any = None, **settings
 
     saved = "steps" if any(name.startswith(("save_", "eval_", "load_best")) for name in settings) else "no"
 
-    own = {name: settings.pop(name) for name in ("eval_dataset", "callbacks", "formatting_func", "optimizers")
-           if name in settings}  # fmt: skip
+    of_trainer = (
+        "eval_dataset", "callbacks", "formatting_func", "optimizers", "data_collator", "dataset_num_proc",
+        "peft_config", "compute_metrics",
+    )  # fmt: skip
+    own = {name: settings.pop(name) for name in of_trainer if name in settings}
     args = SFTConfig(
         output_dir=str(folder),
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,

@@ -297,47 +297,6 @@ def test_formatting_func_makes_the_text(tmp_path: Path) -> None:
     assert len(support.trainer(tmp_path, rows=rows, formatting_func=several).train_data.documents) == 4
 
 
-@pytest.mark.parametrize("reads", ["derived", "given"])
-def test_train_on_responses_only_agrees_with_the_conversations(reads: str, tmp_path: Path) -> None:
-    conversations = support.trainer(tmp_path / "a", rows=20, eval_dataset=tiny.chat_rows(4, seed=8))
-    from_text = support.trainer(
-        tmp_path / "b",
-        rows=texts(20),
-        dataset_text_field="body",
-        eval_dataset=[{"body": tiny.tiny_tokenizer().apply_chat_template(r["messages"], tokenize=False)}
-                      for r in tiny.chat_rows(4, seed=8)],
-    )  # fmt: skip
-    assert from_text.train_data.documents[0].trained[1:].all(), "text trains on everything"
-    parts = {} if reads == "derived" else {
-        "instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"
-    }  # fmt: skip
-    returned = train_on_responses_only(from_text, **parts)
-    assert returned is from_text
-    for ours, theirs in (
-        (from_text.train_data, conversations.train_data),
-        (from_text.eval_data, conversations.eval_data),
-    ):
-        for mine, other in zip(ours.documents, theirs.documents, strict=True):
-            length = len(other)
-            assert mine.input_ids[:length].tolist() == other.input_ids.tolist()
-            assert mine.trained[:length].tolist() == other.trained.tolist()
-            assert not mine.trained[length:].any()
-    # For rows that came as conversations nothing changes.
-    before = conversations.train_data.fingerprint()
-    assert train_on_responses_only(conversations).train_data.fingerprint() == before
-
-
-def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
-    rows = [*texts(6), {"body": "no markers at all"}]
-    trainer = train_on_responses_only(support.trainer(tmp_path, rows=rows, dataset_text_field="body"))
-    assert len(trainer.train_data.documents) == 6
-    assert sum(trainer.ledger.dropped.values()) == 1
-    with pytest.raises(DataError):
-        train_on_responses_only(support.trainer(tmp_path, rows=rows[-1:], dataset_text_field="body"))
-    with pytest.raises(SettingsError):
-        train_on_responses_only(support.trainer(tmp_path, rows=rows, dataset_text_field="body"), response_part="x")
-
-
 def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
     losses, evals = [], []
     for alpha in (None, 5.0):
@@ -453,7 +412,6 @@ def test_python_and_command_line_have_the_same_defaults() -> None:
 
 
 def test_answers_only_never_widens_a_mask(tmp_path: Path) -> None:
-    from tunesmith import train_on_responses_only
 
     rows = tiny.chat_rows(8)
     for row in rows:

@@ -68,6 +68,7 @@ def inject_adapter(
         OutputError: ``temporary_location`` is a file or cannot be written.
     """
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     check_checkpointing(settings.use_gradient_checkpointing)
     _set_location(model, settings.temporary_location)
@@ -76,6 +77,11 @@ def inject_adapter(
         refuse_other_scheme(model, qat_scheme)
         set_checkpointing(model, settings.use_gradient_checkpointing)
         return model
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            "this model is the base of an adapter that is there already. Go on with the model that get_peft_model "
+            "returned, or take the adapter off first: base = model.unload()."
+        )
     if is_torchaos(model):
         raise AdapterError(
             "torchao has quantized this model to be used, and not to be trained on. Adapt the model in 16 bits; with "
@@ -110,8 +116,9 @@ def inject_adapter(
     config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
     if settings.loftq_config is not None:
         _start_loftq(adapted, settings.loftq_config, has_values=has_values)
-    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=settings.rounds_base)
     facts = facts_of(model)
+    keeps_base = settings.rounds_base or facts.is_merged
+    as_adapter_model(adapted, takes_from_base=settings.takes_from_base and has_values, keeps_base=keeps_base)
     facts.adapter = {**arguments_of(config), **_start_of(settings, rows)}
     adapted.tunesmith_facts = facts
     set_checkpointing(adapted, settings.use_gradient_checkpointing)

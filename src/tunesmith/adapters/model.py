@@ -10,7 +10,7 @@ adapter of twice the rank:
     A' = [A; A0]    B' = [B, -B0]    with the same scale s
 
 What LoftQ does to the base is not of low rank: there the base itself is saved in the folder ``base/`` of the adapter,
-which is found again wherever the adapter's folder is moved to.
+which is found again wherever the adapter's folder is moved to. So is a base that another adapter was merged into.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from peft import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
+from tunesmith.adapters import starts
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.files import lasting_path, require_space, whole_folder
 from tunesmith.core.tasks import TASKS
@@ -196,7 +198,7 @@ class AdapterModel(PeftModel):
 
     Attributes:
         started: A0 and B0 by name, where the start of the first adapter took them out of the base.
-        keeps_base: whether the start of the first adapter replaced the base, which is saved with it.
+        keeps_base: whether the base of the first adapter has no files of its own and is saved with it.
         saves_raw: see :func:`raw_weights`.
     """
 
@@ -266,15 +268,15 @@ class AdapterModel(PeftModel):
             AdapterError: what was taken out is not known, because the adapter was loaded.
         """
         if not self.started:
-            start = getattr(self.peft_config.get("default"), "init_lora_weights", True)
-            if isinstance(start, str) and start.startswith(("pissa", "olora")):
-                raise AdapterError(
-                    f"this adapter was saved with init_lora_weights={start!r}, and its base lacks what it started "
-                    "with: it cannot be switched off. Load the base by itself to compare."
-                )
+            self._refuse_lost_start()
             with super().disable_adapter():
                 yield
             return
+        if self._has_merged():
+            raise AdapterError(
+                "this adapter is merged, and it took something out of its base: call unmerge_adapter() before it is "
+                "switched off."
+            )
         # W = W_res + s B0 A0: with what it started with, the adapter gives the base as it was.
         weights = _adapter_weights(self)
         now = {name: weights[name].detach().clone() for name in self.started}
@@ -291,10 +293,16 @@ class AdapterModel(PeftModel):
             for module in whole:
                 module.enable_adapters(True)
 
-    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's; refused where the base lacks what the first adapter took out of it."""
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; refused where the base lacks what one adapter took out of it, or would lack it then."""
         self._refuse_beside(adapter_name)
-        return super().add_adapter(adapter_name, *args, **kwargs)
+        start = getattr(peft_config, "init_lora_weights", True)
+        if self.peft_config and adapter_name not in self.peft_config and starts.changes_base(start):
+            raise AdapterError(
+                f"adapter {adapter_name!r} would start with init_lora_weights={start!r}, which changes the base below "
+                "the adapters that are there. Give it a base of its own, or another start."
+            )
+        return super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, which only warns of tensors that fit nothing and leaves missing ones random.
@@ -304,6 +312,11 @@ class AdapterModel(PeftModel):
         """
         self._refuse_beside(adapter_name)
         is_new = adapter_name not in self.peft_config
+        if is_new and (Path(model_id) / _CONFIG).is_file():
+            starts.refuse_lost_base(Path(model_id))
+            own = [getattr(config, "init_lora_weights", True) for config in self.peft_config.values()]
+            given = starts.read_config(Path(model_id)).get("init_lora_weights")
+            starts.refuse_shared_base(model_id, [*own, given])
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except RuntimeError:  # other shapes: what was read of it must not be left to be chosen
@@ -318,6 +331,46 @@ class AdapterModel(PeftModel):
             raise AdapterError(f"adapter {model_id} does not fit its base: {len(names)} tensors {what} ({names[0]}).")
         return result
 
+    def unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the base without adapters, as it was; PEFT's has trained heads, and lacks what was taken out of it.
+
+        Raises:
+            AdapterError: what was taken out is not known, because the adapter was loaded.
+        """
+        if self.started:
+            if self._has_merged():
+                self.base_model.unmerge_adapter()
+            weights = _adapter_weights(self)
+            for name, first in self.started.items():
+                weights[name].data.copy_(first)
+            self.base_model.merge_adapter(["default"])
+        else:
+            self._refuse_lost_start()
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter([])  # PEFT would leave the trained one in its place
+        base = self.base_model.unload(*args, **kwargs)
+        facts_of(base).adapter = None
+        return base
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; an adapter that is trained on what comes out is saved with its base."""
+        base = self.base_model.merge_and_unload(*args, **kwargs)
+        facts = facts_of(base)
+        facts.adapter, facts.is_merged = None, True
+        return base
+
+    def _has_merged(self) -> bool:
+        return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.modules())
+
+    def _refuse_lost_start(self) -> None:
+        start = getattr(self.peft_config.get("default"), "init_lora_weights", True)
+        if starts.repeats_on_base(start):
+            raise AdapterError(
+                f"this adapter was saved with init_lora_weights={start!r}, and its base lacks what it started with: it "
+                "cannot be switched off. Load the base by itself."
+            )
+
     def _refuse_beside(self, name: str) -> None:
         if name == "default":
             return
@@ -328,8 +381,8 @@ class AdapterModel(PeftModel):
             )
         if self.__dict__.get("keeps_base"):
             raise AdapterError(
-                f"adapter {name!r} would stand on the base that LoftQ rounded for the first one. Save the first one "
-                "and load it again: then that base is one like any other."
+                f"adapter {name!r} would stand on a base that is saved with the first one (LoftQ rounded it, or an "
+                "adapter was merged into it). Save the first one and load it again: then it is a base like any other."
             )
 
 
@@ -366,14 +419,15 @@ def _base_weights(model: Any) -> dict[str, torch.Tensor]:
 def _save_base(model: Any, folder: Path) -> None:
     """Write the base below the adapter to ``folder``, whole or not at all, as transformers saves a model."""
     size, facts = base_bytes_beside(model), facts_of(model)
-    require_space(folder.parent, size, "the base that LoftQ rounded, saved beside its adapter,")
+    require_space(folder.parent, size, "the base, saved beside its adapter,")
     with whole_folder(folder) as temporary:
         model.get_base_model().save_pretrained(temporary, state_dict=_base_weights(model))
         if facts.tokenizer is not None:
             facts.tokenizer.save_pretrained(temporary)
     _log.warning(
-        "LoftQ: the rounded base (%.0f MiB) is saved with its adapter in %s", size / 2**20, lasting_path(folder)
-    )
+        "the base (%.0f MiB), which has no files of its own, is saved with its adapter in %s",
+        size / 2**20, lasting_path(folder),
+    )  # fmt: skip
 
 
 def _point_to_base(folder: Path) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.adapters.config import arguments_of
 from tunesmith.adapters.inject import refuse_beside_rounding
 from tunesmith.adapters.model import as_adapter_model, base_beside, refuse_quantized, trained_for, trained_on
+from tunesmith.adapters.starts import read_config, refuse_lost_base
 from tunesmith.core.errors import AdapterError, ModelError, SettingsError
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import ALIASES, ModelSource, find_model
@@ -26,6 +26,7 @@ from tunesmith.models.load import (
     load_tokenizer,
     load_window,
 )
+from tunesmith.models.prompts import set_ends
 from tunesmith.models.qat import prepare, scheme_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width, is_float8
@@ -44,27 +45,12 @@ __all__ = [
     "load_source",
     "load_source_tokenizer",
     "own_tokenizer",
-    "refuse_lost_base",
     "refuse_other_base",
 ]
 
 _log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Start of an adapter -> what it did to the base that a reload cannot repeat.
-_LOST_BASES = {
-    "pissa_niter_": "took a random approximation out of the base",
-    "lora_ga": "changed the base by gradients of the training data",
-    "corda": "changed the base by statistics of the training data",
-    "loftq": "rounded the base to few bits",
-}
-_REMEDY = (
-    "Convert it to a plain adapter where it was trained: PEFT's save_pretrained with "
-    "path_initial_model_for_weight_conversion."
-)
-_REMEDIES = {
-    "loftq": "Take the adapter that the finished run saved with its base, or resume the run from this checkpoint."
-}
 
 
 def load_source(
@@ -132,6 +118,8 @@ def load_source(
         **hub,
     )
     if folder is None:
+        if chat_template is not None and facts_of(model).task == CAUSAL_LM:
+            set_ends(model, facts_of(model).tokenizer)  # type: ignore[arg-type]
         if qat_scheme is not None:
             raise SettingsError(
                 f"qat_scheme={qat_scheme!r} trains all weights of a base: give full_finetuning=True. To train an "
@@ -143,7 +131,9 @@ def load_source(
         owner = folder if not sees or _has_processor(folder) else base
         tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
         facts_of(model).tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if facts_of(model).task != CAUSAL_LM and tokenizer.pad_token_id is not None:
+        if facts_of(model).task == CAUSAL_LM:
+            set_ends(model, facts_of(model).tokenizer)  # type: ignore[arg-type]
+        elif tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
     if not attach:
         return model, tokenizer
@@ -222,6 +212,11 @@ def _as_trained(
     if own_stretch is not None and stretched is None:
         stretched = own_stretch
         window = own_stretch.window if window is DEFAULT_WINDOW else window
+        if None not in (window, own_stretch.window) and window > own_stretch.window:  # type: ignore[operator]
+            raise AdapterError(
+                f"max_seq_length={window} is above the window of {own_stretch.window} tokens that the adapter "
+                f"{folder.name} was trained with: its positions would mean something else. Ask for at most that."
+            )
     return width, stretched, window
 
 
@@ -229,7 +224,7 @@ def _head_as_trained(folder: ModelSource | None, head: Head) -> Head:
     """Return ``head`` with the task and the labels of the adapter in ``folder``, and refuse others."""
     if folder is None:
         return head
-    task = _config(Path(folder.path)).get("task_type") or CAUSAL_LM
+    task = read_config(Path(folder.path)).get("task_type") or CAUSAL_LM
     labels = trained_on(Path(folder.path)).labels
     if head.task not in (None, task):
         raise AdapterError(f"adapter {folder.name} was trained for {task}, not for {head.task}. Ask for {task}.")
@@ -293,7 +288,7 @@ def base_of(adapter: Path) -> ModelSource:
         AdapterError: adapter_config.json is missing, unreadable or names no base, or the weights are missing.
         ModelError: the base is not found where the adapter says it is.
     """
-    config = _config(adapter)
+    config = read_config(adapter)
     if not (adapter / _WEIGHTS).is_file():
         raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
     own = base_beside(adapter)
@@ -358,17 +353,7 @@ def load_beside(model: PeftModel, name: str, adapter: Path) -> None:
     Raises:
         AdapterError: it does not fit the base, or one of the two changed the base for itself.
     """
-    from peft import PeftConfig
-
-    refuse_lost_base(adapter)
     refuse_other_base(name, adapter, model)
-    for config in (*model.peft_config.values(), PeftConfig.from_pretrained(str(adapter))):
-        start = str(getattr(config, "init_lora_weights", True))
-        if start.startswith(("pissa", "olora")):
-            raise AdapterError(
-                f"adapter {adapter} cannot share its base: one of the adapters was saved with "
-                f"init_lora_weights={start!r}, which changes the base for itself. {_REMEDY}"
-            )
     try:
         model.load_adapter(str(adapter), name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -411,28 +396,6 @@ def refuse_other_base(name: str, adapter: Path, model: Any) -> None:
         raise AdapterError(
             f"adapter {name} was trained with {window}, which the base does not have here: positions would mean "
             "something else. Load it by itself, or merge it (tunesmith export)."
-        )
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    file = adapter / _CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{adapter} is no adapter folder: {_CONFIG} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{file} is not valid JSON: {error}. Copy the adapter again.") from None
-    return config if isinstance(config, dict) else {}
-
-
-def refuse_lost_base(adapter: Path) -> None:
-    """Some starts change the base by chance, by data or by rounding, and the folder does not hold what it became."""
-    start = str(_config(adapter).get("init_lora_weights", True))
-    reason = next((reason for name, reason in _LOST_BASES.items() if start.startswith(name)), None)
-    if reason is not None:
-        raise AdapterError(
-            f"adapter {adapter} started with init_lora_weights={start!r}, which {reason}: on the base as it is its "
-            f"answers would be wrong. {_REMEDIES.get(start, _REMEDY)}"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import console, not_utf8, print_beside, print_lines
+from tunesmith.cli.console import console, not_utf8, print_beside, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.cli.voices import BASE, Voices, load_voices
 from tunesmith.core.names import did_you_mean
@@ -47,6 +47,7 @@ def command(
     **flags: Any,
 ) -> None:
     """Talk to a model. Lines that begin with / are commands; /help lists them."""
+    silence_libraries()  # the imports below have something to say of this machine
     from tunesmith.data.templates import require_chat_template
 
     voices = load_voices(model, adapter or [], chat_template=chat_template, dtype=dtype, **given_settings(flags))
@@ -123,7 +124,8 @@ class _Chat:
         from tunesmith.cli.generate import stream_answer
 
         self.turns.append({"role": "user", "content": line})
-        self._forget_what_does_not_fit()
+        if not self._makes_room():
+            return
         try:
             with self.voices.speaking(self.voices.current) as (model, tokenizer):
                 answer = stream_answer(model, tokenizer, self._messages(), **self.sampling)
@@ -144,7 +146,8 @@ class _Chat:
             return
         if line:
             self.turns.append({"role": "user", "content": line})
-            self._forget_what_does_not_fit()
+            if not self._makes_room():
+                return
         elif self.turns:
             del self.turns[-1]  # the last answer
         else:
@@ -165,15 +168,27 @@ class _Chat:
     def _messages(self) -> list[dict[str, str]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def _forget_what_does_not_fit(self) -> None:
-        """Leave out the oldest exchanges when prompt and answer no longer fit the model's window, and say so."""
+    def _makes_room(self) -> bool:
+        """Leave out the oldest exchanges when prompt and answer no longer fit the model's window, and say so.
+
+        False: the question alone does not fit, and is forgotten.
+        """
         from tunesmith.models.load import facts_of
         from tunesmith.models.prompts import require_prompt
 
-        room = facts_of(self.voices.model).window - self.sampling["max_new_tokens"]
-        forgotten = 0
-        while len(self.turns) > 2 and len(require_prompt(self.voices.tokenizer, self._messages())) > room:
+        def tokens() -> int:
+            return len(require_prompt(self.voices.tokenizer, self._messages()))
+
+        window, forgotten = facts_of(self.voices.model).window, 0
+        room = window - self.sampling["max_new_tokens"]
+        while len(self.turns) > 2 and tokens() > room:
             del self.turns[:2]
             forgotten += 1
         if forgotten:
             print_lines([f"(the oldest {forgotten} of the exchanges no longer fit and are forgotten)"])
+        if 0 < room < (needed := tokens()):
+            self.turns.pop()
+            room_for = f"no room for {window - room:,} of an answer in the window of {window:,}"
+            print_lines([f"(the question has {needed:,} tokens and leaves {room_for}; it is forgotten)"])
+            return False
+        return True

@@ -101,8 +101,8 @@ def silence_libraries() -> None:
     import huggingface_hub.utils
     import transformers
 
-    # What torchao says while transformers imports it, of kernels for GPUs that are not here.
-    for name in ("torchao", "torch.utils._pytree"):
+    # What torchao and bitsandbytes say while they are imported, of kernels that are not here.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tunesmith.cli.console import console, print_lines
+from tunesmith.cli.console import console, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.files import write_text
@@ -57,8 +57,14 @@ def command(
         raise OutputError(f"--output {output} exists already and is not overwritten. Give another path.")
     if output is not None and not output.absolute().parent.is_dir():
         raise OutputError(f"--output {output}: the folder {output.absolute().parent} does not exist. Make it first.")
-    if metric == "perplexity" and temperature:
-        raise SettingsError("--temperature has no effect on perplexity, which generates nothing. Leave it out.")
+    typed = {"--temperature": temperature, "--max-new-tokens": max_new_tokens != 256, "--batch-size": batch_size != 32}
+    idle = [flag for flag, value in typed.items() if value and metric == "perplexity"]
+    if idle:
+        raise SettingsError(
+            f"{', '.join(idle)}: without effect on perplexity, which generates nothing and takes one row at a time. "
+            "Leave it out."
+        )
+    silence_libraries()  # the imports below have something to say of this machine
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.cli.task_scores import print_scores, score_task
     from tunesmith.evaluation import evaluate

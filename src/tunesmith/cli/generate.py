@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.console import not_utf8
+from tunesmith.cli.console import not_utf8, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import DataError, SettingsError
 
@@ -42,6 +42,7 @@ def command(
     text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty. Give some text, or - to read it from stdin.")
+    silence_libraries()  # the imports below have something to say of this machine
     from tunesmith.cli.loading import load_for_answers
 
     loaded, tokenizer = load_for_answers(

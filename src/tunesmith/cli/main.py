@@ -7,6 +7,7 @@ bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -39,6 +40,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that ``arguments`` (None: those of the process) name, and exit."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our bars and dashes gets question marks
     try:
         _parser_for(words)(args=words, prog_name="tunesmith")
     except TunesmithError as error:

@@ -17,6 +17,7 @@ __all__ = [
     "choose_dtype",
     "computes_float8",
     "describe_device",
+    "is_bf16_supported",
     "is_bfloat16_supported",
     "parse_dtype",
 ]
@@ -133,3 +134,6 @@ def _bfloat16_units(device: torch.device) -> tuple[bool, str]:
 def is_bfloat16_supported() -> bool:
     """Return whether the default device has bfloat16 units (the name that Unsloth scripts import)."""
     return _bfloat16_units(choose_device())[0]
+
+
+is_bf16_supported = is_bfloat16_supported

@@ -97,13 +97,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Generator[None]:
-    """Hold the lock file ``path`` for the block, waiting for whoever holds it; the lock of a dead process is free."""
+def lock(path: Path, *, waits: bool = True) -> Generator[None]:
+    """Hold the lock file ``path`` for the block, waiting for whoever holds it; the lock of a dead process is free.
+
+    Raises:
+        OutputError: another process holds it, where ``waits`` is False.
+    """
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise OutputError(
+                f"another process is writing to {path.parent}. Wait until it is done, or choose another folder."
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -203,6 +212,7 @@ _WRITE_PROBLEMS = {
     errno.ENOTDIR: "part of the path is a file. Choose another folder.",
     errno.ENOENT: "no folder can be made there. Choose another folder.",
     errno.EEXIST: "a file of that name is in the way. Choose another folder.",
+    errno.ENAMETOOLONG: "the name is too long. Choose a shorter one.",
 }
 
 

@@ -41,7 +41,9 @@ class Guide:
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, assignments are checked, docstrings are descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, frozen=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -172,9 +174,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is a folder. Give the YAML file inside it.") from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}). Give the YAML file of a run.") from None
     try:
         _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         values = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; lists in lists without end
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -192,6 +198,8 @@ def _refuse_repeated_keys(path: Path, node: Any) -> None:
 
     seen: dict[str, int] = {}
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+        if not isinstance(key, yaml.ScalarNode):
+            raise SettingsError(f"{path}:{key.start_mark.line + 1}: a key must be a name, not a list or a mapping.")
         line = key.start_mark.line + 1
         if key.value in seen:
             raise SettingsError(f"{path}:{line}: {key.value!r} is already set in line {seen[key.value]}. Keep one.")
@@ -211,5 +219,5 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise SettingsError(f"--set {text!r}: write key=value, for example --set learning_rate=1e-4.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise SettingsError(f"--set {text!r}: the value is not valid YAML. Quote it if it holds : or {{.") from None

@@ -19,7 +19,7 @@ from tunesmith.core.names import did_you_mean
 from tunesmith.data.readers import SUFFIXES, kind_of, read_file, without_nested_nulls
 from tunesmith.data.types import SourceRow
 
-__all__ = ["Source", "formatted_rows", "list_splits", "read_rows"]
+__all__ = ["Source", "formatted_rows", "has_valid", "list_splits", "read_rows"]
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """A path, a hub id, a ``datasets`` object, or dicts."""
@@ -66,11 +66,47 @@ def read_rows(source: Source, *, split: str = "train", name: str | None = None) 
 
 
 def formatted_rows(source: Source, function: Callable[[Mapping[str, Any]], Any]) -> Iterator[dict[str, Any]]:
-    """Return rows of the text, or of each text, that ``function`` makes of a row."""
+    """Return rows of the text, or of each text, that ``function`` makes of a row, alone or as ``{"text": ...}``.
+
+    A function that takes columns of many rows, as ``datasets.map(batched=True)`` gives them, is called with each row as
+    a batch of one; it is known by making one text of such a batch, and none or several of the row itself.
+
+    Raises:
+        DataError: it makes something else.
+    """
+    is_batched: bool | None = None
     for row in read_rows(source):
-        made = function(row.value)
-        for text in [made] if isinstance(made, str) else made:
-            yield {"text": text}
+        if is_batched is None:
+            is_batched = _takes_batches(function, row.value)
+        made = function({name: [value] for name, value in row.value.items()} if is_batched else row.value)
+        texts = _texts_of(made)
+        if texts is None:
+            raise DataError(
+                f"{row.where}: formatting_func returned {kind_of(made)}. It must return a text, or a list of texts."
+            )
+        yield from ({"text": text} for text in texts)
+
+
+def _texts_of(made: Any) -> list[str] | None:
+    """Return the texts that a formatting function has made, None where it made something else."""
+    made = made["text"] if isinstance(made, Mapping) and list(made) == ["text"] else made
+    texts = [made] if isinstance(made, str) else made
+    is_list = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+    return list(texts) if is_list else None
+
+
+def _takes_batches(function: Callable[[Mapping[str, Any]], Any], value: Mapping[str, Any]) -> bool:
+    try:
+        alone = _texts_of(function(value))
+    except Exception:  # whatever a function may raise that is given what it was not written for
+        alone = None
+    if alone is not None and len(alone) == 1:
+        return False
+    try:
+        batch = _texts_of(function({name: [cell] for name, cell in value.items()}))
+    except Exception:
+        return False
+    return batch is not None and len(batch) == 1
 
 
 def list_splits(source: Source, *, name: str | None = None) -> tuple[str, ...]:
@@ -90,6 +126,11 @@ def list_splits(source: Source, *, name: str | None = None) -> tuple[str, ...]:
     return tuple(sorted(set(found), key=lambda split: (order.index(split) if split in order else len(order), split)))
 
 
+def has_valid(source: Source) -> bool:
+    """Return whether ``source`` is a local folder with a valid file of its own."""
+    return isinstance(source, (str, os.PathLike)) and os.path.isdir(_path(source)) and "valid" in list_splits(source)
+
+
 def _not_empty(rows: Iterator[SourceRow], label: str) -> Iterator[SourceRow]:
     is_empty = True
     for row in rows:
@@ -104,8 +145,8 @@ def _not_empty(rows: Iterator[SourceRow], label: str) -> Iterator[SourceRow]:
 
 def _locate(source: str | os.PathLike[str], *, name: str | None) -> Any:
     """Return the existing :class:`Path`, or the dataset that the hub has under this name."""
-    path = Path(source).expanduser()
-    if path.is_file() or path.is_dir():
+    path = _path(source)
+    if os.path.isfile(path) or os.path.isdir(path):  # unlike Path's, these answer no where a name is too long
         _refuse_name(name, f"the local path {path}")
         return path
     is_hub_id = isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES
@@ -114,10 +155,17 @@ def _locate(source: str | os.PathLike[str], *, name: str | None) -> Any:
     raise DataError(f"no data at {os.fspath(source)!r}.{_nearby(path)} {_ACCEPTED}")
 
 
+def _path(source: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # a name that begins with ~ and no user's
+        return Path(source)
+
+
 def _nearby(path: Path) -> str:
     """Say what stands where ``path`` was looked for."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return f" The folder {os.fspath(parent)!r} does not exist."
     names = sorted(os.listdir(parent))
     readable = [name for name in names if Path(name).suffix.lower() in SUFFIXES]

@@ -6,6 +6,7 @@
     prompt-completion   ``prompt``, ``completion``: two texts, or two lists of messages [``tools``]
     evals               ``input``: messages or text; ``ideal``: text, a list of texts (the first), a message [``tools``]
     text                ``text``
+    tokens              ``input_ids`` [``labels``, ``attention_mask``, ``completion_mask``, ``assistant_masks``]
 
 Messages may show images, in their content or in a column ``images`` or ``image`` of the row (see ``images.py``).
 
@@ -19,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
@@ -35,10 +39,11 @@ from tunesmith.data.messages import (
     refuse,
 )
 from tunesmith.data.readers import kind_of
-from tunesmith.data.types import Completion, Conversation, Example, SourceRow, Text
+from tunesmith.data.types import Completion, Conversation, Example, SourceRow, Text, Tokens
 
-__all__ = ["check_mapping", "detect_schema", "to_example"]
+__all__ = ["check_mapping", "detect_schema", "text_goes_first", "to_example"]
 
+_IGNORED = -100
 _ROLES = ("system", "user", "assistant")
 _FIELDS = ("messages", "conversations", "instruction", "output", "history", "prompt", "completion", "input", "ideal")
 _MAPPING_TARGETS = (*_ROLES, "tools", *_FIELDS, "text")
@@ -64,6 +69,16 @@ def to_example(row: SourceRow, mapping: Mapping[str, str] | None = None) -> Exam
     else:
         value = row.value
     return _BUILDERS[detect_schema(value)](value, row.where)
+
+
+def text_goes_first(rows: Any) -> bool:
+    """Return whether a list or ``datasets`` object has a ``text`` column beside others that are no chat.
+
+    Scripts for TRL write such a column to be trained on; a rendered one beside messages is only there to be looked at.
+    """
+    first = rows[0] if isinstance(rows, list) and rows else None
+    names: set[str] = set(first if isinstance(first, Mapping) else getattr(rows, "column_names", None) or ())
+    return "text" in names and detect_schema(dict.fromkeys(names, "")) in ("alpaca", "evals")
 
 
 def detect_schema(value: Mapping[str, Any]) -> str:
@@ -137,7 +152,8 @@ def _from_columns(grouped: Mapping[str, list[tuple[str, Any]]], where: str) -> C
     for role in _ROLES:
         optional = role == "system"
         cells = [(column, cell) for column, cell in grouped.get(role, []) if not (optional and cell is None)]
-        text = "\n\n".join(read_text(cell, field=f"column {column!r}") for column, cell in cells)
+        texts = [read_text(cell, field=f"column {column!r}") for column, cell in cells]
+        text = "\n\n".join([text for text in texts if text.strip()] or texts[:1])
         if cells and (text or not optional):
             messages.append({"role": role, "content": text})
     tools = next((cell for _, cell in grouped.get("tools", [])), None)
@@ -151,7 +167,11 @@ def _conversation(
     messages: Messages, value: Mapping[str, Any], where: str, *, schema: str, train: Flags | None = None
 ) -> Conversation:
     flags = train if train is not None else (None,) * len(messages)
-    tools = read_tools(value.get("tools"))
+    tools, functions = read_tools(value.get("tools")), read_tools(value.get("functions"), field="functions")
+    if tools and functions:
+        refuse("bad tools", "the row has tools and functions, which say the same")
+    # OpenAI's older form: what a tool has under "function" stands by itself.
+    tools = tools or ([{"type": "function", "function": function} for function in functions] if functions else None)
     return build_conversation(messages, flags, where=where, schema=schema, tools=tools, images=images_of(value))
 
 
@@ -182,7 +202,7 @@ def _from_alpaca(value: Mapping[str, Any], where: str) -> Conversation:
 
 def _history(value: object) -> Messages:
     """Return the earlier turns of an alpaca row: a list of [question, answer] pairs."""
-    turns: Any = [] if value is None else value
+    turns: Any = [] if value in (None, "") else value
     if not isinstance(turns, list) or not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
         refuse("wrong type", "history must be a list of [question, answer] pairs")
     return [
@@ -252,6 +272,40 @@ def _from_text(value: Mapping[str, Any], where: str) -> Text:
     return Text(text=text, where=where)
 
 
+def _from_tokens(value: Mapping[str, Any], where: str) -> Tokens:
+    """Take ids and masks as they are: labels of -100 are not trained, places without attention are left out."""
+    ids = _integers(value["input_ids"], "input_ids")
+
+    def beside(name: str, default: int) -> NDArray[np.int64]:
+        given = value.get(name)
+        found = np.full(len(ids), default) if given is None else _integers(given, name)
+        if len(found) != len(ids):
+            refuse("bad tokens", f"{name} has {len(found)} entries and input_ids {len(ids)}")
+        return found
+
+    labels, is_there = beside("labels", 0), beside("attention_mask", 1) != 0
+    trained = (labels != _IGNORED) if value.get("labels") is not None else np.ones(len(ids), dtype=bool)
+    for name in ("completion_mask", "assistant_masks"):
+        trained &= beside(name, 1) != 0
+    wrong = np.flatnonzero(trained & (labels != ids) & (value.get("labels") is not None)).tolist()
+    if wrong:
+        detail = f"labels[{wrong[0]}] is {labels[wrong[0]]} and input_ids[{wrong[0]}] {ids[wrong[0]]}"
+        refuse("bad tokens", f"{detail}; a label is its own token (the loss shifts them) or -100")
+    if is_there.sum() < 2 or ids.min() < 0:
+        refuse("bad tokens", "input_ids must hold two tokens or more, none below 0")
+    return Tokens(ids[is_there].astype(np.int32), trained[is_there], where)
+
+
+def _integers(value: object, name: str) -> NDArray[np.int64]:
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        found = np.zeros((0, 0))
+    if found.ndim != 1 or not (np.issubdtype(found.dtype, np.integer) or found.dtype == bool):
+        refuse("bad tokens", f"{name} must be a list of whole numbers")
+    return found.astype(np.int64)
+
+
 def _refuse_preference(value: Mapping[str, Any], where: str) -> Example:
     refuse(
         f"{detect_schema(value)} rows",
@@ -269,7 +323,10 @@ def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-_ACCEPTED = "messages; conversations; instruction + output; prompt + completion; input + ideal (OpenAI evals); or text"
+_ACCEPTED = (
+    "messages; conversations; instruction + output; prompt + completion; input + ideal (OpenAI evals); text; or "
+    "input_ids"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +343,7 @@ def _schema(name: str, required: str, optional: str, build: Callable[[Mapping[st
 
 # Order matters: the first whose required keys are all there wins.
 _SCHEMAS = (
+    _schema("tokens", "input_ids", "labels attention_mask completion_mask assistant_masks", _from_tokens),
     _schema("preference", "chosen rejected", "prompt", _refuse_preference),
     _schema("stepwise", "completions labels", "prompt", _refuse_preference),
     _schema("unpaired", "kto_tag", "", _refuse_preference),

@@ -41,7 +41,8 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     """Return what the columns ``images`` and ``image`` of a row hold."""
     several = row.get("images")
     several = list(several) if isinstance(several, (list, tuple)) else [several]
-    return [image for image in [*several, row.get("image")] if image is not None]
+    given = [*several, row.get("image")]
+    return [image for image in given if (image if isinstance(image, str) else image is not None)]  # "": an empty cell
 
 
 def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from tunesmith.core.errors import DataError
 from tunesmith.data.packing import packing_efficiency
 from tunesmith.data.types import Document, RowRefusedError
 
-__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "refuse_too_long", "summary"]
+__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "losses", "refuse_too_long", "summary"]
 
 CUT_NOTE = "cut to max_length"
 _EXAMPLES = 3
@@ -281,6 +281,29 @@ class Ledger:
             bar = "█" * -(-count * min(_BAR, width // 3) // most)
             lines.append(f"{f'{low:,}-{high:,}':>21} {bar} {count:,}")
         return lines
+
+
+class _Counts(Protocol):
+    """What the ledgers of all tasks have."""
+
+    rows_in: int
+    rows_cut: int
+    tokens_cut: int
+    dropped: Counter[str]
+    examples: dict[str, list[tuple[str, str]]]
+
+
+def losses(ledger: _Counts) -> str | None:
+    """Return in a sentence which rows are left out or cut, and why, for those who do not print the ledger; or None."""
+    dropped = ledger.dropped + Counter[str](getattr(ledger, "documents_dropped", {}))
+    said: list[str] = []
+    if dropped:
+        reasons = [f"{n:,} {reason} (first {ledger.examples[reason][0][0]})" for reason, n in dropped.most_common(4)]
+        rest = ", ..." if len(dropped) > 4 else ""
+        said.append(f"{sum(dropped.values()):,} are left out: {', '.join(reasons)}{rest}")
+    if ledger.rows_cut:
+        said.append(f"{ledger.rows_cut:,} are cut to max_length, by {ledger.tokens_cut:,} tokens together")
+    return f"of {ledger.rows_in:,} rows {'; '.join(said)}. The trainer's ledger has every reason." if said else None
 
 
 def refuse_too_long(where: str, length: int, most: int, on_too_long: str) -> None:

@@ -27,7 +27,7 @@ from tunesmith.data.markers import Markers, find_answers, resolve_markers
 from tunesmith.data.templates import apply_template
 from tunesmith.data.tokens import SpanTokenizer, TokenSpans, eos_text
 from tunesmith.data.turns import ChatRenderer, Message, Turn, drops_a_message, special_token_in
-from tunesmith.data.types import Completion, Conversation, Document, Example, RowRefusedError, Text, TrainOn
+from tunesmith.data.types import Completion, Conversation, Document, Example, RowRefusedError, Text, Tokens, TrainOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,6 +107,8 @@ class ExampleEncoder:
                     "vision-language model with FastVisionModel and give its processor",
                 )
             return self._encode_conversation(example)
+        if isinstance(example, Tokens):
+            return [Document(example.input_ids, example.trained, example.where)]
         if isinstance(example, Completion):
             return [self._encode_completion(example)]
         return [self._encode_text(example)]

@@ -17,6 +17,7 @@ from tunesmith.data.readers import kind_of
 from tunesmith.data.types import Conversation, RowRefusedError
 
 __all__ = [
+    "ROLES",
     "Flags",
     "Messages",
     "build_conversation",
@@ -31,7 +32,7 @@ __all__ = [
 Messages = list[dict[str, Any]]
 Flags = tuple[bool | None, ...]
 
-_ROLES = {
+ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's name for the system message of its newer models
     "user": "user",
@@ -113,14 +114,14 @@ def read_text(value: object, *, field: str) -> str:
     return value
 
 
-def read_tools(value: object) -> list[dict[str, Any]] | None:
+def read_tools(value: object, *, field: str = "tools") -> list[dict[str, Any]] | None:
     """Return tool schemas from a list of objects or its JSON text; None where there are none."""
     if value is None or value == "" or value == []:
         return None
-    value = _parse_if_text(value, "tools", reason="bad tools")
+    value = _parse_if_text(value, field, reason="bad tools")
     tools = cast(list[object], value) if isinstance(value, list) else [value]
     if not all(isinstance(tool, dict) for tool in tools):
-        refuse("bad tools", "tools must be a list of objects that describe one tool each")
+        refuse("bad tools", f"{field} must be a list of objects that describe one tool each")
     return cast(list[dict[str, Any]], tools) or None
 
 
@@ -161,7 +162,10 @@ def _read_message(entry: object, place: str) -> tuple[dict[str, Any], bool | Non
     role = _read_role(said, place)
     content = _read_content(fields.pop(content_key, None), f"{place} ({role})")
     flag = _read_flag(fields, place)
-    calls = fields.pop("tool_calls", None)
+    calls, single = fields.pop("tool_calls", None), fields.pop("function_call", None)
+    if calls and single:
+        refuse("bad tool call", f"{place} has tool_calls and function_call, which say the same")
+    calls = calls or single
     if said == "function_call":
         calls, content = _parse_if_text(content, f"{place} (function_call)", reason="bad tool call"), None
     message: dict[str, Any] = {"role": role, "content": content, **fields}
@@ -177,10 +181,10 @@ def _read_message(entry: object, place: str) -> tuple[dict[str, Any], bool | Non
 def _read_role(role: object, place: str) -> str:
     if not isinstance(role, str):
         refuse("wrong type", f"the role of {place} must be text, not {kind_of(role)}")
-    if role not in _ROLES:
-        detail = f"{place} has the role {role[:60]!r}; known are {', '.join(_ROLES)}"
-        refuse(f"unknown role {role[:30]!r}", detail, hint=did_you_mean(role[:60], _ROLES))
-    return _ROLES[role]
+    if role not in ROLES:
+        detail = f"{place} has the role {role[:60]!r}; known are {', '.join(ROLES)}"
+        refuse(f"unknown role {role[:30]!r}", detail, hint=did_you_mean(role[:60], ROLES))
+    return ROLES[role]
 
 
 def _read_content(content: object, place: str) -> str | list[dict[str, Any]] | None:

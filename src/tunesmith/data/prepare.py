@@ -164,7 +164,7 @@ def split_rows(
         groups.setdefault(fingerprint, []).append(index)
     if total < _FEWEST_TO_SPLIT or fraction == 0 or len(groups) < 2:
         return everything, []
-    wanted = min(most, max(1, round(fraction * total)))
+    wanted = min(most, max(1, round(fraction * total)), total - 1)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     held_out: list[int] = []

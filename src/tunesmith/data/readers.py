@@ -293,10 +293,14 @@ def _arrow_rows(path: Path, open_batches: Callable[[], Any]) -> Iterator[SourceR
         for batch in open_batches():
             # Damaged offsets would be read as memory addresses: full validation costs less than the conversion below.
             batch.validate(full=True)
+            names = batch.schema.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path}: the column {twice!r} stands there twice. Give each column its own name.")
             for value in batch.to_pylist():
                 number += 1
                 yield SourceRow(without_nested_nulls(value), f"{path.name} row {number}")
-    except (pyarrow.ArrowException, ValueError, OSError, MemoryError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError, MemoryError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         place = f"{path}, after row {number}"
         raise DataError(f"{place}: damaged, or no {path.suffix} file: {first_line[:200]}.") from error

@@ -82,8 +82,8 @@ def collect_labels(records: Iterable[Record]) -> tuple[str, ...]:
         names.update(map(label_name, cast(list[Any], value) if isinstance(value, list) else [value]))
     if len(names) < 2:
         raise DataError(f"the rows have {len(names)} label ({', '.join(names)}): there is nothing to tell apart.")
-    numbered = all(name.lstrip("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=int) if numbered else sorted(names))
+    numbered = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbered else 0, name)))
 
 
 def label_name(value: object) -> str:
@@ -157,6 +157,8 @@ def _missing(row: SourceRow, task: str, role: str, mapping: Mapping[str, str] | 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where} is {kind_of(value) if not isinstance(value, str) else 'empty'}; a text is needed.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character. Repair the text.")
     return value
 
 

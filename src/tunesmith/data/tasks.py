@@ -244,6 +244,7 @@ class _Maker:
         if len(words) != len(tags):
             raise DataError(f"{record.where}: {len(words)} words and {len(tags)} tags. Each word needs one tag.")
         numbers = [label_number(tag, self.labels, record.where) for tag in tags]
+        cut_before = self.ledger.tokens_cut
         encoded = self._encode(record.where, " ".join(words), offsets=True)
         owners = [word for word, text in enumerate(words) for _ in f"{text} "]  # of every character, and of its space
         pieces = [IGNORED] * len(encoded["input_ids"])
@@ -255,7 +256,7 @@ class _Maker:
                 pieces[piece] = numbers[word]
         if not seen:
             raise RowRefusedError("no word is a token", "no word of this row has a token of its own.")
-        lost = max(seen) + 1 - len(seen)
+        lost = (max(seen) + 1 if self.ledger.tokens_cut > cut_before else len(words)) - len(seen)
         if lost:
             self.ledger.notes["word without a token of its own, so without its tag"] += lost
         self._count(len(pieces))
@@ -278,6 +279,7 @@ class _Maker:
         first = last = 0
         if answers:
             start, end = self._place(record.where, context, *answers[0])
+            end = start + len(context[start:end].rstrip())  # a space before what follows belongs to no token of it
             inside = [i for i, span in enumerate(spans) if span is not None and span[0] < end and span[1] > start]
             if not inside or spans[inside[-1]][1] < end:  # type: ignore[index]
                 raise RowRefusedError("answer cut off", f"the answer ends after {self.max_length} tokens.")
@@ -318,11 +320,11 @@ class _Maker:
         length = len(encoded["input_ids"]) + len(end)
         if length > self.max_length:
             refuse_too_long(where, length, self.max_length, self.on_too_long)
-            # Of a question and its context the context is cut.
-            encoded = run(
-                truncation="only_second" if offsets and pair is not None else True,
-                max_length=self.max_length - len(end),
-            )
+            is_question = offsets and pair is not None  # of a question and its context the context is cut
+            if is_question and sum(side != 1 for side in encoded.sequence_ids()) >= self.max_length:
+                reason = f"question longer than {self.max_length} tokens"
+                raise RowRefusedError(reason, "the question alone leaves no token for its context.")
+            encoded = run(truncation="only_second" if is_question else True, max_length=self.max_length - len(end))
             self.ledger.tokens_cut += length - len(encoded["input_ids"]) - len(end)
         encoded["input_ids"] += end
         return encoded

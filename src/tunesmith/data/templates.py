@@ -24,7 +24,14 @@ from tunesmith.core.names import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN_TEMPLATES", "ChatTemplate", "apply_template", "get_template", "require_chat_template"]
+__all__ = [
+    "BUILT_IN_TEMPLATES",
+    "ChatTemplate",
+    "apply_template",
+    "family_template",
+    "get_template",
+    "require_chat_template",
+]
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +66,35 @@ class ChatTemplate:
     special_tokens: tuple[str, ...] = ()
 
 
+# Names of other libraries -> what the family's own templates write, and ours for a tokenizer that has none.
+_FAMILIES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("llama-3.1", "llama-3.2", "llama-3.3", "llama3", "llama-31"), ("<|start_header_id|>", "llama-3")),
+    **dict.fromkeys(("gemma2", "gemma-2", "gemma3", "gemma-3", "gemma-3n"), ("<start_of_turn>", "gemma")),
+    **dict.fromkeys(
+        ("qwen-2.5", "qwen2.5", "qwen25", "qwen-3", "qwen3", "qwen3-instruct", "qwen3-thinking", "im_end"),
+        ("<|im_start|>", "chatml"),
+    ),
+}
+
+
+def family_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+    """Return the template to put on ``tokenizer`` where another library's ``name`` is asked for; None: keep its own.
+
+    An instruct model's own template is kept where it is of that family: it is what the model was trained with.
+    """
+    if name in _BUILT_IN or name not in _FAMILIES:
+        return name
+    marker, ours = _FAMILIES[name]
+    own = getattr(tokenizer, "tokenizer", tokenizer).chat_template
+    if own and marker in str(own):
+        log.warning("chat_template=%r: the tokenizer's own template, which is of that family, is kept", name)
+        return None
+    log.warning("chat_template=%r: the built-in %s is used, and the tokenizer has none of that family", name, ours)
+    return ours
+
+
 def get_template(name_or_path: str | Path) -> ChatTemplate:
-    """Return a built-in template, or the one in a file.
+    """Return a built-in template, the one in a file, or the one that the text itself is.
 
     Raises:
         SettingsError: neither a built-in name nor a readable UTF-8 file; the message lists the names.
@@ -70,6 +104,8 @@ def get_template(name_or_path: str | Path) -> ChatTemplate:
         end_of_turn, special_tokens = _BUILT_IN[name]
         jinja = resources.files(__package__ or "").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
         return ChatTemplate(name, jinja, end_of_turn, special_tokens)
+    if "{%" in name or "{{" in name:
+        return ChatTemplate("of your own", name)
     path = Path(name)
     if not path.is_file():
         raise SettingsError(

@@ -3,7 +3,7 @@
     SourceRow        one raw row and the place it came from            (files.py)
     Conversation |
     Completion |
-    Text             the same row, its schema understood               (formats.py)
+    Text | Tokens    the same row, its schema understood               (formats.py)
     Document         token ids and which of them carry loss            (masks.py)
 
 Nothing here computes; every module of this folder speaks these types.
@@ -26,6 +26,7 @@ __all__ = [
     "RowRefusedError",
     "SourceRow",
     "Text",
+    "Tokens",
     "TrainOn",
 ]
 
@@ -88,7 +89,17 @@ class Text:
     schema: str = "text"
 
 
-Example = Conversation | Completion | Text
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A row that somebody has tokenized and masked already; see :class:`Document`."""
+
+    input_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    where: str
+    schema: str = "tokens"
+
+
+Example = Conversation | Completion | Text | Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunesmith.core.errors import ModelError
 from tunesmith.ops.attention_varlen import attention_varlen
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def use_document_attention(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     if not getattr(type(model), "_supports_attention_backend", False):
         return f"{type(model).__name__} does not call transformers' attention interface"
+    if not getattr(config, "is_causal", True):
+        return f"{type(model).__name__} attends in both directions (is_causal=False)"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= _LAYER_KINDS:
         return f"{type(model).__name__} mixes in layers of kind {', '.join(sorted(kinds - _LAYER_KINDS))}"
@@ -59,8 +62,13 @@ def _mask(*, q_length: int, kv_length: int, attention_mask: torch.Tensor | None 
     Padding beside whole sequences becomes a one-dimensional int32 tensor: the lengths of all documents of the batch. A
     mask that is given with one dimension says that the documents are known otherwise (``cu_seq_lens_q``).
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
+    if kwargs.get("mask_function") is bidirectional_mask_function:
+        raise ModelError(
+            "this model was made to attend in both directions (is_causal=False) after it was loaded. Write it into its "
+            "config.json before, or load it with attn_implementation='sdpa'."
+        )
     is_plain = q_length == kv_length and not kwargs.get("use_vmap", False)
     if is_plain and (attention_mask is None or attention_mask.ndim == 1):
         return None
@@ -97,6 +105,11 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: (B,H,T,E) in, (B,T,H,E) out."""
+    if kwargs.get("output_attentions"):
+        raise ModelError(
+            "output_attentions=True: this attention never has its weights in memory. Load the model with "
+            "attn_implementation='eager'."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (attention_mask is not None and attention_mask.ndim != 1) or query.shape[2] != key.shape[2]:
         return _masked(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs), None

@@ -83,7 +83,7 @@ def describe(layer: Any) -> LayerShape | str:
     act = getattr(config, "hidden_activation", None) or config.hidden_act
     if act not in _ACTIVATIONS:
         return f"{name} has the activation {act!r}; known are {', '.join(sorted(_ACTIVATIONS))}"
-    if not getattr(attention, "is_causal", True):
+    if not (getattr(attention, "is_causal", True) and getattr(config, "is_causal", True)):
         return f"{name} attends in both directions"
     if getattr(config, "resid_pdrop", 0.0):
         return f"{name} drops whole residuals (resid_pdrop={config.resid_pdrop})"

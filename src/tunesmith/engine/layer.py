@@ -94,6 +94,7 @@ class FusedLayer(torch.autograd.Function):
         out = run.output()
         if keeps:
             ctx.call, ctx.ticket = call, None
+            ctx.versions = [parameter._version for parameter in parameters]
             if call.policy is Policy.OFFLOAD:
                 ctx.ticket, own = call.offload.put(x), ()
             else:
@@ -106,6 +107,12 @@ class FusedLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x and of the parameters, as far as they are needed."""
+        # They are read again here, and autograd watches only what it saved itself.
+        if [parameter._version for parameter in ctx.call.parameters] != ctx.versions:
+            raise RuntimeError(
+                "weights of this layer were changed in place between its forward and its backward, for example by an "
+                "optimizer step, so that its gradients would be wrong. Compute the loss again."
+            )
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if ctx.ticket is None else ctx.call.offload.get(ctx.ticket)
         run = _Pass(ctx.call, x, dict(zip(ctx.names, saved, strict=True)))

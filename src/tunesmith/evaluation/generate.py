@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["generate_answers"]
+__all__ = ["generate_answers", "no_room"]
 
 
 def generate_answers(
@@ -60,8 +60,8 @@ def generate_answers(
         streamer: a streamer of transformers that is given the tokens as they come; for one prompt only.
 
     Raises:
-        EvaluationError: a sampling setting outside its range, an empty prompt or one that the chat template refuses,
-            or a streamer for several prompts.
+        EvaluationError: a sampling setting outside its range, an empty prompt or one that the chat template refuses or
+            that leaves no room for an answer, or a streamer for several prompts.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     _check(sampling, max_new_tokens, batch_size, native_window(model.config))
@@ -74,6 +74,10 @@ def generate_answers(
         )
     config = _generation_config(model, tokenizer, sampling, max_new_tokens)
     encoded = [require_prompt(tokenizer, prompt, row) for row, prompt in enumerate(prompts, 1)]
+    for row, ids in enumerate(encoded, 1):
+        fault = no_room(model, len(ids), max_new_tokens)
+        if fault is not None:
+            raise EvaluationError(f"prompt {row} {fault}. Shorten it, or ask for fewer new tokens.")
     # Longest first: if a batch does not fit into memory, it is the first one and not the last.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(encoded)
@@ -86,6 +90,15 @@ def generate_answers(
             if progress is not None:
                 progress(start + len(rows), len(order))
     return answers
+
+
+def no_room(model: PreTrainedModel, tokens: int, max_new_tokens: int) -> str | None:
+    """Return what is wrong with a prompt of so many tokens where the model has too few positions, or None."""
+    window = native_window(model.config)
+    if window is None or tokens + max_new_tokens <= window:
+        return None
+    answer = f" and leaves no room for {max_new_tokens:,} of the answer" if max_new_tokens else ""
+    return f"has {tokens:,} tokens{answer}: the model has {window:,} positions"
 
 
 def _check(sampling: Sampling, max_new_tokens: int, batch_size: int, window: int | None) -> None:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import EvaluationError, OutputError
 from tunesmith.data.masks import ExampleEncoder
-from tunesmith.data.types import Completion, Conversation, Example, RowRefusedError, SourceRow, Text
+from tunesmith.data.types import Completion, Conversation, Example, RowRefusedError, SourceRow, Text, Tokens
 from tunesmith.engine.modes import adapter_disabled
-from tunesmith.evaluation.generate import generate_answers
+from tunesmith.evaluation.generate import generate_answers, no_room
 from tunesmith.evaluation.likelihood import row_losses
 from tunesmith.evaluation.metrics import (
     Difference,
@@ -151,7 +151,8 @@ def evaluate(
     """
     needs_answers = get_metric(metric).needs_answers
     kept, refused = read_evaluation_rows(rows, split=split, mapping=mapping, limit=limit, with_reference=needs_answers)
-    inputs, kept, refused = _encode(tokenizer, kept, refused, needs_answers=needs_answers)
+    room = max_new_tokens if needs_answers else 0
+    inputs, kept, refused = _encode(model, tokenizer, kept, refused, needs_answers=needs_answers, room=room)
     references = check_references(metric, [row.references for row in kept]) if needs_answers else []
 
     def run(label: str) -> Side:
@@ -262,6 +263,8 @@ def _from_example(example: Example, *, with_reference: bool) -> EvaluationRow:
     """Split an example into prompt and reference."""
     if isinstance(example, Completion):
         return EvaluationRow(example.prompt, (example.completion,), example.where, example)
+    if isinstance(example, Tokens):
+        raise RowRefusedError("token ids", f"{example.where} is tokenized; give its text or messages to be scored.")
     if isinstance(example, Text):
         if with_reference:
             raise RowRefusedError("no answer to compare with", f"{example.where} is plain text; use perplexity for it.")
@@ -279,15 +282,18 @@ def _from_example(example: Example, *, with_reference: bool) -> EvaluationRow:
 
 
 def _encode(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[EvaluationRow],
     refused: Mapping[str, int],
     *,
     needs_answers: bool,
+    room: int,
 ) -> tuple[list[Any], list[EvaluationRow], dict[str, int]]:
     """Return what the model is given for each row, the rows that could be encoded, and the count of those refused.
 
     For answers that is the prompt's token ids, for a likelihood the whole row's documents with their trained tokens.
+    ``room`` is left free behind them.
     """
     encoder = None if needs_answers else ExampleEncoder(tokenizer)
     inputs: list[Any] = []
@@ -300,6 +306,10 @@ def _encode(
                 if encoder is None
                 else encoder.encode(row.example)
             )
+            longest = len(encoded) if encoder is None else max(map(len, encoded))
+            if no_room(model, longest, room):
+                left = f" with {room} tokens of answer" if room else ""
+                raise RowRefusedError(f"too long for the model's window{left}", f"{row.where}: {longest:,} tokens.")
         except RowRefusedError as error:
             counts[error.reason] += 1
             continue

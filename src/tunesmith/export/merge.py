@@ -33,6 +33,7 @@ from tunesmith.export.verify import Comparison, compare, reference_of
 from tunesmith.export.weights import MergedWeight, adapter_shares, merged_weights, mixed
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of, local_place
+from tunesmith.models.prompts import set_ends
 
 __all__ = ["SHARD_BYTES", "merge_model"]
 
@@ -77,6 +78,8 @@ def merge_model(
             "merge. Save it with save_pretrained, which writes what was trained."
         )
     start = time.perf_counter()
+    if tokenizer is not None:
+        set_ends(model, getattr(tokenizer, "tokenizer", tokenizer))
     shares, form = adapter_shares(model, adapters), form_of(model, method)
     needed = sum(form.bytes_of(weight) for weight in merged_weights(model, shares))
     routes = _routes(model, shares)

@@ -28,6 +28,7 @@ from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import compare, reference_of
 from tunesmith.export.weights import adapter_shares, merged_weights
 from tunesmith.models.load import facts_of
+from tunesmith.models.prompts import set_ends
 from tunesmith.models.qat import SCHEMES, Scheme, conversion_fails, scheme_of
 from tunesmith.models.whole import decoder_linears
 
@@ -105,6 +106,8 @@ def _write(model: Any, temporary: Path, tokenizer: Any, scheme: Scheme) -> float
     """Write the quantized model into ``temporary`` and return by how much that changed its loss."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     dtype = facts_of(model).dtype.dtype
+    if tokenizer is not None:
+        set_ends(base, getattr(tokenizer, "tokenizer", tokenizer))
     weights = {
         weight.name: weight.make().to(dtype) if weight.is_float else weight.make()
         for weight in merged_weights(model, adapter_shares(model, None))

@@ -89,6 +89,7 @@ class ModelFacts:
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
         new_modules: modules that the files did not hold: random until they are trained.
         vocabulary: rows that the vocabulary was grown to, None where it is the model's own.
+        is_merged: whether an adapter was merged into the weights, which no files hold then.
         fast: the vLLM that answers for it (``evaluation/fast.py``), None without ``fast_inference``.
     """
 
@@ -107,6 +108,7 @@ class ModelFacts:
     task: str = CAUSAL_LM
     new_modules: tuple[str, ...] = ()
     vocabulary: int | None = None
+    is_merged: bool = False
     fast: Any = None
 
 

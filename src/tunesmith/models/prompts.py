@@ -67,6 +67,17 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(token for token in ids if token is not None)
 
 
+def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have ``model.generate``, and whatever loads the model once it is saved, end answers where the template does."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate():
+        return
+    ends = stop_token_ids(model, tokenizer)
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not set(ends) <= set(known):
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that the chat template writes after an assistant's words, None if it writes none."""
     if not tokenizer.chat_template:

@@ -69,7 +69,8 @@ def stretch(config: Any, how: Stretch) -> None:
         made = _given(scaling, own, native, _rotary_size(text, own))
         trained = made.get("original_max_position_embeddings", native)
         if own.get("rope_type") == made["rope_type"] and "factor" in own:
-            trained = native / own["factor"]  # the same scheme, wider: its window grows with its factor
+            # The same scheme, wider: its window grows with its factor.
+            trained = _own_reach(own, native) / own["factor"]
         reach = max(native, round(trained * scaling.get("factor", 1.0)))
         if window is not None and window > reach:
             raise SettingsError(
@@ -78,7 +79,8 @@ def stretch(config: Any, how: Stretch) -> None:
             )
         if made["rope_type"] in ("yarn", "llama3"):
             made.setdefault("original_max_position_embeddings", native)
-        text.max_position_embeddings = window or reach
+        # What the scheme reaches, whatever is asked for of it: loaded again, the model is stretched no further.
+        text.max_position_embeddings = reach
     text.rope_parameters = {**whole, _FULL: made} if _FULL in whole else made
     try:
         text.validate_rope()
@@ -96,10 +98,14 @@ def automatic(config: Any, window: int | None) -> Stretch | None:
     """
     text = config.get_text_config()
     native, whole = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    own = (whole or {}).get(_FULL, whole) or {}
     if window is None or native is None or window <= native:
         return None
-    own = (whole or {}).get(_FULL, whole) or {}
     kind = own.get("rope_type", "default")
+    native = _own_reach(own, native)
+    if window <= native:
+        # Published with a shorter window than its scheme reaches: as it is, and its config says so.
+        return Stretch(dict(own), window)
     if not whole or kind not in ("default", *SCHEMES):
         raise ModelError(
             f"max_seq_length={window} is above this model's own window of {native} positions, which we cannot stretch. "
@@ -113,6 +119,13 @@ def automatic(config: Any, window: int | None) -> Stretch | None:
     if kind == "default":
         return Stretch(AUTOMATIC, window)
     return Stretch({**own, "factor": own["factor"] * window / native}, window)
+
+
+def _own_reach(own: dict[str, Any], native: int) -> int:
+    """Return the positions that the scheme of a model reaches, which can be more than its config names."""
+    trained = own.get("original_max_position_embeddings")
+    is_known = own.get("rope_type") in SCHEMES and trained and "factor" in own
+    return max(native, round(trained * own["factor"])) if is_known else native
 
 
 def _scheme(name: str, own: dict[str, Any], native: int, window: int | None, size: int) -> dict[str, Any]:

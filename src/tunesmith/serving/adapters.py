@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.model import trained_for, trained_on
-from tunesmith.adapters.state import base_of, own_tokenizer, refuse_lost_base, refuse_other_base
+from tunesmith.adapters.starts import refuse_lost_base, repeats_on_base
+from tunesmith.adapters.state import base_of, own_tokenizer, refuse_other_base
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.names import did_you_mean
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of, local_place
+from tunesmith.models.prompts import stop_token_ids
 from tunesmith.serving.lora import Adapter
 
 __all__ = ["AdapterShelf", "read_adapter"]
@@ -167,7 +169,8 @@ def read_adapter(name: str, folder: Path, model: Any, tokenizer: Any, *, own: An
     pairs = {module: _pair(name, module, stored, config, model) for module in _modules(name, stored, model)}
     if own is _UNREAD:
         own = own_tokenizer(name, folder, tokenizer)
-    return Adapter(name, folder, pairs, own, tuple(_notes(folder, model)))
+    ends = frozenset(() if own is None else stop_token_ids(model, own))
+    return Adapter(name, folder, pairs, own, ends, tuple(_notes(folder, model)))
 
 
 def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
@@ -180,16 +183,16 @@ def _refuse(name: str, folder: Path, config: Any, model: Any) -> None:
     alphas = [config.lora_alpha, *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(isinstance(alpha, (int, float)) for alpha in alphas):
         raise AdapterError(f"adapter {name}: lora_alpha and alpha_pattern in its adapter_config.json are no numbers.")
-    start = str(getattr(config, "init_lora_weights", True))
-    if start.startswith(("pissa", "olora")):
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise AdapterError(f"adapter {name} was trained for {config.task_type} and writes no text.")
+    start = getattr(config, "init_lora_weights", True)
+    if repeats_on_base(start):
         raise AdapterError(f"adapter {name} (init_lora_weights={start!r}) took a part out of its base. {_REMEDY}")
     for setting, what in _NOT_BESIDE.items():
         if getattr(config, setting, None):
             raise AdapterError(f"adapter {name} uses {what}, which cannot lie beside a shared base. {_REMEDY}")
     if config.bias != "none":
         raise AdapterError(f"adapter {name} trained biases of its base (bias={config.bias!r}). {_REMEDY}")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise AdapterError(f"adapter {name} was trained for {config.task_type} and writes no text.")
     refuse_other_base(name, folder, model)
 
 

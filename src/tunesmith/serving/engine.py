@@ -56,6 +56,7 @@ class Ticket:
 
     Attributes:
         is_cancelled: set it to have the answer end at the next step.
+        ends: tokens that end the answer.
         cached: tokens whose keys and values are held.
     """
 
@@ -64,6 +65,7 @@ class Ticket:
     deliver: Callable[[Delta], None]
     chooser: Chooser
     text: TextStream
+    ends: frozenset[int]
     is_cancelled: bool = False
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
@@ -183,7 +185,8 @@ class Engine:
             top_logprobs=request.top_logprobs,
         )
         text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop)
-        ticket = Ticket(request, adapter, deliver, chooser, text)
+        ends = self._ends if adapter is None or adapter.tokenizer is None else adapter.ends
+        ticket = Ticket(request, adapter, deliver, chooser, text, ends)
         with self._changed:
             if self._failure is not None:
                 raise ServingError(f"the engine has failed: {self._failure!r}. Start it again.")
@@ -401,7 +404,7 @@ class Engine:
 
     def _hand_out(self, ticket: Ticket, choice: Choice) -> None:
         """Add a token to an answer, and end the answer where it is over."""
-        if choice.token in self._ends and not ticket.request.ignore_end:
+        if choice.token in ticket.ends and not ticket.request.ignore_end:
             self._finish(ticket, "stop", ticket.text.end())
             return
         self.counts.answer_tokens += 1

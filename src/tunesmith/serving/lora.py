@@ -32,6 +32,7 @@ class Adapter:
     Attributes:
         pairs: module of the base -> A (r, in) and sB (r, out), s being its scale, in the dtype of the base.
         tokenizer: the one that it was trained with where that is another than the base's, else None.
+        ends: tokens that end its answers where the tokenizer is its own.
         notes: what its user should know of how it is served.
     """
 
@@ -39,6 +40,7 @@ class Adapter:
     folder: Path
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
     tokenizer: Any = None
+    ends: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
 
     @property

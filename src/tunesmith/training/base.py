@@ -27,6 +27,8 @@ from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
+from tunesmith.data.ledger import Ledger, losses
+from tunesmith.data.tasks import TaskLedger
 from tunesmith.engine.install import engine_of
 from tunesmith.training.callbacks import InterruptWatch
 from tunesmith.training.checkpoint import (
@@ -38,13 +40,21 @@ from tunesmith.training.checkpoint import (
     remove_old_checkpoints,
     require_disk_space,
 )
+from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint
 from tunesmith.training.optimizer import give_embeddings_their_rate
 from tunesmith.training.processes import gather_objects, naming_lost_processes, wait_for_processes
 
-__all__ = ["RunTrainer"]
+__all__ = ["RunTrainer", "say_losses"]
 
 _log = logging.getLogger(__name__)
+
+
+def say_losses(ledger: Ledger | TaskLedger, args: SFTConfig) -> None:
+    """Say once what is left out or cut of rows that a trainer read by itself; commands print the whole ledger."""
+    said = losses(ledger)
+    if said is not None and args.process_index == 0:
+        _log.warning("%s", said)
 
 
 class RunTrainer(Trainer):
@@ -55,6 +65,7 @@ class RunTrainer(Trainer):
     _tokens_since_log = 0
     _log_time = 0.0
     _proved_gradients = False
+    _made_optimizer = False
     _found: list[tuple[str, torch.nn.Parameter]] | None = None
     _size: int | None = None
 
@@ -75,8 +86,15 @@ class RunTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with a group of its own for embedding and output head where they train."""
-        has_one = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        has_one = self.optimizer is not None and not self._made_optimizer
+        optimizer, self._made_optimizer = super().create_optimizer(model), not has_one
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        left_out = [name for name, parameter in self.trainable() if id(parameter) not in held]
+        if has_one and left_out:
+            raise SettingsError(
+                f"{len(left_out):,} weights that train are not in the optimizer ({left_out[0]}): it was made before "
+                "the adapter, or of some weights only. Make it of all that train, and freeze the others."
+            )
         if has_one and self.args.embedding_learning_rate is not None:
             raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
         if not has_one:
@@ -85,6 +103,34 @@ class RunTrainer(Trainer):
                 if isinstance(group["lr"], float):  # torchao's is a tensor
                     group["lr"] = float(group["lr"])  # a checkpoint with a default's own type could not be read
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As Trainer's, which leaves only the first of several active adapters active."""
+        tuner = getattr(self.model, "base_model", None) if hasattr(self.model, "peft_config") else None
+        active = list(getattr(tuner, "active_adapters", ()))
+        trained = {name for name, _ in self.trainable()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if tuner is not None and list(tuner.active_adapters) != active:
+            tuner.set_adapter(active)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in trained)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best step; Trainer's own loads the first adapter's file into whichever is active."""
+        if self.state.best_global_step != self.state.global_step and self.args.process_index == 0:
+            _log.warning(
+                "the weights are those of step %d of %d, which had the lowest eval loss; load_best_model_at_end=False "
+                "keeps the last", self.state.best_global_step, self.state.global_step,
+            )  # fmt: skip
+        if not hasattr(self.model, "peft_config"):
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which takes a step before it looks whether a checkpoint has one left to take."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     # ---- one step ----
 

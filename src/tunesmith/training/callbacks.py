@@ -62,6 +62,11 @@ def _step_of(line: str) -> float:
 class EvaluateAtEnd(TrainerCallback):
     """The last step is evaluated and saved too, so that the best checkpoint is the best of all."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """End a run at once that goes on from its last step."""
+        control.should_training_stop |= 0 < state.max_steps <= state.global_step
+        return control
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for both at the last step."""
         if state.global_step >= state.max_steps:
@@ -103,10 +108,14 @@ class EarlyStop(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop at once where the run that goes on had been stopped."""
+        return self.on_evaluate(args, state, control)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop, and say at which step the best loss was."""
         losses = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
-        best = min(range(len(losses)), key=lambda index: losses[index][0])
+        best = min(range(len(losses)), key=lambda index: losses[index][0], default=0)
         if len(losses) - 1 - best >= self.patience:
             control.should_training_stop = True
             _log.warning(

@@ -88,9 +88,21 @@ class SFTConfig(TrainingArguments):
     early_stopping_patience: int | None = None
     embedding_learning_rate: float | None = None
 
+    # What scripts for TRL say too: see _OF_TRL.
+    dataset_num_proc: int | None = None
+    padding_free: bool | None = None
+    packing_strategy: str | None = None
+    eval_packing: bool | None = None
+    loss_type: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool | None = None
+
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
         _refuse_without_effect(self)
+        _read_trl(self)
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
             raise SettingsError("max_length and max_seq_length are the same setting. Give one of them.")
         self.max_length = self.max_length or self.max_seq_length
@@ -128,6 +140,34 @@ def _refuse_without_effect(config: SFTConfig) -> None:
         raise NotSupportedYetError(f"eval_strategy={config.eval_strategy!r} is not supported yet. Give eval_steps.")
     if config.metric_for_best_model not in (None, "loss", "eval_loss") or config.greater_is_better:
         raise NotSupportedYetError("the best step has the lowest eval loss: leave metric_for_best_model out.")
+
+
+# Field of TRL -> values that ask for what is done anyway, and why others are refused.
+_OF_TRL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "padding_free": ((None, True, False), ""),  # documents are joined and never padded
+    "packing_strategy": ((None, "bfd"), "packing=True fills bins with whole documents, best fit first"),
+    "eval_packing": ((None, False), "rows to evaluate on are not packed"),
+    "loss_type": ((None, "nll"), "the loss is the negative log-likelihood"),
+    "eos_token": ((None,), "set it on the tokenizer"),
+    "pad_token": ((None,), "documents are not padded"),
+}
+
+
+def _read_trl(config: SFTConfig) -> None:
+    for name, (fine, reason) in _OF_TRL.items():
+        value = getattr(config, name)
+        if value not in fine:
+            raise SettingsError(f"{name}={value!r}: {reason}. Leave it out.")
+    only = {config.completion_only_loss, config.assistant_only_loss} - {None}
+    if not only:
+        return
+    asked = "assistant" if True in only else "all"
+    if config.train_on not in (None, asked):
+        raise SettingsError(
+            f"completion_only_loss and assistant_only_loss ask for train_on={asked!r}, which is {config.train_on!r}. "
+            "Leave them out."
+        )
+    config.train_on = asked
 
 
 def _warmup(config: SFTConfig) -> float:

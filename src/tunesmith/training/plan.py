@@ -6,12 +6,14 @@ lacks an argument) is tried here first, so that a mistake leaves no half-made ru
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import torch
 
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
+from tunesmith.data.prepare import PreparedData
 from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
@@ -26,6 +28,8 @@ __all__ = [
     "try_out",
 ]
 
+_log = logging.getLogger(__name__)
+
 
 def apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
     """Write the arguments of the older call style into ``args``; refuse two values for one setting."""
@@ -36,6 +40,60 @@ def apply_older_style(args: SFTConfig, field: str | None, length: int | None, pa
         if current not in (None, False) and current != value:
             raise SettingsError(f"{name}={value!r} is given to the trainer and {current!r} in args. Give one of them.")
         setattr(args, name, value)
+
+
+_PADDING = (
+    "DataCollatorForSeq2Seq",
+    "DataCollatorWithPadding",
+    "DefaultDataCollator",
+    "DataCollatorForLanguageModeling",
+)
+
+
+def only_pads(collator: Any) -> bool:
+    """Return whether a collator of transformers or TRL only pads rows, which are joined here and not padded."""
+    return type(collator).__name__ in _PADDING and not getattr(collator, "mlm", False)
+
+
+def refuse_elsewhere(peft_config: Any, compute_metrics: Any, eval_dataset: Any) -> None:
+    """Refuse what other trainers do by arguments of these names.
+
+    Raises:
+        SettingsError: with what to do instead.
+    """
+    if peft_config is not None:
+        raise SettingsError(
+            "peft_config: make the adapter before the trainer, with model = FastLanguageModel.get_peft_model(model, "
+            "r=..., lora_alpha=...), or peft.get_peft_model(model, peft_config)."
+        )
+    if compute_metrics is not None:
+        raise SettingsError(
+            "compute_metrics: a trainer evaluates loss and perplexity without the logits of all tokens. Score answers "
+            "with tunesmith.evaluation.evaluate(model, tokenizer, rows, 'exact_match'), or in a callback."
+        )
+    if isinstance(eval_dataset, dict):
+        raise SettingsError(
+            f"eval_dataset has {len(eval_dataset)} data sets by name, and a trainer follows one. Give that one, and "
+            "evaluate the others with trainer.evaluate(rows, metric_key_prefix=name)."
+        )
+
+
+def refuse_foreign_ids(model: Any, *sides: PreparedData | None) -> None:
+    """Refuse rows with token ids that the model has no embedding for.
+
+    Raises:
+        ModelError: naming the row.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for side in sides:
+        for document in () if side is None else side.documents:
+            highest = int(document.input_ids.max())
+            if highest >= rows:
+                raise ModelError(
+                    f"{document.where}: token {highest}, and the model has embeddings for {rows}. Where tokens were "
+                    f"added to the tokenizer, load the model with resize_model_vocab={highest + 1} or more "
+                    "(len(tokenizer))."
+                )
 
 
 def one_tokenizer(processing_class: Any, tokenizer: Any, collator: Any = None) -> Any:
@@ -71,6 +129,9 @@ def check_purpose(model: Any) -> None:
     """
     for name, config in getattr(model, "peft_config", {}).items():
         check_mergeable(name, config)
+    _refuse_unsaved(model)
+    if hasattr(model, "peft_config") and any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ModelError("the adapter is merged into its base and would not train. Call model.unmerge_adapter() first.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("nothing of this model is trainable. Call FastLanguageModel.get_peft_model(model) first.")
     facts = getattr(model, "tunesmith_facts", None)
@@ -79,6 +140,22 @@ def check_purpose(model: Any) -> None:
             "the model has no adapter: call FastLanguageModel.get_peft_model(model) first. To train all of its weights "
             "load it with full_finetuning=True."
         )
+
+
+def _refuse_unsaved(model: Any) -> None:
+    """Refuse weights that train beside an adapter of LoRA and that no file of it would hold."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    if not configs or any(str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" for config in configs):
+        return
+    parts = ("lora_", ".modules_to_save.", "trainable_tokens_")
+    has_bias = any(config.bias != "none" for config in configs)
+    for name, parameter in model.named_parameters():
+        is_saved = any(part in name for part in parts) or (has_bias and name.endswith("bias"))
+        if parameter.requires_grad and not is_saved:
+            raise ModelError(
+                f"{name} trains, and no file of the adapter would hold it. Name its module in modules_to_save of "
+                "get_peft_model, or freeze it (requires_grad_(False))."
+            )
 
 
 def check_precision(args: SFTConfig, model: Any) -> None:
@@ -117,6 +194,11 @@ def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
     if not args.warmup_asked and args.warmup_steps:
         # A schedule's first warmup step has a rate of zero. Rounded up, that would be all of a run of one step.
         args.warmup_steps = int(DEFAULT_WARMUP * total)
+    if args.warmup_asked and args.warmup_steps >= total > 1:
+        _log.warning(
+            "the warmup of %g steps is not shorter than the run of %d: the rate never reaches learning_rate=%g",
+            args.warmup_steps, total, args.learning_rate,
+        )  # fmt: skip
     args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
     args.eval_steps = args.eval_steps_asked or tenth
     args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)

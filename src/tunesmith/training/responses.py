@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.ledger import KeptRow, Ledger
+from tunesmith.core.errors import SettingsError
+from tunesmith.data.ledger import KeptRow, Ledger, summary
 from tunesmith.data.markers import Markers, resolve_markers, response_mask
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.types import Document, RowRefusedError
@@ -17,29 +18,54 @@ __all__ = ["train_on_responses_only"]
 
 
 def train_on_responses_only(
-    trainer: SFTTrainer, instruction_part: str | None = None, response_part: str | None = None
+    trainer: SFTTrainer,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
+    *,
+    num_proc: int | None = None,
 ) -> SFTTrainer:
     """Train ``trainer``'s rows on the answers only, found by the markers that open an instruction and a response.
 
     Both parts None derives them from the tokenizer's chat template. Rows without a response marker are dropped and
     counted; when that leaves nothing, the ledger raises. Rows that came as conversations already train on answers
-    only; for them the result is the same.
+    only; for them the result is the same. ``num_proc`` is taken, and without use: one process does it.
 
     Raises:
         DataError: no row trains on anything.
-        SettingsError: one part is given and the other is not.
+        SettingsError: one part is given and the other is not, or the trainer is another library's.
     """
+    if not hasattr(trainer, "train_data"):
+        raise SettingsError(f"a {type(trainer).__module__}.SFTTrainer was given: this masks rows of tunesmith's own.")
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     markers = resolve_markers(tokenizer, instruction_part, response_part)
-    trainer.replace_train_data(_masked(trainer.train_data, tokenizer, markers))
-    if trainer.eval_data is not None:
-        trainer.replace_eval_data(_masked(trainer.eval_data, tokenizer, markers))
+    train = _masked(trainer.train_data, tokenizer, markers)
+    held_out = None if trainer.eval_data is None else _masked(trainer.eval_data, tokenizer, markers)
+    if held_out is not None and trainer.ledger.splits:
+        _count_both_sides(train, held_out)
+    trainer.replace_train_data(train)
+    if held_out is not None:
+        trainer.replace_eval_data(held_out)
     return trainer
 
 
+def _count_both_sides(train: PreparedData, held_out: PreparedData) -> None:
+    """Complete the ledger of the whole source, which is that of the training side, with the rows set apart."""
+    ledger = train.ledger
+    ledger.splits = {name: summary(side.rows) for name, side in (("train", train), ("eval", held_out))}
+    ledger.dropped += held_out.ledger.dropped
+    for row in held_out.rows:
+        ledger.keep(row)
+    for reason, places in held_out.ledger.examples.items():
+        ledger.examples.setdefault(reason, places)
+
+
 def _masked(data: PreparedData, tokenizer: Any, markers: Markers) -> PreparedData:
+    before = data.ledger
     ledger = Ledger(
-        rows_in=data.ledger.rows_in, dropped=data.ledger.dropped.copy(), examples=dict(data.ledger.examples)
+        rows_in=before.rows_in,
+        dropped=before.dropped.copy(),
+        documents_dropped=before.documents_dropped.copy(),
+        examples={reason: list(places) for reason, places in before.examples.items()},
     )
     kept: list[KeptRow] = []
     for row in data.rows:

@@ -23,17 +23,18 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.adapters.inject import trainable_share
 from tunesmith.core.errors import DataError, OutputError
-from tunesmith.core.files import as_output_error, require_writable, whole_folder, write_text
+from tunesmith.core.files import as_output_error, lock, require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.core.versions import stack_versions
-from tunesmith.data.files import list_splits
+from tunesmith.data.files import has_valid
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.data.vision import encoder_of
 from tunesmith.export.card import model_card
@@ -41,7 +42,7 @@ from tunesmith.export.torchao import save_torchao, why_not
 from tunesmith.models.heads import Head
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import loss_plot
-from tunesmith.training.checkpoint import require_disk_space
+from tunesmith.training.checkpoint import checkpoints_in, require_disk_space
 from tunesmith.training.config import config_of, dated_folder
 from tunesmith.training.loading import load_for_run
 from tunesmith.training.processes import wait_for_processes
@@ -53,6 +54,8 @@ from tunesmith.training.tasks.trainer import TaskTrainer
 __all__ = ["RunResult", "choose_folder", "make_trainer", "prepare_data", "run_training"]
 
 _log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,14 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
     folder = Path(settings.output_dir).expanduser()
     if rank > 0:
         return folder  # The first process looks at the folder, and is about to write to it.
-    if folder.is_file():
-        raise OutputError(f"output_dir {folder} is a file. Give a folder.")
-    require_writable(folder)
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    with as_output_error(folder):
+        if folder.is_file():
+            raise OutputError(f"output_dir {folder} is a file. Give a folder.")
+        require_writable(folder)
+        entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    entries = [name for name in entries if name != _LOCK]
+    if resume and not entries:
+        raise OutputError(f"there is no run in {folder.absolute()} to resume. Give its output_dir.")
     if entries and "settings.yaml" not in entries:
         raise OutputError(f"output_dir {folder} holds other files ({', '.join(entries[:3])}). Give a new folder.")
     if entries and not resume:
@@ -127,8 +134,19 @@ def run_training(
     """
     folder = choose_folder(settings, resume=resume)
     trainer, settings = make_trainer(settings, folder, callbacks=callbacks)
-    # A resumed run has its plan, and one that is about to be refused must not overwrite it.
-    if trainer.args.should_save and not (resume and (folder / "settings.yaml").is_file()):
+    with lock(folder / _LOCK, waits=False) if trainer.args.should_save else nullcontext():
+        if settings.output_dir is not None:
+            choose_folder(settings, resume=resume)  # another process may have been here since
+        result = _run(trainer, settings, folder, resume, on_ready)
+        (folder / _LOCK).unlink(missing_ok=True)
+        return result
+
+
+def _run(
+    trainer: Any, settings: RunSettings, folder: Path, resume: bool, on_ready: Callable[[SFTTrainer], None] | None
+) -> RunResult:
+    # A run that continues has its plan, and one that is about to be refused must not overwrite it.
+    if trainer.args.should_save and not (resume and checkpoints_in(folder)):
         _write_plan(folder, settings, trainer)
     if on_ready is not None:
         on_ready(trainer)
@@ -184,10 +202,10 @@ def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[Pr
     if settings.eval_data is not None:
         eval_data = (
             prepare(settings.eval_data, encoder, split="valid", **common)
-            if _has_valid(settings.eval_data)
+            if has_valid(settings.eval_data)
             else prepare(settings.eval_data, encoder, **common)
         )
-    elif settings.eval_split and _has_valid(settings.data):
+    elif settings.eval_split and has_valid(settings.data):
         eval_data = prepare(settings.data, encoder, split="valid", **common)
     elif settings.eval_split:
         train_rows, eval_rows = split_documents(train_data, fraction=settings.eval_split, seed=settings.seed)
@@ -204,10 +222,6 @@ def prepare_data(settings: RunSettings, tokenizer: Any, window: int) -> tuple[Pr
     if shared:
         train_data.ledger.notes["evaluation row that is also a training row"] += len(shared)
     return train_data, eval_data
-
-
-def _has_valid(source: str) -> bool:
-    return Path(source).is_dir() and "valid" in list_splits(source)
 
 
 def _write_plan(folder: Path, settings: RunSettings, trainer: SFTTrainer | TaskTrainer) -> None:

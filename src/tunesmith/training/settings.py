@@ -132,7 +132,7 @@ class TrainingSettings(Settings):
     neftune_noise_alpha: Annotated[float | None, Field(gt=0), Guide("5", "no effect", "noise drowns the input")] = None
     """NEFTune noise on the embeddings (Jain et al. 2023, arXiv:2310.05914)."""
 
-    seed: Annotated[int, Field(ge=0)] = 3407
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
     """Seeds data order and dropout. Same seed, machine and settings: same bytes."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
@@ -172,6 +172,10 @@ class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings
     def _sources_agree(self) -> Self:
         if self.early_stopping_patience is not None and self.eval_data is None and self.eval_split == 0:
             raise ValueError("early_stopping_patience needs an evaluation: give eval_data or an eval_split above 0.")
+        if self.eval_steps is not None and self.eval_data is None and self.eval_split == 0:
+            raise ValueError("eval_steps needs an evaluation: give eval_data or an eval_split above 0.")
+        if self.eval_data is not None and self.eval_split not in (0, type(self).model_fields["eval_split"].default):
+            raise ValueError("eval_data is what is evaluated on, and eval_split would set rows apart. Leave one out.")
         if self.max_length is not None and self.max_seq_length is not None and self.max_length > self.max_seq_length:
             raise ValueError(f"max_length={self.max_length} is above max_seq_length={self.max_seq_length}.")
         if self.needs_rows != (self.init_data is not None):

@@ -29,13 +29,15 @@ from transformers import TrainerCallback
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.files import make_folder
 from tunesmith.data.files import formatted_rows
+from tunesmith.data.formats import text_goes_first
 from tunesmith.data.parts import lanes_of, split_batch
 from tunesmith.data.prepare import DocumentDataset, PackedDataset, PreparedData, prepare, split_documents
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
+from tunesmith.models.prompts import set_ends
 from tunesmith.models.quantize import protect_gradients
-from tunesmith.training.base import RunTrainer
+from tunesmith.training.base import RunTrainer, say_losses
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
     plan_of,
@@ -54,6 +56,9 @@ from tunesmith.training.plan import (
     choose_cadence,
     length_limit,
     one_tokenizer,
+    only_pads,
+    refuse_elsewhere,
+    refuse_foreign_ids,
     try_out,
 )
 from tunesmith.training.processes import gather_objects, sum_gradients, sum_over_processes
@@ -77,6 +82,8 @@ class SFTTrainer(RunTrainer):
         formatting_func: row -> text or list of texts, for rows of your own shape.
         mapping: column -> role or field, as in ``tunesmith train --map``.
         dataset_text_field, max_seq_length, packing: the older call style; the same as the fields of ``args``.
+        dataset_num_proc: taken, and without use: rows are read by one process.
+        peft_config, compute_metrics: None; anything else is refused with what to do instead.
 
     Attributes:
         ledger: what happened to every row; raises already on rows that would train nothing.
@@ -99,12 +106,17 @@ class SFTTrainer(RunTrainer):
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         packing: bool | None = None,
+        dataset_num_proc: int | None = None,
+        peft_config: Any = None,
+        compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = SFTConfig() if args is None else args
+        refuse_elsewhere(peft_config, compute_metrics, eval_dataset)
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        data_collator = None if only_pads(data_collator) else data_collator
         self._tokenizer = one_tokenizer(processing_class, tokenizer, data_collator)
         apply_older_style(args, dataset_text_field, max_seq_length, packing)
         check_precision(args, model)
@@ -112,6 +124,7 @@ class SFTTrainer(RunTrainer):
         check_purpose(model)
         if not hasattr(model, "peft_config") and type(args.learning_rate) is type(LORA_RATE):
             args.learning_rate = FULL_RATE
+        set_ends(model, getattr(self._tokenizer, "tokenizer", self._tokenizer))
         self._encoder = encoder_for(model, self._tokenizer, args, data_collator)
         self._join = collator_for(model, self._tokenizer, data_collator)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
@@ -123,13 +136,19 @@ class SFTTrainer(RunTrainer):
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
         train_data = self._prepare(train_dataset, args)
         train_data.ledger.check()
-        self.ledger = train_data.ledger
         eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
         if eval_data is None and args.eval_split:
-            train_data, eval_data = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
+            total = len(train_data.rows)
+            side, eval_data = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
+            train_data = PreparedData(side.rows, train_data.ledger)  # which knows what was dropped before the split
+            if eval_data is not None and args.process_index == 0 and not isinstance(train_dataset, PreparedData):
+                _log.warning(
+                    "%d of %d rows are held out to evaluate on; eval_split=0 trains on all", len(eval_data.rows), total
+                )
         if eval_data is not None:
             eval_data.ledger.check()
-        self.train_data, self.eval_data = train_data, eval_data
+        refuse_foreign_ids(model, train_data, eval_data)
+        self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
         train_set = self._as_dataset(train_data, args, ledger=True)
         has_eval = eval_data is not None and args.evaluates
         try_out(args, model, choose_cadence(args, len(train_set), has_eval=has_eval))
@@ -169,9 +188,18 @@ class SFTTrainer(RunTrainer):
             return rows
         if self._formatting_func is not None:
             rows = list(formatted_rows(rows, self._formatting_func))
-        return prepare(
+        elif self._mapping is None and text_goes_first(rows):
+            _log.warning(
+                "the rows have a column text, which is trained on as it is (dataset_text_field='text'); to train on "
+                "their other columns as a chat, remove it"
+            )
+            self._mapping = {"text": "text"}
+        data = prepare(
             rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=self._mapping
         )
+        data.ledger.check()
+        say_losses(data.ledger, args)
+        return data
 
     def _as_dataset(self, data: PreparedData, args: SFTConfig, *, ledger: bool) -> DocumentDataset | PackedDataset:
         if not args.packing:
@@ -271,7 +299,7 @@ class SFTTrainer(RunTrainer):
             loss = self.graphs.step(part, divisor)
             if loss is not None:
                 return loss
-        width = self.head.model.get_input_embeddings().embedding_dim
+        width = self.head.model.get_input_embeddings().weight.shape[1]  # one with an adapter has no embedding_dim
         lanes = [part]
         if self.plan.lanes > 1 and sum(part["lengths"]) >= least_tokens(width):
             lanes = lanes_of(part, self.plan.lanes, width=width, multiple=self.axis_multiple)

@@ -14,14 +14,12 @@ import gguf
 import numpy as np
 from peft.tuners.lora import LoraLayer
 
+from tunesmith.adapters.starts import changes_base
 from tunesmith.core.errors import AdapterError
 from tunesmith.export.gguf.families import Tensor, arranged, tensor_name
 from tunesmith.export.weights import check_mergeable
 
 __all__ = ["adapter_of", "alpha_of", "lora_header", "lora_tensors", "lora_weights"]
-
-# What changes the base too, so that the adapter alone, on the base as it was published, is another model.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapter_of(model: Any) -> str:
@@ -35,7 +33,7 @@ def adapter_of(model: Any) -> str:
         raise AdapterError(f"save_method='lora' saves one adapter, and {len(names)} are active on this model.")
     config = model.peft_config[names[0]]
     check_mergeable(names[0], config)
-    init = str(config.init_lora_weights).lower()
+    init = config.init_lora_weights
     reasons = {
         "use_dora": "DoRA",
         "modules_to_save": "modules that train whole",
@@ -43,7 +41,7 @@ def adapter_of(model: Any) -> str:
     }
     found = [what for name, what in reasons.items() if getattr(config, name, None)]
     found += ["biases"] if config.bias != "none" else []
-    found += [f"init_lora_weights={init!r}, which changes the base"] if init.startswith(_CHANGE_THE_BASE) else []
+    found += [f"init_lora_weights={init!r}, which changes the base"] if changes_base(init) else []
     layers = [layer for _, layer in _layers(model, names[0])]
     found += ["an adapted embedding"] if any(names[0] in layer.lora_embedding_A for layer in layers) else []
     if found:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.tasks import TASKS
-from tunesmith.data.files import list_splits
+from tunesmith.data.files import has_valid
 from tunesmith.data.task_rows import Record, collect_labels, read_records
 from tunesmith.data.tasks import TaskData, prepare_records, split_task_rows
 from tunesmith.models.heads import Head, labels_of
@@ -69,7 +69,7 @@ def _prepare(
     train_data = encoded(records)
     train_data.ledger.check()
     source = settings.eval_data or (settings.data if settings.eval_split else None)
-    has_own = source is not None and Path(source).is_dir() and "valid" in list_splits(source)
+    has_own = source is not None and has_valid(source)
     if settings.eval_data is None and not has_own:
         return split_task_rows(train_data, fraction=settings.eval_split, seed=settings.seed)
     assert source is not None

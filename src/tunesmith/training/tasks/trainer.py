@@ -26,7 +26,7 @@ from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.heads import give_padding
 from tunesmith.models.load import facts_of
-from tunesmith.training.base import RunTrainer
+from tunesmith.training.base import RunTrainer, say_losses
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import settings_fingerprint
@@ -129,7 +129,9 @@ class TaskTrainer(RunTrainer):
             return rows
         records = read_records(rows, self._task, mapping=self._mapping)
         common: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long}
-        return prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
+        data = prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
+        say_losses(data.ledger, args)
+        return data
 
     # ---- one step ----
 

@@ -1,0 +1,232 @@
+"""What scripts for Unsloth and TRL write around the training runs with the import lines changed, or says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tests import tiny
+from tests.training import support
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+
+from tunesmith import (
+    SFTConfig,
+    get_chat_template,
+    is_bf16_supported,
+    is_bfloat16_supported,
+    standardize_data_formats,
+    standardize_sharegpt,
+    train_on_responses_only,
+)
+from tunesmith.core.errors import DataError, ModelError, SettingsError
+
+PROMPT = "### Instruction: {} ### Response: {}"
+ALPACA = [
+    {"instruction": "the cat", "input": "", "output": "sat"},
+    {"instruction": "the dog", "input": "", "output": "ran"},
+] * 4
+
+
+def texts_of(trainer: Any) -> list[str]:
+    return [tiny.tiny_tokenizer().decode(document.input_ids) for document in trainer.train_data.documents]
+
+
+# ---- formatting functions and columns that scripts make themselves ----
+
+
+def batched(rows: Any) -> list[str]:
+    return [PROMPT.format(a, b) for a, b in zip(rows["instruction"], rows["output"], strict=True)]
+
+
+def batched_by_number(rows: Any) -> list[str]:
+    return [PROMPT.format(rows["instruction"][i], rows["output"][i]) for i in range(len(rows["instruction"]))]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        batched,
+        batched_by_number,
+        lambda rows: {"text": batched(rows)},
+        lambda row: PROMPT.format(row["instruction"], row["output"]),
+        lambda row: [PROMPT.format(row["instruction"], row["output"])],
+        lambda row: {"text": PROMPT.format(row["instruction"], row["output"])},
+    ],
+)
+def test_a_formatting_function_of_rows_or_of_batches(function: Any, tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, rows=Dataset.from_list(ALPACA), formatting_func=function)
+    assert [text.split("<|")[0] for text in texts_of(trainer)] == [
+        PROMPT.format(row["instruction"], row["output"]) for row in ALPACA
+    ]
+
+
+def test_several_texts_of_a_row_stay_several(tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, rows=ALPACA, formatting_func=lambda row: [row["instruction"], row["output"]])
+    assert len(trainer.train_data.documents) == 2 * len(ALPACA)
+
+
+def test_a_text_that_a_script_made_goes_before_what_it_was_made_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "text": PROMPT.format(row["instruction"], row["output"])} for row in ALPACA]
+    for given in (rows, Dataset.from_list(rows)):
+        caplog.clear()
+        assert texts_of(support.trainer(tmp_path, rows=given))[0].startswith("### Instruction: the cat")
+        assert "the rows have a column text, which is trained on as it is" in caplog.text
+    chats = [{**row, "text": "rendered"} for row in tiny.chat_rows(4)]
+    assert not texts_of(support.trainer(tmp_path, rows=chats))[0].startswith("rendered")
+
+
+def test_rows_that_are_tokenized_and_masked_stay_so(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in ("the cat sat", "the dog ran home")]
+    rows = [{"text": "unused", "input_ids": own, "labels": [-100, -100, *own[2:]]} for own in ids]
+    padded = [
+        {"input_ids": [*row["input_ids"], 0, 0], "labels": [*row["labels"], -100, -100],
+         "attention_mask": [1] * len(row["input_ids"]) + [0, 0]}
+        for row in rows
+    ]  # fmt: skip
+    masked = [{"input_ids": own, "completion_mask": [0, 0] + [1] * (len(own) - 2)} for own in ids]
+    for given in (
+        rows,
+        Dataset.from_list(rows),
+        Dataset.from_list(padded),
+        masked,
+        Dataset.from_list(rows).with_format("torch"),
+    ):
+        documents = support.trainer(tmp_path, rows=given).train_data.documents
+        assert [document.input_ids.tolist() for document in documents] == ids
+        assert [document.trained.tolist() for document in documents] == [
+            [False, False] + [True] * (len(own) - 2) for own in ids
+        ]
+    whole = support.trainer(tmp_path, rows=[{"input_ids": own} for own in ids]).train_data.documents
+    assert all(document.trained.all() for document in whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"input_ids": [3, 4, 5], "labels": [4, 5, -100]},
+            r"labels\[0\] is 4 and input_ids\[0\] 3; a label is its own",
+        ),
+        ({"input_ids": [3, 4, 5], "labels": [3]}, "labels has 1 entries and input_ids 3"),
+        ({"input_ids": [[3, 4]]}, "input_ids must be a list of whole numbers"),
+        ({"input_ids": ["a", "b"]}, "input_ids must be a list of whole numbers"),
+        ({"input_ids": [3]}, "must hold two tokens or more"),
+    ],
+)
+def test_tokens_that_cannot_be_trained_on(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        support.trainer(tmp_path, rows=[row])
+
+
+def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"row 1: token {tiny.VOCABULARY}, and the model has embeddings for"):
+        support.trainer(tmp_path, rows=[{"input_ids": [3, tiny.VOCABULARY]}])
+
+
+# ---- arguments of other trainers ----
+
+
+def test_arguments_that_ask_for_what_is_done_anyway(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    for collator in (DataCollatorForSeq2Seq(tokenizer), DataCollatorForLanguageModeling(tokenizer, mlm=False), None):
+        trainer = support.trainer(
+            tmp_path, rows=8, data_collator=collator, dataset_num_proc=2, compute_metrics=None, peft_config=None,
+            padding_free=False, loss_type="nll", packing_strategy="bfd", eval_packing=False, max_steps=1,
+        )  # fmt: skip
+    train_on_responses_only(trainer, num_proc=1).train()
+    assert SFTConfig(completion_only_loss=True).train_on == "assistant"
+    assert SFTConfig(assistant_only_loss=False).train_on == "all"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_config": object()}, "make the adapter before the trainer"),
+        ({"compute_metrics": print}, "Score answers with tunesmith.evaluation.evaluate"),
+        ({"eval_dataset": {"a": [], "b": []}}, "eval_dataset has 2 data sets by name"),
+        ({"data_collator": DataCollatorForLanguageModeling(tiny.tiny_tokenizer(), mlm=False)}, None),
+        ({"loss_type": "dft"}, "loss_type='dft': the loss is the negative log-likelihood"),
+        ({"eval_packing": True}, "rows to evaluate on are not packed"),
+        ({"packing_strategy": "wrapped"}, "whole documents, best fit first"),
+        ({"eos_token": "</s>"}, "set it on the tokenizer"),
+        ({"assistant_only_loss": True, "train_on": "all"}, "ask for train_on='assistant', which is 'all'"),
+    ],
+)
+def test_arguments_that_ask_for_something_else_say_what_to_do(
+    arguments: Any, message: str | None, tmp_path: Path
+) -> None:
+    if message is None:
+        support.trainer(tmp_path, **arguments)
+        return
+    with pytest.raises(SettingsError, match=message):
+        support.trainer(tmp_path, **arguments)
+
+
+def test_a_trainer_of_another_library_is_not_masked() -> None:
+    with pytest.raises(SettingsError, match="this masks rows of tunesmith's own"):
+        train_on_responses_only(object())  # type: ignore[arg-type]
+
+
+def test_what_is_held_out_and_which_step_is_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = [{"text": "zq xj kv " * 5}] * 4
+    trainer = support.trainer(
+        tmp_path, eval_dataset=other, eval_steps=2, save_steps=2, num_train_epochs=2, learning_rate=5e-2
+    )
+    assert "held out" not in caplog.text
+    trainer.train()
+    best, last = trainer.state.best_global_step, trainer.state.global_step
+    assert best < last and f"the weights are those of step {best} of {last}" in caplog.text
+    support.trainer(tmp_path / "split", rows=40, eval_split=0.1)
+    assert "4 of 40 rows are held out to evaluate on; eval_split=0 trains on all" in caplog.text
+
+
+def test_an_adapted_embedding_trains(tmp_path: Path) -> None:
+    model = support.adapted(target_modules=["q_proj", "embed_tokens", "lm_head"])
+    before = support.trainable(model)
+    support.trainer(tmp_path, model=model, max_steps=2).train()
+    after = support.trainable(model)
+    assert all(not after[name].equal(value) for name, value in before.items() if "embed_tokens" in name)
+
+
+# ---- templates and ShareGPT ----
+
+
+def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.LogCaptureFixture) -> None:
+    import copy
+
+    own = copy.deepcopy(tiny.tiny_tokenizer())
+    own.chat_template = "{# mine #}" + own.chat_template
+    mine = own.chat_template
+    usual = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
+    assert get_chat_template(own, "qwen-2.5", mapping=usual, map_eos_token=True).chat_template == mine
+    assert "the tokenizer's own template, which is of that family, is kept" in caplog.text
+    own.chat_template = None
+    assert "<|im_start|>" in get_chat_template(own, chat_template="qwen3").chat_template
+    assert "the built-in chatml is used" in caplog.text
+    with pytest.raises(ModelError, match=r"needs <\|start_header_id\|>"):
+        get_chat_template(own, "llama-3.1")
+    jinja = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    assert get_chat_template(own, (jinja, "<|im_end|>")).chat_template == jinja
+    with pytest.raises(ModelError, match="has no token '<nothing>'"):
+        get_chat_template(own, (jinja, "<nothing>"))
+    with pytest.raises(SettingsError, match=r"use standardize_sharegpt\(dataset\) first"):
+        get_chat_template(own, "chatml", mapping={"role": "from", "content": "value", "user": "human"})
+    with pytest.raises(SettingsError, match="as a first message with the role system"):
+        get_chat_template(own, "chatml", system_message="x")
+
+
+def test_sharegpt_becomes_roles_and_content() -> None:
+    rows = [{"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}], "id": 7}]
+    wanted = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    for found in (standardize_sharegpt(rows), standardize_sharegpt(Dataset.from_list(rows))):
+        assert found[0] == {"conversations": wanted, "id": 7}
+    both = standardize_data_formats(DatasetDict(train=Dataset.from_list(rows)))
+    assert standardize_sharegpt(both)["train"][0]["conversations"] == wanted
+    with pytest.raises(DataError, match="no column conversations or messages: there are text"):
+        standardize_sharegpt(Dataset.from_list([{"text": "x"}]))
+    assert is_bf16_supported() == is_bfloat16_supported()
