@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
 from tests import tiny
 from tests.training import support
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+from transformers import AutoModelForSequenceClassification, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from tunesmith import (
+    FastLanguageModel,
     SFTConfig,
+    SFTTrainer,
     get_chat_template,
     is_bf16_supported,
     is_bfloat16_supported,
@@ -20,7 +23,10 @@ from tunesmith import (
     standardize_sharegpt,
     train_on_responses_only,
 )
-from tunesmith.core.errors import DataError, ModelError, SettingsError
+from tunesmith.core.errors import AdapterError, DataError, ModelError, SettingsError
+from tunesmith.engine.install import engine_of
+from tunesmith.engine.policies import Policy
+from tunesmith.models.load import facts_of
 
 PROMPT = "### Instruction: {} ### Response: {}"
 ALPACA = [
@@ -191,6 +197,52 @@ def test_an_adapted_embedding_trains(tmp_path: Path) -> None:
     support.trainer(tmp_path, model=model, max_steps=2).train()
     after = support.trainable(model)
     assert all(not after[name].equal(value) for name, value in before.items() if "embed_tokens" in name)
+
+
+def test_a_stream_is_read_as_far_as_the_run_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def endless() -> Any:
+        while True:
+            yield from tiny.chat_rows(8)
+
+    rows = IterableDataset.from_generator(endless)
+    trainer = support.trainer(tmp_path, rows=rows, max_steps=4, eval_split=0.2)
+    assert trainer.ledger.rows_in == 20 and "the first 20 are read, as many as max_steps=4 uses" in caplog.text
+
+
+def test_checkpointing_by_the_name_of_transformers(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model")
+    model = FastLanguageModel.from_pretrained(str(tmp_path / "model"), dtype="float32")[0]
+    model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=False)
+    support.trainer(tmp_path, model=model, gradient_checkpointing=True, max_steps=1).train()
+    assert facts_of(model).checkpointing is True
+    assert set(engine_of(model).policies) == {Policy.FULL}
+
+
+def test_the_task_follows_from_the_auto_class(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    asked: dict[str, Any] = {"auto_model": AutoModelForSequenceClassification, "num_labels": 3, "dtype": "float32"}
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), **asked)
+    assert facts_of(model).task == "SEQ_CLS" and model.config.num_labels == 3
+    with pytest.raises(ModelError, match=r"loaded for SEQ_CLS, .* Use TaskTrainer"):
+        SFTTrainer(model=model, processing_class=tokenizer, train_dataset=tiny.chat_rows(4))
+
+
+def test_a_vocabulary_grown_by_transformers_comes_back(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "base"), dtype="float32")
+    tokenizer.add_tokens([f"<new {number}>" for number in range(40)])
+    model.resize_token_embeddings(len(tokenizer))
+    model = FastLanguageModel.get_peft_model(model, r=2, modules_to_save=["embed_tokens", "lm_head"])
+    ids = torch.tensor([[3, 4, len(tokenizer) - 1]])
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    again, own = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")
+    assert len(own) == len(tokenizer)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+    (tmp_path / "adapter" / "base.json").unlink()
+    with pytest.raises(AdapterError, match=r"size mismatch for .*embed_tokens"):
+        FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")
 
 
 # ---- templates and ShareGPT ----

@@ -17,6 +17,7 @@ from tunesmith import FastLanguageModel, FastModel, get_chat_template
 from tunesmith.core.errors import ModelError, SettingsError, TunesmithError
 from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.install import engine_of
+from tunesmith.engine.read import is_quantized
 from tunesmith.models import gguf_cache
 from tunesmith.models import load as models_load
 from tunesmith.models.aliases import find_model
@@ -77,6 +78,18 @@ def test_weights_that_are_quantized_leave_no_file_in_memory(
     # What is read later comes from the file again.
     own = tiny.tiny_model("llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=4).state_dict()
     assert torch.equal(model.model.embed_tokens.weight, own["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_layers_whose_weights_a_model_reads_itself_stay_whole(width: str, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, "mamba")
+    model, _ = load(tmp_path, dtype="float32", **{f"load_in_{width}": True})
+    names = {name.split(".")[-1] for name, module in model.named_modules() if is_quantized(module)}
+    assert names == {"in_proj", "x_proj"}
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        near = tiny.tiny_model("mamba").eval()(ids).logits
+        assert (model(ids).logits - near).norm() < 0.3 * near.norm()
 
 
 def test_the_window(saved: Path) -> None:

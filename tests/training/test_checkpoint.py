@@ -181,10 +181,17 @@ def test_a_checkpoint_by_its_path(run: Path, finished: Path) -> None:
     assert support.digest(run / last) == support.digest(finished / last)
 
 
-@pytest.mark.parametrize("harm", [shutil.rmtree, lambda path: truncate(path / "optimizer.pt")], ids=["gone", "cut"])
-def test_a_damaged_checkpoint_by_its_path_is_refused(run: Path, harm: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (shutil.rmtree, r"there is no checkpoint .*checkpoint-2; in that folder: checkpoint-1, checkpoint-3"),
+        (lambda path: truncate(path / "optimizer.pt"), r"checkpoint-2 is damaged \("),
+    ],
+    ids=["gone", "cut"],
+)
+def test_a_damaged_checkpoint_by_its_path_is_refused(run: Path, harm: Callable[[Path], None], said: str) -> None:
     harm(run / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=r"checkpoint-2 is damaged \("):
+    with pytest.raises(CheckpointError, match=said):
         support.trainer(run, **SETTINGS).train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 

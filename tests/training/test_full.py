@@ -177,6 +177,44 @@ def test_a_resumed_run_has_the_bytes_of_one_without_a_break(
 # ---- optimizers of 8 bits ----
 
 
+def test_moments_in_8_bits_are_those_of_bitsandbytes() -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    target, wave = torch.randn(64, 100), torch.arange(6400.0).view(64, 100)
+    exact, ours, theirs = (torch.nn.Parameter(torch.zeros(64, 100)) for _ in range(3))
+    optimizers = {
+        exact: StochasticAdamW([exact], lr=0.02),
+        ours: StochasticAdamW([ours], lr=0.02, in_8_bits=True),
+        theirs: AdamW8bit([theirs], lr=0.02, weight_decay=0.0),
+    }
+    for step in range(60):
+        for weight, optimizer in optimizers.items():
+            weight.grad = weight.detach() - target + 0.1 * torch.sin(wave + step)
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()
+    assert 0.001 * exact.norm() < (ours - exact).norm() < 0.05 * exact.norm()
+    state = optimizers[ours].state[ours]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8 and state["exp_avg_scale"].shape == (25,)
+
+
+def test_weights_in_16_bits_take_moments_in_8(folders: dict[str, Path], tmp_path: Path) -> None:
+    def run(*, resume: bool = False) -> Any:
+        model = load(folders["llama"], dtype="bfloat16")
+        made = trainer(tmp_path, model=model, max_steps=4, save_steps=2, learning_rate=3e-3, optim="adamw_8bit")
+        made.train(resume_from_checkpoint=resume or None)
+        return made
+
+    whole = run()
+    kinds = {p.numel() >= 4096: state["exp_avg"].dtype for p, state in whole.optimizer.state.items()}
+    assert kinds == {True: torch.uint8, False: torch.float32}
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = dict(run(resume=True).model.named_parameters())
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.model.named_parameters())
+
+
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 def test_states_in_8_bits(optim: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = FastLanguageModel.get_peft_model(load(folders["llama"], full_finetuning=False), r=128)

@@ -58,12 +58,16 @@ def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
         train_on_responses_only(support.trainer(tmp_path, rows=rows, dataset_text_field="body"), response_part="x")
 
 
-def test_masking_keeps_what_the_ledger_knew_of_the_whole_source(tmp_path: Path) -> None:
+def test_masking_keeps_what_the_ledger_knew_of_the_whole_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [*texts(40), *({"body": None} for _ in range(3)), {"body": "no markers at all"}]
     trainer = support.trainer(tmp_path, rows=rows, dataset_text_field="body", eval_split=0.1)
     splits = trainer.ledger.splits
     assert trainer.ledger.dropped == {"null content": 3} and trainer.ledger.rows_kept == 41
+    caplog.clear()
     ledger = train_on_responses_only(trainer).ledger
+    assert "of 44 rows 4 are left out" in caplog.text
     assert ledger.rows_in == 44 == ledger.rows_kept + sum(ledger.dropped.values())
     assert ledger.dropped["null content"] == 3 and sum(ledger.dropped.values()) == 4
     assert ledger.splits["train"]["rows"] == len(trainer.train_data.rows)

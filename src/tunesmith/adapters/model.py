@@ -42,7 +42,7 @@ from tunesmith.core.files import lasting_path, require_space, whole_folder
 from tunesmith.core.tasks import TASKS
 from tunesmith.engine.read import is_quantized
 from tunesmith.models.heads import labels_of
-from tunesmith.models.load import ModelFacts, facts_of
+from tunesmith.models.load import facts_of
 from tunesmith.models.rope import Stretch
 from tunesmith.models.settings import Width
 from tunesmith.models.whole import WholeModel
@@ -160,7 +160,7 @@ class TrainedOn:
 
 
 def trained_on(adapter: Path) -> TrainedOn:
-    """Return how the base of a saved adapter was quantized, stretched, labelled and grown when it was trained.
+    """Return how the base of a saved adapter was loaded when it was trained.
 
     Raises:
         AdapterError: base.json is there and is not what this library writes.
@@ -247,14 +247,13 @@ class AdapterModel(PeftModel):
             _convert(Path(save_directory), self.started)
         for name in names:
             folder = Path(save_directory) / ("" if name == "default" else name)
-            _write_base(folder, facts_of(self), labels_of(self.config))
+            _write_base(folder, self)
         if keeps:
             _point_to_base(Path(save_directory))
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write PEFT's card, as PEFT does, but compile its template once and not for every checkpoint."""
-        card = Path(output_dir) / "README.md"
-        if not card.exists():
+        if not (card := Path(output_dir) / "README.md").exists():
             card.write_text(_empty_card(), encoding="utf-8")
         super().create_or_update_model_card(output_dir)
 
@@ -386,13 +385,15 @@ class AdapterModel(PeftModel):
             )
 
 
-def _write_base(folder: Path, facts: ModelFacts, labels: tuple[str, ...]) -> None:
+def _write_base(folder: Path, model: Any) -> None:
     """Say in the folder of an adapter how its base was loaded, where that is not as its files have it."""
+    facts, labels = facts_of(model), labels_of(model.config)
+    rows = model.get_input_embeddings().weight.shape[0]
     record = {
         "width": facts.width,
         "stretch": None if facts.stretch is None else asdict(facts.stretch),
         "labels": list(labels) if TASKS[facts.task].has_labels else None,
-        "vocabulary": facts.vocabulary,
+        "vocabulary": rows if facts.rows not in (None, rows) else facts.vocabulary,
         "qat_scheme": None if facts.qat is None else facts.qat.record(),
     }
     (folder / _BASE).unlink(missing_ok=True)  # of an adapter that was saved here before

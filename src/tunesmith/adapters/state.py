@@ -338,7 +338,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
             f"{adapter / _WEIGHTS} is corrupt or cut short ({error}). Copy the adapter again."
         ) from error
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = next((line for line in lines if not line.endswith(":")), type(error).__name__)
         raise AdapterError(f"adapter {adapter} does not fit its base {facts_of(model).name}: {first[:300]}") from error
     _refuse_foreign_keys(adapter, adapted)
     facts = facts_of(model)

@@ -40,8 +40,10 @@ class Head:
     gives_way: bool = False
 
     def task_for(self, config: Any) -> Task:
-        """Return the task that was asked for, else the one that the model was saved for."""
-        return TASKS[self.task] if self.task is not None else TASKS[_saved_for(config)]
+        """Return the task that was asked for, by name or Auto class, else the one that the model was saved for."""
+        asked = getattr(self.auto_model, "__name__", None)
+        by_class = next((name for name, task in TASKS.items() if task.auto == asked), None)
+        return TASKS[self.task or by_class or _saved_for(config)]
 
     def arguments(self, config: Any) -> dict[str, Any]:
         """Return the keywords of transformers that give the head its labels.

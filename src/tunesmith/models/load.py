@@ -59,6 +59,10 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
+# Kind of model -> linear layers that are not quantized: the head, and those whose weights its own code reads.
+_READ_WHOLE = {kind: ["lm_head", "dt_proj", "out_proj"] for kind in ("mamba", "falcon_mamba")}
+
+
 class _DefaultWindow(int):
     """A window that nobody asked for: it gives way to the model's own shorter one; a number asked for is refused."""
 
@@ -89,6 +93,7 @@ class ModelFacts:
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
         new_modules: modules that the files did not hold: random until they are trained.
         vocabulary: rows that the vocabulary was grown to, None where it is the model's own.
+        rows: of the vocabulary when it was loaded, None where another library loaded it.
         is_merged: whether an adapter was merged into the weights, which no files hold then.
         fast: the vLLM that answers for it (``evaluation/fast.py``), None without ``fast_inference``.
     """
@@ -108,6 +113,7 @@ class ModelFacts:
     task: str = CAUSAL_LM
     new_modules: tuple[str, ...] = ()
     vocabulary: int | None = None
+    rows: int | None = None
     is_merged: bool = False
     fast: Any = None
 
@@ -185,7 +191,7 @@ def load_model(
         arguments["device_map"] = device_map or {"": str(device)}
     if width is not None:
         _refuse_other_width(source, width, hub)
-    beside = outside_decoder(own) if sees and width is not None else None
+    beside = outside_decoder(own) if sees and width is not None else _READ_WHOLE.get(own.model_type)
     if packs is not None:
         arguments["quantization_config"] = quantization_config(packs, choice.dtype, leave_out=beside)
     _refuse_unrunnable(source, own, choice)
@@ -223,6 +229,7 @@ def load_model(
     _fit_out(model, source, choice, max_seq_length, attn_implementation, width=width, task=task.name)
     facts = facts_of(model)
     facts.stretch, facts.vocabulary, facts.tokenizer = how, vocabulary, own_tokenizer
+    facts.rows = None if task.name != CAUSAL_LM else model.get_input_embeddings().weight.shape[0]
     facts.new_modules = tuple(sorted(new)) if task.heads else ()
     if how is not None and stretched is None:
         _log.warning("the window is stretched to %s positions: rope_scaling=%s", how.window, how.scaling)

@@ -66,8 +66,11 @@ def checkpoint_at(path: Path, run: dict[str, Any]) -> Path:
     """Return ``path``, a checkpoint that the user named.
 
     Raises:
-        CheckpointError: it is damaged or belongs to another run.
+        CheckpointError: it is not there, is damaged or belongs to another run.
     """
+    if not path.is_dir():
+        there = ", ".join(found.name for found in checkpoints_in(path.parent)) or "none"
+        raise CheckpointError(f"there is no checkpoint {path}; in that folder: {there}.")
     broken = damage(path)
     if broken is not None:
         raise CheckpointError(

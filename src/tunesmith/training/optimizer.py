@@ -25,6 +25,10 @@ __all__ = ["StochasticAdamW", "give_embeddings_their_rate", "int8_adamw", "optim
 
 _PIECE = 2**22
 """Entries updated at a time: what lies between is 16 MiB each, however large the embedding is."""
+_BLOCK, _LEAST_IN_8_BITS = 256, 4096
+"""Moments in 8 bits: entries that share a scale, and of the smallest tensor that has them, as in bitsandbytes."""
+# Name of AdamW -> whether its moments have 8 bits.
+_ADAMW = {"adamw_torch": False, "adamw_torch_fused": False, "adamw_8bit": True, "adamw_bnb_8bit": True}
 
 
 def optimizer_for(model: Any, args: Any) -> tuple[type, dict[str, Any]] | None:
@@ -41,16 +45,18 @@ def optimizer_for(model: Any, args: Any) -> tuple[type, dict[str, Any]] | None:
     if not any(p.requires_grad and p.itemsize < 4 and p.is_floating_point() for p in model.parameters()):
         return None
     name = str(getattr(args.optim, "value", args.optim))
-    if name not in ("adamw_torch", "adamw_torch_fused"):
+    if name not in _ADAMW:
         raise SettingsError(
             f"optim={name} on weights in 16 bits would lose most steps to rounding. Leave optim out (AdamW with "
-            "stochastic rounding), or load the model with dtype='float32'."
+            "stochastic rounding), take adamw_8bit (the same with moments in 8 bits), or load the model with "
+            "dtype='float32'."
         )
     return StochasticAdamW, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "seed": args.seed,
+        "in_8_bits": _ADAMW[name],
     }
 
 
@@ -112,8 +118,8 @@ def _restore_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
-            value = saved[index][name] if index in saved else None
+        for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"):
+            value = saved[index].get(name) if index in saved else None
             if type(value) is torch.Tensor:
                 optimizer.state[parameter][name] = value.to(parameter.device).clone()
 
@@ -163,7 +169,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with float32 moments and stochastic rounding of weights.
 
     Weights may be bfloat16 or float32 (which are not rounded). The noise depends on ``seed``, the step and the place of
-    a weight alone: every process draws the same, and a resumed run goes on as it would have.
+    a weight alone: every process draws the same, and a resumed run goes on as it would have. ``in_8_bits``: moments of
+    tensors with 4,096 entries or more are stored in 8 bits with a scale for each 256 (Dettmers et al. 2022,
+    arXiv:2110.02861; the codes are those of bitsandbytes).
     """
 
     def __init__(
@@ -175,9 +183,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         seed: int = 0,
+        in_8_bits: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed = seed
+        self.seed, self.in_8_bits = seed, in_8_bits
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -199,21 +208,70 @@ class StochasticAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(())
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+                self._begin(state, name, parameter)
         state["step"] += 1
         count, (beta1, beta2) = int(state["step"]), group["betas"]
         generator = torch.Generator(parameter.device).manual_seed(hash((self.seed, count, place)) % 2**63)
         rate, correction = group["lr"] / (1 - beta1**count), math.sqrt(1 - beta2**count)
-        whole = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for weight, grad, mean, square in zip(*(x.reshape(-1).split(_PIECE) for x in whole), strict=True):
-            grad = grad.float()
+        whole = (parameter.data.view(-1), parameter.grad.reshape(-1))
+        for start in range(0, parameter.numel(), _PIECE):
+            at = slice(start, min(start + _PIECE, parameter.numel()))
+            weight, grad = whole[0][at], whole[1][at].float()
+            mean, square = (_moment(state, name, at) for name in ("exp_avg", "exp_avg_sq"))
             mean.lerp_(grad, 1 - beta1)
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            _keep(state, "exp_avg", at, mean)
+            _keep(state, "exp_avg_sq", at, square)
             new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
             new.addcdiv_(mean, square.sqrt().div_(correction).add_(group["eps"]), value=-rate)
             weight.copy_(round_stochastically(new, generator) if weight.dtype == torch.bfloat16 else new)
+
+    def _begin(self, state: dict[str, Any], name: str, parameter: torch.Tensor) -> None:
+        is_coded = self.in_8_bits and parameter.numel() >= _LEAST_IN_8_BITS
+        shape = {"device": parameter.device, "dtype": torch.float32}
+        if not is_coded:
+            state[name] = torch.zeros(parameter.shape, **shape)
+            return
+        zero = int(_codes(name, parameter.device).abs().argmin())
+        state[name] = torch.full(parameter.shape, zero, dtype=torch.uint8, device=parameter.device)
+        state[f"{name}_scale"] = torch.zeros(-(-parameter.numel() // _BLOCK), **shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments as they were saved."""
         super().load_state_dict(state_dict)
         _restore_moments(self, state_dict)
+
+
+@functools.cache
+def _codes(name: str, device: torch.device) -> torch.Tensor:
+    """Return the 256 values that 8 bits of a moment stand for, of a block whose largest entry is 1."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=name == "exp_avg").to(device)
+
+
+def _blocks(at: slice) -> slice:
+    return slice(at.start // _BLOCK, -(-at.stop // _BLOCK))
+
+
+def _moment(state: dict[str, Any], name: str, at: slice) -> torch.Tensor:
+    """Return the entries ``at`` of a moment in float32: its own memory, or a copy of what 8 bits stand for."""
+    stored = state[name].view(-1)[at]
+    if stored.dtype != torch.uint8:
+        return stored
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scale = state[f"{name}_scale"][_blocks(at)]
+    return dequantize_blockwise(stored, absmax=scale, code=_codes(name, stored.device), blocksize=_BLOCK)
+
+
+def _keep(state: dict[str, Any], name: str, at: slice, value: torch.Tensor) -> None:
+    """Write the entries ``at`` of a moment back, where they are not its own memory."""
+    stored = state[name].view(-1)[at]
+    if stored.dtype != torch.uint8:
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    codes, made = quantize_blockwise(value, code=_codes(name, stored.device), blocksize=_BLOCK)
+    stored.copy_(codes)
+    state[f"{name}_scale"][_blocks(at)] = made.absmax

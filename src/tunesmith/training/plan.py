@@ -96,6 +96,21 @@ def refuse_foreign_ids(model: Any, *sides: PreparedData | None) -> None:
                 )
 
 
+def begun_stream(rows: Any, args: SFTConfig) -> Any:
+    """Return of a streamed ``datasets`` object as many rows as ``max_steps`` uses, which is said; others as they are.
+
+    Rows are counted, split and planned before the first step: a stream without an end would never get there.
+    """
+    if type(rows).__name__ != "IterableDataset" or args.max_steps < 1:
+        return rows
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    count = math.ceil(args.max_steps * a_step / (1 - args.eval_split))
+    _log.warning(
+        "of the streamed rows the first %s are read, as many as max_steps=%d uses", f"{count:,}", args.max_steps
+    )
+    return rows.take(count)
+
+
 def one_tokenizer(processing_class: Any, tokenizer: Any, collator: Any = None) -> Any:
     """Return the tokenizer or processor, under whichever of its two names it was given, else that of the collator.
 

@@ -10,6 +10,7 @@ from tunesmith.data.ledger import KeptRow, Ledger, summary
 from tunesmith.data.markers import Markers, resolve_markers, response_mask
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.types import Document, RowRefusedError
+from tunesmith.training.base import say_losses
 
 if TYPE_CHECKING:
     from tunesmith.training.sft import SFTTrainer
@@ -42,6 +43,8 @@ def train_on_responses_only(
     held_out = None if trainer.eval_data is None else _masked(trainer.eval_data, tokenizer, markers)
     if held_out is not None and trainer.ledger.splits:
         _count_both_sides(train, held_out)
+    if train.ledger.dropped != trainer.ledger.dropped:
+        say_losses(train.ledger, trainer.args)
     trainer.replace_train_data(train)
     if held_out is not None:
         trainer.replace_eval_data(held_out)

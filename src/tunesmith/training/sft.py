@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tunesmith.core.errors import SettingsError
+from tunesmith.adapters.inject import set_checkpointing
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.files import make_folder
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.data.files import formatted_rows
 from tunesmith.data.formats import text_goes_first
 from tunesmith.data.parts import lanes_of, split_batch
@@ -51,6 +53,7 @@ from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
 from tunesmith.training.optimizer import optimizer_for
 from tunesmith.training.plan import (
     apply_older_style,
+    begun_stream,
     check_precision,
     check_purpose,
     choose_cadence,
@@ -116,6 +119,14 @@ class SFTTrainer(RunTrainer):
         refuse_elsewhere(peft_config, compute_metrics, eval_dataset)
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        task = facts_of(model).task
+        if task != CAUSAL_LM:
+            raise ModelError(
+                f"the model was loaded for {task}, and SFTTrainer trains models that write. Use TaskTrainer."
+            )
+        if args.gradient_checkpointing and facts_of(model).checkpointing is False:
+            set_checkpointing(model, True)  # what use_gradient_checkpointing=True of get_peft_model does
+        args.gradient_checkpointing = False  # transformers' own would not reach fused layers
         data_collator = None if only_pads(data_collator) else data_collator
         self._tokenizer = one_tokenizer(processing_class, tokenizer, data_collator)
         apply_older_style(args, dataset_text_field, max_seq_length, packing)
@@ -134,7 +145,7 @@ class SFTTrainer(RunTrainer):
         self._formatting_func = formatting_func
         if train_dataset is None:
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
-        train_data = self._prepare(train_dataset, args)
+        train_data = self._prepare(begun_stream(train_dataset, args), args)
         train_data.ledger.check()
         eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
         if eval_data is None and args.eval_split:
