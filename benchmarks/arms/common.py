@@ -241,7 +241,7 @@ def _peaks(device: str) -> dict[str, int]:
     """Return the peak resident set of this process; on a GPU that of its allocator, and the former beside it."""
     # Linux counts in KiB, macOS in bytes.
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # That also holds the peak of the process that started this one; this does not, where the system tells it.
+    # A child process inherits that from the one that started it. VmHWM is its own, on Linux.
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     host = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), host)

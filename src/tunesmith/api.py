@@ -320,7 +320,8 @@ def get_chat_template(
         raise SettingsError("system_message: write it into the rows, as a first message with the role system.")
     if isinstance(chat_template, (tuple, list)):
         chat_template, end = chat_template
-        if end not in ("eos_token", True) and tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
+        own = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
+        if end not in ("eos_token", True) and own.convert_tokens_to_ids(end) in (None, own.unk_token_id):
             raise ModelError(f"the tokenizer has no token {end!r}, which the template is said to end a turn with.")
     chosen = family_template(tokenizer, chat_template)
     if chosen is not None:

@@ -259,7 +259,7 @@ def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.Lo
     assert "the tokenizer's own template, which is of that family, is kept" in caplog.text
     own.chat_template = None
     assert "<|im_start|>" in get_chat_template(own, chat_template="qwen3").chat_template
-    assert "the built-in chatml is used" in caplog.text
+    assert "no template of that family, the built-in chatml is used" in caplog.text
     with pytest.raises(ModelError, match=r"needs <\|start_header_id\|>"):
         get_chat_template(own, "llama-3.1")
     jinja = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tunesmith.core.errors import DataError
-from tunesmith.data.ledger import CUT_NOTE, KeptRow, Ledger, count_trained
+from tunesmith.data.ledger import CUT_NOTE, KeptRow, Ledger, count_trained, losses
 from tunesmith.data.types import Document
 
 
@@ -132,6 +132,18 @@ def test_lines_hold_no_control_characters():
     ledger = Ledger(rows_in=1)
     ledger.drop("a.jsonl:1", "unknown role", "has\x1b[31m a role\r\n")
     assert all(line.isprintable() for line in ledger.lines(80))
+
+
+def test_losses_tell_rows_from_documents_of_rows_that_are_kept():
+    ledger = Ledger(rows_in=5)
+    assert losses(ledger) is None
+    ledger.drop("row 2", "null content", "messages is null")
+    ledger.drop_document("row 4", "longer than 9 tokens", "12 tokens")
+    ledger.drop_document("row 4", "longer than 9 tokens", "13 tokens")
+    assert losses(ledger) == (
+        "of 5 rows 1 are left out: 1 null content (first row 2); 2 documents of rows that are kept are left out: "
+        "2 longer than 9 tokens (first row 4). The trainer's ledger has every reason."
+    )
 
 
 def test_check_passes_what_can_be_trained():

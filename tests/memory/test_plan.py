@@ -217,6 +217,11 @@ def test_none_stay_where_something_else_is_short_or_memory_is_not_known(mode: bo
     assert plan.dense == 0 and "dense" not in plan.parts and "written out" not in plan.describe()
 
 
+def test_none_stay_where_nothing_fits() -> None:
+    plan = planned(False, GIB, shape=four_bits(), length=2048)
+    assert plan.advice is not None and plan.dense == 0 and "dense" not in plan.parts
+
+
 def test_unsloth_stays_below_its_share_with_them() -> None:
     shape = four_bits(vocabulary=500_000)
     plan = planned("unsloth", 300 * GIB, shape=shape, length=2048)

@@ -119,7 +119,7 @@ def load_source(
     )
     if folder is None:
         if chat_template is not None and facts_of(model).task == CAUSAL_LM:
-            set_ends(model, facts_of(model).tokenizer)  # type: ignore[arg-type]
+            set_ends(model, tokenizer)
         if qat_scheme is not None:
             raise SettingsError(
                 f"qat_scheme={qat_scheme!r} trains all weights of a base: give full_finetuning=True. To train an "
@@ -132,7 +132,7 @@ def load_source(
         tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
         facts_of(model).tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if facts_of(model).task == CAUSAL_LM:
-            set_ends(model, facts_of(model).tokenizer)  # type: ignore[arg-type]
+            set_ends(model, tokenizer)
         elif tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
     if not attach:

@@ -57,13 +57,10 @@ def command(
         raise OutputError(f"--output {output} exists already and is not overwritten. Give another path.")
     if output is not None and not output.absolute().parent.is_dir():
         raise OutputError(f"--output {output}: the folder {output.absolute().parent} does not exist. Make it first.")
-    typed = {"--temperature": temperature, "--max-new-tokens": max_new_tokens != 256, "--batch-size": batch_size != 32}
-    idle = [flag for flag, value in typed.items() if value and metric == "perplexity"]
-    if idle:
-        raise SettingsError(
-            f"{', '.join(idle)}: without effect on perplexity, which generates nothing and takes one row at a time. "
-            "Leave it out."
-        )
+    generating = {"--temperature": temperature, "--max-new-tokens": max_new_tokens != 256}
+    if metric == "perplexity":
+        what = "perplexity, which generates nothing and takes one row at a time"
+        _refuse_idle({**generating, "--batch-size": batch_size != 32}, what)
     silence_libraries()  # the imports below have something to say of this machine
     from tunesmith.cli.loading import load_for_answers
     from tunesmith.cli.task_scores import print_scores, score_task
@@ -76,10 +73,7 @@ def command(
     loading = {name: value for name, value in given.items() if name != "map"}
     loaded, tokenizer = load_for_answers(model, adapter, any_task=True, **loading)
     if facts_of(loaded).task != CAUSAL_LM:
-        typed = {"--metric": metric, "--temperature": temperature, "--max-new-tokens": max_new_tokens != 256}
-        idle = [flag for flag, value in typed.items() if value]
-        if idle:
-            raise SettingsError(f"{', '.join(idle)}: without effect on {facts_of(loaded).task}. Leave it out.")
+        _refuse_idle({"--metric": metric, **generating}, facts_of(loaded).task)
         with AnswerProgress() as progress:
             scores = score_task(
                 loaded, tokenizer, data, given.get("map"), limit=limit, batch_size=batch_size, base=base,
@@ -111,6 +105,12 @@ def command(
     if output is not None:
         about = {"model_name": model, "adapter": adapter, "data": data, "seed": seed, "max_new_tokens": max_new_tokens}
         _write(output, {**about, **report.as_dict(), "rows": list(report.row_dicts())})
+
+
+def _refuse_idle(flags: dict[str, Any], what: str) -> None:
+    idle = [flag for flag, is_given in flags.items() if is_given]
+    if idle:
+        raise SettingsError(f"{', '.join(idle)}: without effect on {what}. Leave it out.")
 
 
 def _write(output: Path, figures: dict[str, Any]) -> None:

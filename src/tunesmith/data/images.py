@@ -42,7 +42,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     several = row.get("images")
     several = list(several) if isinstance(several, (list, tuple)) else [several]
     given = [*several, row.get("image")]
-    return [image for image in given if (image if isinstance(image, str) else image is not None)]  # "": an empty cell
+    return [image for image in given if image is not None and not (isinstance(image, str) and not image)]
 
 
 def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:

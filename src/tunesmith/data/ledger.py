@@ -295,12 +295,13 @@ class _Counts(Protocol):
 
 def losses(ledger: _Counts) -> str | None:
     """Return in a sentence which rows are left out or cut, and why, for those who do not print the ledger; or None."""
-    dropped = ledger.dropped + Counter[str](getattr(ledger, "documents_dropped", {}))
     said: list[str] = []
-    if dropped:
-        reasons = [f"{n:,} {reason} (first {ledger.examples[reason][0][0]})" for reason, n in dropped.most_common(4)]
-        rest = ", ..." if len(dropped) > 4 else ""
-        said.append(f"{sum(dropped.values()):,} are left out: {', '.join(reasons)}{rest}")
+    of_kept_rows = ledger.documents_dropped if isinstance(ledger, Ledger) else Counter[str]()
+    for what, counter in (("", ledger.dropped), (" documents of rows that are kept", of_kept_rows)):
+        reasons = [f"{n:,} {reason} (first {ledger.examples[reason][0][0]})" for reason, n in counter.most_common(4)]
+        if reasons:
+            rest = ", ..." if len(counter) > 4 else ""
+            said.append(f"{sum(counter.values()):,}{what} are left out: {', '.join(reasons)}{rest}")
     if ledger.rows_cut:
         said.append(f"{ledger.rows_cut:,} are cut to max_length, by {ledger.tokens_cut:,} tokens together")
     return f"of {ledger.rows_in:,} rows {'; '.join(said)}. The trainer's ledger has every reason." if said else None

@@ -82,14 +82,14 @@ def family_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None
 
     An instruct model's own template is kept where it is of that family: it is what the model was trained with.
     """
-    if name in _BUILT_IN or name not in _FAMILIES:
+    if name not in _FAMILIES:
         return name
     marker, ours = _FAMILIES[name]
     own = getattr(tokenizer, "tokenizer", tokenizer).chat_template
     if own and marker in str(own):
         log.warning("chat_template=%r: the tokenizer's own template, which is of that family, is kept", name)
         return None
-    log.warning("chat_template=%r: the built-in %s is used, and the tokenizer has none of that family", name, ours)
+    log.warning("chat_template=%r: the tokenizer has no template of that family, the built-in %s is used", name, ours)
     return ours
 
 

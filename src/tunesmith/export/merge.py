@@ -78,8 +78,7 @@ def merge_model(
             "merge. Save it with save_pretrained, which writes what was trained."
         )
     start = time.perf_counter()
-    if tokenizer is not None:
-        set_ends(model, getattr(tokenizer, "tokenizer", tokenizer))
+    set_ends(model, tokenizer)
     shares, form = adapter_shares(model, adapters), form_of(model, method)
     needed = sum(form.bytes_of(weight) for weight in merged_weights(model, shares))
     routes = _routes(model, shares)

@@ -106,8 +106,7 @@ def _write(model: Any, temporary: Path, tokenizer: Any, scheme: Scheme) -> float
     """Write the quantized model into ``temporary`` and return by how much that changed its loss."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     dtype = facts_of(model).dtype.dtype
-    if tokenizer is not None:
-        set_ends(base, getattr(tokenizer, "tokenizer", tokenizer))
+    set_ends(base, tokenizer)
     weights = {
         weight.name: weight.make().to(dtype) if weight.is_float else weight.make()
         for weight in merged_weights(model, adapter_shares(model, None))

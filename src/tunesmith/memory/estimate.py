@@ -63,11 +63,13 @@ _COMPILER = 340 * MIB
 """What torch.compile leaves in the process, and what the update that it built takes for a moment."""
 _CHUNK, _CHUNK_GPU = 24 * MIB, 512 * MIB
 """Logits of one chunk of the head (``ops/linear_cross_entropy/function.py``)."""
-_LANE_SCRATCH, _LANE_SHARE, _LANE_HEAPS, _SMALL_PART, _SMALL_PARTS = 1.3, 0.06, 64 * MIB, 2048, 2.5
+_LANE_SCRATCH, _LANE_SHARE, _LANE_HEAPS = 1.3, 0.06, 64 * MIB
 """Buffers of lanes, each of the larger half, over buffers of one part; the share of what is kept by which lanes need
-more; and holes in heaps of their own, which grow while parts of ever other lengths come. In 16 bits kernels that stay
-lie between what is freed: about twice the holes were measured where the largest part had 1,331 tokens, three times on a
-busy machine, and not where it had 2,665 or 2,962. The limit between them is a guess."""
+more; and holes in heaps of their own, which grow while parts of ever other lengths come."""
+_SMALL_PART, _MORE_HOLES = 2048, 2.5
+"""In 16 bits kernels that stay lie between what is freed: tokens of the largest part up to which that makes more holes,
+and how many times as large they count. Chosen on one configuration of 1,331 tokens, which took 1,725 MiB alone and
+1,810 on a busy machine; with 2,665 and 2,962 tokens there were not more. The limit between them is a guess."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,7 @@ def estimate(
     if on_cpu:
         kernels = (_KERNELS if shape.layers else _KERNELS_UNFUSED) * (shape.itemsize == 2) + _COMPILER * shape.compiles
         is_small = shape.itemsize == 2 and part.tokens <= _SMALL_PART
-        heaps = int(_LANE_HEAPS * (lanes > 1) * (_SMALL_PARTS if is_small else 1))
+        heaps = int(_LANE_HEAPS * (lanes > 1) * (_MORE_HOLES if is_small else 1))
         fixed["libraries"] += kernels + heaps + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
     layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)

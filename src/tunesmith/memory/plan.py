@@ -350,7 +350,7 @@ def _layers_to_keep(shape: MemoryShape, choice: _Choice, room: int, most: int) -
     size = shape.quantized * shape.itemsize
     if not size or any(policy is not Policy.NONE for policy in choice.policies):
         return 0
-    return min(room // 2 // size, most)
+    return max(0, min(room // 2 // size, most))  # room is below 0 where nothing fits
 
 
 def _standing(shape: MemoryShape) -> int:

@@ -58,7 +58,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-
 # Kind of model -> linear layers that are not quantized: the head, and those whose weights its own code reads.
 _READ_WHOLE = {kind: ["lm_head", "dt_proj", "out_proj"] for kind in ("mamba", "falcon_mamba")}
 
@@ -277,7 +276,7 @@ def empty_causal_lm(
     with readable_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **arguments)
         if width is not None:
-            make_quantized(model, width, choice.dtype)
+            make_quantized(model, width, choice.dtype, leave_out=_READ_WHOLE.get(config.model_type))
     if offload_embedding and choose_device().type != "cpu":
         keep_on_host(model, torch.device("meta"))
     _fit_out(model, source, choice, max_seq_length, attn_implementation, width=width)

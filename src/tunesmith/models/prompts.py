@@ -67,12 +67,15 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(token for token in ids if token is not None)
 
 
-def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have ``model.generate``, and whatever loads the model once it is saved, end answers where the template does."""
+def set_ends(model: Any, tokenizer: Any) -> None:
+    """Have ``model.generate``, and whatever loads the model once it is saved, end answers where the template does.
+
+    ``tokenizer`` may be a processor; None changes nothing.
+    """
     config = getattr(model, "generation_config", None)
-    if config is None or not model.can_generate():
+    if tokenizer is None or config is None or not model.can_generate():
         return
-    ends = stop_token_ids(model, tokenizer)
+    ends = stop_token_ids(model, getattr(tokenizer, "tokenizer", tokenizer))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not set(ends) <= set(known):
         config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -82,8 +82,8 @@ def reading_once(packs: Width | None) -> AbstractContextManager[Any]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             weight = args[0] if args else None
-            is_last = func.namespace == "bitsandbytes" or func is torch.ops.aten._to_copy.default
-            if is_last and isinstance(weight, torch.Tensor) and weight.device.type == "cpu":
+            has_read = func.namespace == "bitsandbytes" or func is torch.ops.aten._to_copy.default
+            if has_read and isinstance(weight, torch.Tensor) and weight.device.type == "cpu":
                 forget_pages([(weight.data_ptr(), weight.nbytes)])
                 self.read += weight.nbytes
                 if self.read > _TRIMMED:

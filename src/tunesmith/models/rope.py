@@ -98,9 +98,9 @@ def automatic(config: Any, window: int | None) -> Stretch | None:
     """
     text = config.get_text_config()
     native, whole = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
-    own = (whole or {}).get(_FULL, whole) or {}
     if window is None or native is None or window <= native:
         return None
+    own = (whole or {}).get(_FULL, whole) or {}
     kind = own.get("rope_type", "default")
     native = _own_reach(own, native)
     if window <= native:

@@ -185,8 +185,7 @@ class Engine:
             top_logprobs=request.top_logprobs,
         )
         text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop)
-        ends = self._ends if adapter is None or adapter.tokenizer is None else adapter.ends
-        ticket = Ticket(request, adapter, deliver, chooser, text, ends)
+        ticket = Ticket(request, adapter, deliver, chooser, text, (adapter and adapter.ends) or self._ends)
         with self._changed:
             if self._failure is not None:
                 raise ServingError(f"the engine has failed: {self._failure!r}. Start it again.")

@@ -27,8 +27,6 @@ from tunesmith.adapters.model import raw_weights
 from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
-from tunesmith.data.ledger import Ledger, losses
-from tunesmith.data.tasks import TaskLedger
 from tunesmith.engine.install import engine_of
 from tunesmith.training.callbacks import InterruptWatch
 from tunesmith.training.checkpoint import (
@@ -40,21 +38,13 @@ from tunesmith.training.checkpoint import (
     remove_old_checkpoints,
     require_disk_space,
 )
-from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import model_fingerprint
 from tunesmith.training.optimizer import give_embeddings_their_rate
 from tunesmith.training.processes import gather_objects, naming_lost_processes, wait_for_processes
 
-__all__ = ["RunTrainer", "say_losses"]
+__all__ = ["RunTrainer"]
 
 _log = logging.getLogger(__name__)
-
-
-def say_losses(ledger: Ledger | TaskLedger, args: SFTConfig) -> None:
-    """Say once what is left out or cut of rows that a trainer read by itself; commands print the whole ledger."""
-    said = losses(ledger)
-    if said is not None and args.process_index == 0:
-        _log.warning("%s", said)
 
 
 class RunTrainer(Trainer):
@@ -88,13 +78,8 @@ class RunTrainer(Trainer):
         """Make the optimizer, with a group of its own for embedding and output head where they train."""
         has_one = self.optimizer is not None and not self._made_optimizer
         optimizer, self._made_optimizer = super().create_optimizer(model), not has_one
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        left_out = [name for name, parameter in self.trainable() if id(parameter) not in held]
-        if has_one and left_out:
-            raise SettingsError(
-                f"{len(left_out):,} weights that train are not in the optimizer ({left_out[0]}): it was made before "
-                "the adapter, or of some weights only. Make it of all that train, and freeze the others."
-            )
+        if has_one:
+            self._refuse_left_out(optimizer)
         if has_one and self.args.embedding_learning_rate is not None:
             raise SettingsError("embedding_learning_rate beside an optimizer of your own: give it a group there.")
         if not has_one:
@@ -103,6 +88,16 @@ class RunTrainer(Trainer):
                 if isinstance(group["lr"], float):  # torchao's is a tensor
                     group["lr"] = float(group["lr"])  # a checkpoint with a default's own type could not be read
         return optimizer
+
+    def _refuse_left_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of the user's that would leave weights as they are though they take gradients."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        left_out = [name for name, parameter in self.trainable() if id(parameter) not in held]
+        if left_out:
+            raise SettingsError(
+                f"{len(left_out):,} weights that train are not in the optimizer ({left_out[0]}): it was made before "
+                "the adapter, or of some weights only. Make it of all that train, and freeze the others."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As Trainer's, which leaves only the first of several active adapters active."""

@@ -228,13 +228,13 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _begin(self, state: dict[str, Any], name: str, parameter: torch.Tensor) -> None:
         is_coded = self.in_8_bits and parameter.numel() >= _LEAST_IN_8_BITS
-        shape = {"device": parameter.device, "dtype": torch.float32}
+        wide = {"device": parameter.device, "dtype": torch.float32}
         if not is_coded:
-            state[name] = torch.zeros(parameter.shape, **shape)
+            state[name] = torch.zeros(parameter.shape, **wide)
             return
         zero = int(_codes(name, parameter.device).abs().argmin())
         state[name] = torch.full(parameter.shape, zero, dtype=torch.uint8, device=parameter.device)
-        state[f"{name}_scale"] = torch.zeros(-(-parameter.numel() // _BLOCK), **shape)
+        state[f"{name}_scale"] = torch.zeros(-(-parameter.numel() // _BLOCK), **wide)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments as they were saved."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
-from tunesmith.data.prepare import PreparedData
 from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
@@ -25,6 +24,8 @@ __all__ = [
     "choose_cadence",
     "length_limit",
     "one_tokenizer",
+    "only_pads",
+    "refuse_elsewhere",
     "try_out",
 ]
 
@@ -76,39 +77,6 @@ def refuse_elsewhere(peft_config: Any, compute_metrics: Any, eval_dataset: Any) 
             f"eval_dataset has {len(eval_dataset)} data sets by name, and a trainer follows one. Give that one, and "
             "evaluate the others with trainer.evaluate(rows, metric_key_prefix=name)."
         )
-
-
-def refuse_foreign_ids(model: Any, *sides: PreparedData | None) -> None:
-    """Refuse rows with token ids that the model has no embedding for.
-
-    Raises:
-        ModelError: naming the row.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    for side in sides:
-        for document in () if side is None else side.documents:
-            highest = int(document.input_ids.max())
-            if highest >= rows:
-                raise ModelError(
-                    f"{document.where}: token {highest}, and the model has embeddings for {rows}. Where tokens were "
-                    f"added to the tokenizer, load the model with resize_model_vocab={highest + 1} or more "
-                    "(len(tokenizer))."
-                )
-
-
-def begun_stream(rows: Any, args: SFTConfig) -> Any:
-    """Return of a streamed ``datasets`` object as many rows as ``max_steps`` uses, which is said; others as they are.
-
-    Rows are counted, split and planned before the first step: a stream without an end would never get there.
-    """
-    if type(rows).__name__ != "IterableDataset" or args.max_steps < 1:
-        return rows
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    count = math.ceil(args.max_steps * a_step / (1 - args.eval_split))
-    _log.warning(
-        "of the streamed rows the first %s are read, as many as max_steps=%d uses", f"{count:,}", args.max_steps
-    )
-    return rows.take(count)
 
 
 def one_tokenizer(processing_class: Any, tokenizer: Any, collator: Any = None) -> Any:

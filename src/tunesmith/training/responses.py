@@ -10,7 +10,7 @@ from tunesmith.data.ledger import KeptRow, Ledger, summary
 from tunesmith.data.markers import Markers, resolve_markers, response_mask
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.types import Document, RowRefusedError
-from tunesmith.training.base import say_losses
+from tunesmith.training.rows import say_losses
 
 if TYPE_CHECKING:
     from tunesmith.training.sft import SFTTrainer

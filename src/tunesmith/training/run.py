@@ -145,6 +145,7 @@ def run_training(
 def _run(
     trainer: Any, settings: RunSettings, folder: Path, resume: bool, on_ready: Callable[[SFTTrainer], None] | None
 ) -> RunResult:
+    """Train and save in a folder that this process holds."""
     # A run that continues has its plan, and one that is about to be refused must not overwrite it.
     if trainer.args.should_save and not (resume and checkpoints_in(folder)):
         _write_plan(folder, settings, trainer)

@@ -39,7 +39,7 @@ from tunesmith.memory.plan import TrainingPlan, check_fits
 from tunesmith.models.load import facts_of
 from tunesmith.models.prompts import set_ends
 from tunesmith.models.quantize import protect_gradients
-from tunesmith.training.base import RunTrainer, say_losses
+from tunesmith.training.base import RunTrainer
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.checkpoint import (
     plan_of,
@@ -53,7 +53,6 @@ from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
 from tunesmith.training.optimizer import optimizer_for
 from tunesmith.training.plan import (
     apply_older_style,
-    begun_stream,
     check_precision,
     check_purpose,
     choose_cadence,
@@ -61,10 +60,10 @@ from tunesmith.training.plan import (
     one_tokenizer,
     only_pads,
     refuse_elsewhere,
-    refuse_foreign_ids,
     try_out,
 )
 from tunesmith.training.processes import gather_objects, sum_gradients, sum_over_processes
+from tunesmith.training.rows import begun_stream, refuse_foreign_ids, say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.vision import collator_for, encoder_for, head_for
 
@@ -135,7 +134,7 @@ class SFTTrainer(RunTrainer):
         check_purpose(model)
         if not hasattr(model, "peft_config") and type(args.learning_rate) is type(LORA_RATE):
             args.learning_rate = FULL_RATE
-        set_ends(model, getattr(self._tokenizer, "tokenizer", self._tokenizer))
+        set_ends(model, self._tokenizer)
         self._encoder = encoder_for(model, self._tokenizer, args, data_collator)
         self._join = collator_for(model, self._tokenizer, data_collator)
         args.max_length = length_limit(args.max_length, facts_of(model).window)
@@ -145,19 +144,7 @@ class SFTTrainer(RunTrainer):
         self._formatting_func = formatting_func
         if train_dataset is None:
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
-        train_data = self._prepare(begun_stream(train_dataset, args), args)
-        train_data.ledger.check()
-        eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
-        if eval_data is None and args.eval_split:
-            total = len(train_data.rows)
-            side, eval_data = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
-            train_data = PreparedData(side.rows, train_data.ledger)  # which knows what was dropped before the split
-            if eval_data is not None and args.process_index == 0 and not isinstance(train_dataset, PreparedData):
-                _log.warning(
-                    "%d of %d rows are held out to evaluate on; eval_split=0 trains on all", len(eval_data.rows), total
-                )
-        if eval_data is not None:
-            eval_data.ledger.check()
+        train_data, eval_data = self._prepare_sides(train_dataset, eval_dataset, args)
         refuse_foreign_ids(model, train_data, eval_data)
         self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
         train_set = self._as_dataset(train_data, args, ledger=True)
@@ -194,20 +181,37 @@ class SFTTrainer(RunTrainer):
 
     # ---- data ----
 
+    def _prepare_sides(
+        self, train_rows: Any, eval_rows: Any, args: SFTConfig
+    ) -> tuple[PreparedData, PreparedData | None]:
+        """Return training and evaluation rows, with a share of the former set apart where there are no latter."""
+        train_data = self._prepare(begun_stream(train_rows, args), args)
+        if eval_rows is not None or not args.eval_split:
+            return train_data, None if eval_rows is None else self._prepare(eval_rows, args)
+        side, held_out = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
+        if held_out is None:
+            return train_data, None
+        held_out.ledger.check()
+        if args.process_index == 0 and not isinstance(train_rows, PreparedData):
+            counts = (len(held_out.rows), len(train_data.rows))
+            _log.warning("%d of %d rows are held out to evaluate on; eval_split=0 trains on all", *counts)
+        # The ledger of the whole source goes on: only it knows what was dropped before the split.
+        return PreparedData(side.rows, train_data.ledger), held_out
+
     def _prepare(self, rows: Any, args: SFTConfig) -> PreparedData:
         if isinstance(rows, PreparedData):
+            rows.ledger.check()
             return rows
+        mapping = self._mapping
         if self._formatting_func is not None:
             rows = list(formatted_rows(rows, self._formatting_func))
-        elif self._mapping is None and text_goes_first(rows):
+        elif mapping is None and text_goes_first(rows):
+            mapping = {"text": "text"}
             _log.warning(
                 "the rows have a column text, which is trained on as it is (dataset_text_field='text'); to train on "
                 "their other columns as a chat, remove it"
             )
-            self._mapping = {"text": "text"}
-        data = prepare(
-            rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=self._mapping
-        )
+        data = prepare(rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=mapping)
         data.ledger.check()
         say_losses(data.ledger, args)
         return data

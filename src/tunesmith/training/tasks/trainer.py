@@ -26,7 +26,7 @@ from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.heads import give_padding
 from tunesmith.models.load import facts_of
-from tunesmith.training.base import RunTrainer, say_losses
+from tunesmith.training.base import RunTrainer
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import settings_fingerprint
@@ -39,6 +39,7 @@ from tunesmith.training.plan import (
     one_tokenizer,
     try_out,
 )
+from tunesmith.training.rows import say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.tasks.recipes import Recipe, recipe_for
 
