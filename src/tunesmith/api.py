@@ -17,6 +17,7 @@ from tunesmith.adapters.inject import (
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
+from tunesmith.core.device import dtype_to_train
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
@@ -159,7 +160,7 @@ class FastLanguageModel:
         model, tokenizer = load_source(
             model_name,
             max_seq_length=max_seq_length,
-            dtype=dtype,
+            dtype=dtype_to_train(dtype) if full_finetuning else dtype,
             chat_template=chat_template,
             attn_implementation=attn_implementation,
             device_map=device_map,

@@ -322,7 +322,6 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
     [
         ({"max_length": 600}, SettingsError, "max_length=600 is above the 512 tokens that the model was loaded with"),
         ({"bf16": True}, SettingsError, "bf16=True, but the model's weights are float32"),
-        ({"fp16": True}, NotSupportedYetError, "fp16=True is not supported yet"),
         ({"dataloader_drop_last": True}, NotSupportedYetError, "dataloader_drop_last=True is not supported yet"),
         ({"torch_compile": True}, NotSupportedYetError, "torch_compile=True is not supported yet"),
         ({"fsdp": "full_shard"}, NotSupportedYetError, "fsdp='full_shard' is not supported yet"),
@@ -362,15 +361,15 @@ def test_arguments_that_are_missing_or_doubled(tmp_path: Path) -> None:
         SFTTrainer(support.adapted(), args, rows, processing_class=tokenizer, max_seq_length=50)
 
 
+def test_logits_of_every_token_are_not_made(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="logits of every token, which are never made here"):
+        support.trainer(tmp_path).predict(tiny.chat_rows(2))
+
+
 def test_rows_that_train_nothing_are_refused(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "hello"}]}]
     with pytest.raises(DataError):
         support.trainer(tmp_path, rows=rows)
-
-
-def test_float16_weights_are_not_trained(tmp_path: Path) -> None:
-    with pytest.raises(NotSupportedYetError, match="needs loss scaling"):
-        support.trainer(tmp_path, model=support.adapted(dtype=torch.float16))
 
 
 @pytest.mark.parametrize("rows", [None, 4])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype
+from tunesmith.core.device import DtypeChoice, choose_device, choose_dtype, dtype_to_train
 from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
 from tunesmith.core.memory import forget_pages, limit_kernel_caches, trim_heap
 from tunesmith.core.seeds import seeded
@@ -170,11 +170,12 @@ def load_model(
     head = head or Head()
     device = choose_device()
     check_fp8(width)
-    choice = choose_dtype(dtype, device)
     place = local_place(source)
     own = _config(source, hub)
     task = head.task_for(own)
     is_other = task.name != CAUSAL_LM
+    # The head of another task trains whole.
+    choice = choose_dtype(dtype_to_train(dtype) if is_other else dtype, device)
     sees = has_vision(own) and not is_other
     _refuse_for_task(task.name, own, head.seed, width or width_of(own), stretched)
     tokenizer = load_tokenizer(source, chat_template=chat_template, with_processor=with_processor and sees, **hub)

@@ -161,7 +161,8 @@ class ModelSettings(Settings):
         str | None,
         Guide("leave out", "16-bit halves memory and is faster where there are units for it", "float32 is exact"),
     ] = None
-    """bfloat16, float16 or float32; none lets the hardware decide and prints the reason."""
+    """bfloat16, float16 (GPUs only) or float32. None lets the hardware decide and prints the reason: bfloat16 where it
+    has units for it, else float16 on a GPU, where only an adapter trains, and float32."""
 
     task: str = CAUSAL_LM
     """What the model is trained for: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS or FEATURE_EXTRACTION

@@ -1,6 +1,7 @@
 """What every trainer of ours adds to transformers' Trainer: gradients checked, logs with speed, checkpoints that hold.
 
 * ``create_optimizer``: embedding and output head have a rate of their own where they train;
+* ``training_step``: gradients summed over processes once a step, and computed again where float16 overflowed;
 * ``check_gradients``: non-finite values stop the run before they reach the weights, and the first step proves that
   every lora_B learns;
 * ``train``, ``_save_checkpoint``: a checkpoint is there whole or not at all and says which run it belongs to; a run
@@ -28,6 +29,7 @@ from tunesmith.core.errors import OutputError, SettingsError, TrainingError
 from tunesmith.core.files import damage, require_space, whole_folder
 from tunesmith.core.memory import peak_bytes
 from tunesmith.engine.install import engine_of
+from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import InterruptWatch
 from tunesmith.training.checkpoint import (
     RUN_FILE,
@@ -35,12 +37,14 @@ from tunesmith.training.checkpoint import (
     checkpoint_bytes,
     checkpoints_in,
     find_checkpoint,
+    record_of,
     remove_old_checkpoints,
     require_disk_space,
 )
 from tunesmith.training.fingerprint import model_fingerprint
 from tunesmith.training.optimizer import give_embeddings_their_rate
-from tunesmith.training.processes import gather_objects, naming_lost_processes, wait_for_processes
+from tunesmith.training.processes import gather_objects, naming_lost_processes, sum_gradients, wait_for_processes
+from tunesmith.training.scale import LossScale, check_scalable
 
 __all__ = ["RunTrainer"]
 
@@ -58,6 +62,9 @@ class RunTrainer(Trainer):
     _made_optimizer = False
     _found: list[tuple[str, torch.nn.Parameter]] | None = None
     _size: int | None = None
+    _scale: LossScale | None = None
+    _places: tuple[str, ...] = ()  # of the rows of the step in progress, to name them if it breaks
+    _again: tuple[tuple[dict[str, Any], Any], ...] = ()  # its micro-batches, where it may be computed again
 
     def run_fingerprint(self) -> dict[str, Any]:
         """Return data, model and settings of this run as comparable values."""
@@ -65,10 +72,17 @@ class RunTrainer(Trainer):
 
     def run_record(self) -> dict[str, Any]:
         """Return what a checkpoint says of its run: its fingerprint, and what a continued run takes over."""
-        return self.run_fingerprint()
+        scale = {} if self._scale is None else {"loss_scale": self._scale.record()}
+        return {**self.run_fingerprint(), **scale}
 
-    def continue_from(self, checkpoint: Path) -> None:
-        """Take over what the run of ``checkpoint`` decided."""
+    def continue_from(self, record: dict[str, Any]) -> None:
+        """Take over what the run whose checkpoint says ``record`` decided."""
+        if self._scale is not None:
+            self._scale.restore(record["loss_scale"])
+
+    def backward_of(self, model: Any, inputs: dict[str, Any], divisor: Any) -> torch.Tensor:
+        """Return the summed loss of a micro-batch over ``divisor``, after its backward."""
+        return super().training_step(model, inputs, divisor)
 
     def reaches(self, name: str) -> bool:
         """Return whether the loss of the batches so far must have given the parameter ``name`` a gradient."""
@@ -158,6 +172,43 @@ class RunTrainer(Trainer):
             del model.zero_grad
             self._found = self._size = None
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
+        loss = self._scaled_backward(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss) and self.args.world_size == 1:
+            self.stop("the loss", list(inputs.get("where", ())))
+        # With several processes all must see it, or the others would wait: the summed gradient carries it to them.
+        self._places += tuple(inputs.get("where", ()))
+        if self._scale is not None:
+            self._again += ((inputs, num_items_in_batch),)
+        if self.accelerator.sync_gradients:
+            self._sum_gradients(model)
+            self.check_gradients(list(self._places))
+            self._places, self._again = (), ()
+        # The Trainer reports the mean over processes; each holds its share of one sum.
+        return loss * self.args.world_size
+
+    def _scaled_backward(self, model: Any, inputs: dict[str, Any], divisor: Any) -> torch.Tensor:
+        """Return the loss of a micro-batch after a backward in which it was larger by the factor of the scale."""
+        if self._scale is None:
+            return self.backward_of(model, inputs, divisor)
+        # A smaller divisor, since the gradient of a loss without logits is made in its forward.
+        return self.backward_of(model, inputs, divisor / self._scale.factor) / self._scale.factor
+
+    def _sum_gradients(self, model: Any) -> None:
+        """Sum the gradients of a step over processes, and compute them again as long as they overflow float16."""
+        weights = [parameter for _, parameter in self.trainable()]
+        sum_gradients(weights, self.args.world_size)
+        while self._scale is not None and not self._scale.takes([w.grad for w in weights if w.grad is not None]):
+            _log.info(
+                "step %d overflowed float16: again at a scale of %g", self.state.global_step + 1, self._scale.factor
+            )
+            for weight in weights:
+                weight.grad = None
+            for inputs, divisor in self._again:
+                self._scaled_backward(model, inputs, divisor)
+            sum_gradients(weights, self.args.world_size)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return what Trainer would count for ``inputs``, from a number of parameters that is counted once a run."""
         main = getattr(self.model, "main_input_name", "input_ids")
@@ -199,6 +250,8 @@ class RunTrainer(Trainer):
             saved = f" The state after step {self.state.global_step} is kept in {self._checkpoint_folder()}."
         rows = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         where, look = (f", rows {rows}", "Look at these rows, or start") if places else ("", "Start")
+        if self._scale is not None:
+            look = f"float16 ends at 65,504, and dtype='float32' does not. {look}"
         raise TrainingError(
             f"{what} is not finite in step {self.state.global_step + 1}{where}: the run stops before it reaches the "
             f"weights.{saved} {look} a new run with a lower learning_rate or max_grad_norm."
@@ -236,6 +289,10 @@ class RunTrainer(Trainer):
             TrainingError: a loss or gradient is not finite, a lora_B gets no gradient, or another process died.
         """
         self._model_fingerprint = model_fingerprint(self.model)
+        self._places, self._again, self._scale = (), (), None
+        if facts_of(self.model).dtype.dtype == torch.float16:
+            check_scalable(self)
+            self._scale = LossScale()
         folder = Path(self.args.output_dir)
         checkpoint: Path | None = None
         if resume_from_checkpoint is True:
@@ -249,7 +306,7 @@ class RunTrainer(Trainer):
                 "or choose another output_dir."
             )
         if checkpoint is not None:
-            self.continue_from(checkpoint)
+            self.continue_from(record_of(checkpoint))
         if self.args.should_save:
             require_disk_space(self.model, folder)
         self._log_time = time.perf_counter()

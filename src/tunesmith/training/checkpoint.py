@@ -26,7 +26,7 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoints_in",
     "find_checkpoint",
-    "plan_of",
+    "record_of",
     "remove_old_checkpoints",
     "require_disk_space",
 ]
@@ -82,7 +82,7 @@ def checkpoint_at(path: Path, run: dict[str, Any]) -> Path:
 
 def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Raise :class:`CheckpointError` when ``checkpoint`` was written by a run with other data, model or settings."""
-    written: dict[str, Any] = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    written = record_of(checkpoint)
     differences = [
         f"{part} {name}: {_short(written.get(part, {}).get(name))} then, {_short(run[part].get(name))} now"
         for part in run
@@ -96,9 +96,9 @@ def _check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         )
 
 
-def plan_of(checkpoint: Path) -> dict[str, Any]:
-    """Return the record of the memory plan that the run of a checkpoint follows."""
-    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))["plan"]
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its run."""
+    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def checkpoint_bytes(model: Any) -> int:

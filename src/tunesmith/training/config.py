@@ -33,7 +33,7 @@ DEFAULT_OPTIM: str = _DefaultOptim("adamw_torch_fused")
 _WITHOUT_EFFECT = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
     "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "deepspeed", "eval_accumulation_steps", "eval_do_concat_batches", "fp16", "fp16_full_eval", "fsdp",
+    "deepspeed", "eval_accumulation_steps", "eval_do_concat_batches", "fp16_full_eval", "fsdp",
     "include_for_metrics", "parallelism_config", "prediction_loss_only", "push_to_hub",
     "save_only_model", "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy",
     "use_liger_kernel",
@@ -108,9 +108,10 @@ class SFTConfig(TrainingArguments):
         self.max_length = self.max_length or self.max_seq_length
         self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
         self.warmup_steps = _warmup(self)
-        # The library casts visibly and never by autocast: bf16=True only repeats what the weights already are.
+        # The library casts visibly and never by autocast: bf16 and fp16 only repeat what the weights already are.
         self.asked_for_optim = type(self.optim) is not _DefaultOptim
-        self.asked_for_bf16, self.bf16 = bool(self.bf16), False
+        self.asked_for = {"bfloat16": bool(self.bf16), "float16": bool(self.fp16)}
+        self.bf16 = self.fp16 = False
         self.use_cpu = self.use_cpu or choose_device().type == "cpu"
         self.output_dir = self.output_dir or str(dated_folder())
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size

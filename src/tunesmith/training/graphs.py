@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tunesmith.engine.graphs import CudaRecorder, GraphRunner, padded_tokens
 from tunesmith.engine.head import LossHead
 from tunesmith.engine.host import is_on_host
@@ -81,6 +83,8 @@ def _obstacle(model: Any, args: Any, plan: TrainingPlan) -> str | None:
         return "decoder layers run as transformers wrote them"
     if Policy.OFFLOAD in plan.policies:
         return "inputs of layers go to host memory and back"
+    if engine.model.dtype == torch.float16:
+        return "a step in float16 may be computed again, which has not been tried"
     reason = more_than_sums(model, args)
     if reason is not None:
         return reason

@@ -8,6 +8,7 @@ from tunesmith.adapters.inject import check_checkpointing, continue_adapter, inj
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
+from tunesmith.core.device import dtype_to_train
 from tunesmith.models.heads import Head
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.qat import refuse_other_scheme
@@ -59,7 +60,7 @@ def source_arguments(settings: RunSettings) -> dict[str, Any]:
     """Return what ``load_source`` and ``empty_source`` are told alike."""
     return {
         **source_window(settings),
-        "dtype": settings.dtype,
+        "dtype": dtype_to_train(settings.dtype) if settings.full_finetuning else settings.dtype,
         "width": None if settings.full_finetuning else settings.width,
         "whole": settings.load_in_16bit,
         "vocabulary": settings.resize_model_vocab,

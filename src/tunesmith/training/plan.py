@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import ModelError, NotSupportedYetError, SettingsError
+from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
@@ -142,18 +142,21 @@ def _refuse_unsaved(model: Any) -> None:
 
 
 def check_precision(args: SFTConfig, model: Any) -> None:
-    """Refuse what would need autocast or loss scaling, which are not there."""
-    dtype = facts_of(model).dtype
-    if dtype.dtype == torch.float16:
-        raise NotSupportedYetError(
-            "training float16 weights is not supported yet: it needs loss scaling, or small gradients become zero. "
-            "Load the model with dtype='bfloat16' or 'float32'."
-        )
-    if args.asked_for_bf16 and dtype.dtype != torch.bfloat16:
-        raise SettingsError(
-            f"bf16=True, but the model's weights are {dtype.name} and this library does not autocast. "
-            "Load the model with dtype='bfloat16', or leave bf16 out."
-        )
+    """Refuse a precision that is not that of the weights: there is no autocast here.
+
+    ``fp16=not is_bfloat16_supported()`` is what scripts say where there is no bfloat16. A CPU then computes in float32.
+    """
+    own = facts_of(model).dtype
+    if args.asked_for["float16"] and own.dtype == torch.float32 and args.device.type == "cpu":
+        _log.warning("fp16=True: on a CPU without bfloat16 this trains in float32, which is faster there than float16")
+        return
+    for name, asked in args.asked_for.items():
+        short = {"bfloat16": "bf16", "float16": "fp16"}[name]
+        if asked and name != own.name:
+            raise SettingsError(
+                f"{short}=True, but the model's weights are {own.name} and this library does not autocast. "
+                f"Load the model with dtype={name!r}, or leave {short} out."
+            )
 
 
 def length_limit(asked: int | None, window: int) -> int:

@@ -5,7 +5,6 @@ and why:
 
 * ``get_train_dataloader``, ``get_batch_samples``, ``compute_loss``: documents joined on one token axis, loss over the
   trained tokens of the **whole** optimizer step, all micro-batches and processes counted together;
-* ``training_step``: gradients summed over processes once a step;
 * ``evaluate``: loss per token, not a mean of batch means.
 
 Checks of gradients, resume and checkpoints are those of every trainer (``base.py``).
@@ -41,9 +40,6 @@ from tunesmith.models.prompts import set_ends
 from tunesmith.models.quantize import protect_gradients
 from tunesmith.training.base import RunTrainer
 from tunesmith.training.callbacks import InterruptWatch, default_callbacks
-from tunesmith.training.checkpoint import (
-    plan_of,
-)
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import settings_fingerprint
 from tunesmith.training.graphs import graphs_of
@@ -62,7 +58,7 @@ from tunesmith.training.plan import (
     refuse_elsewhere,
     try_out,
 )
-from tunesmith.training.processes import gather_objects, sum_gradients, sum_over_processes
+from tunesmith.training.processes import gather_objects, sum_over_processes
 from tunesmith.training.rows import begun_stream, refuse_foreign_ids, say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.vision import collator_for, encoder_for, head_for
@@ -177,7 +173,6 @@ class SFTTrainer(RunTrainer):
         self.lanes = lanes_there(model, args)
         self._lanes = Lanes(self.lanes)
         self._make_plan()
-        self._places: list[str] = []  # Rows of the step in progress, to name them if it breaks.
 
     # ---- data ----
 
@@ -289,26 +284,17 @@ class SFTTrainer(RunTrainer):
         loss = self.head.loss(inputs, divisor)
         return (loss, {}) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch; at the last one of a step, sum gradients and check them."""
-        loss = sum(self._part_step(model, part, num_items_in_batch) for part in self._parts_of(inputs))
+    def backward_of(self, model: Any, inputs: dict[str, Any], divisor: Any) -> torch.Tensor:
+        """Return the summed loss of a micro-batch over ``divisor``, after its backward, part by part."""
+        loss = sum(self._part_step(model, part, divisor) for part in self._parts_of(inputs))
         assert isinstance(loss, torch.Tensor)
-        if not torch.isfinite(loss) and self.args.world_size == 1:
-            self.stop("the loss", inputs["where"])
-        # With several processes all must see it, or the others would wait: the summed gradient carries it to them.
-        self._places += inputs["where"]
-        if self.accelerator.sync_gradients:
-            sum_gradients([parameter for _, parameter in self.trainable()], self.args.world_size)
-            self.check_gradients(self._places)
-            self._places = []
-        # The Trainer reports the mean over processes; each holds its share of one sum.
-        return loss * self.args.world_size
+        return loss
 
     def _part_step(self, model: Any, part: dict[str, Any], divisor: Any) -> torch.Tensor:
         """Return the loss of a part after its backward; from a graph or in lanes where plan and part allow it."""
         # Whoever has written a loss of his own does not expect to be called by two threads, or recorded.
         if divisor is None or type(self).compute_loss is not SFTTrainer.compute_loss:
-            return super().training_step(model, part, divisor)
+            return super().backward_of(model, part, divisor)
         if self.graphs is not None:
             self._enter_training(model)
             loss = self.graphs.step(part, divisor)
@@ -319,7 +305,7 @@ class SFTTrainer(RunTrainer):
         if self.plan.lanes > 1 and sum(part["lengths"]) >= least_tokens(width):
             lanes = lanes_of(part, self.plan.lanes, width=width, multiple=self.axis_multiple)
         if len(lanes) < 2:
-            return super().training_step(model, part, divisor)
+            return super().backward_of(model, part, divisor)
         self._enter_training(model)
         return self._lanes.step(lambda lane: self.head.loss(lane, divisor), lanes, [p for _, p in self.trainable()])
 
@@ -368,6 +354,13 @@ class SFTTrainer(RunTrainer):
         self.report_evaluation(metrics, began)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: what Trainer returns here are the logits of every token, which are never made."""
+        raise SettingsError(
+            "trainer.predict returns logits of every token, which are never made here. trainer.evaluate(rows) gives "
+            "the loss, tunesmith.evaluation.evaluate(model, tokenizer, rows, 'exact_match') answers and their score."
+        )
+
     # ---- checkpoints ----
 
     def run_fingerprint(self) -> dict[str, Any]:
@@ -380,11 +373,12 @@ class SFTTrainer(RunTrainer):
 
     def run_record(self) -> dict[str, Any]:
         """Return the fingerprint and the plan, which a continued run follows."""
-        return {**self.run_fingerprint(), "plan": self.plan.record()}
+        return {**super().run_record(), "plan": self.plan.record()}
 
-    def continue_from(self, checkpoint: Path) -> None:
-        """Follow the plan of that run: with another choice the sums would be rounded in another way."""
-        self.follow(self.plan.restored(plan_of(checkpoint)))
+    def continue_from(self, record: dict[str, Any]) -> None:
+        """Follow the plan of that run too: with another choice the sums would be rounded in another way."""
+        super().continue_from(record)
+        self.follow(self.plan.restored(record["plan"]))
 
     def reaches(self, name: str) -> bool:
         """Return whether the head has sent batches through the parameter ``name``."""

@@ -152,15 +152,6 @@ class TaskTrainer(RunTrainer):
         loss = total / (self.recipe.items(inputs) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch; at the last one of a step, check the gradients."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self.stop("the loss", [])
-        if self.accelerator.sync_gradients:
-            self.check_gradients([])
-        return loss
-
     # ---- logging and evaluation ----
 
     def evaluate(
