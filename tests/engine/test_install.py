@@ -432,7 +432,7 @@ def replaced(model: Any) -> Any:
         (dora, "the adapter is a variant of LoRA (DoraLinearVariant)", 0),
         (bias_of_b, "lora_B has a bias", 0),
         (two_at_once, "2 adapters are active at once", 0),
-        (trained_norms, "a norm is a ModulesToSaveWrapper", 0),
+        (trained_norms, "a block inside the layer was changed after it was loaded", 0),
         (hooked, "a Linear inside the layer has hooks", 1),
         (hooked_adapter, "a Linear inside the layer has hooks", 1),
         (wrapped, "a LlamaMLP inside the layer has hooks", 1),

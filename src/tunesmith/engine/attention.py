@@ -146,9 +146,12 @@ def document_lengths(batch: int, tokens: int, mask: torch.Tensor | None, kwargs:
     if positions is None or positions.ndim != 2:
         return [[tokens]] * batch
     lengths: list[list[int]] = []
+    cached = bool(kwargs.get("use_cache"))
     for row in positions.expand(batch, -1).tolist():
         # A row may start anywhere (a window cut from a longer text); a document starts where positions do not go on.
-        starts = [0, *(t for t in range(1, tokens) if row[t] != row[t - 1] + 1), tokens]
+        # Beside a cache transformers looks for no documents: there only positions that begin again are ones.
+        is_start = [now <= last if cached else now != last + 1 for last, now in pairwise(row)]
+        starts = [0, *(t for t, found in enumerate(is_start, 1) if found), tokens]
         lengths.append([end - start for start, end in pairwise(starts)])
     return lengths
 

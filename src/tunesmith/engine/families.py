@@ -70,6 +70,25 @@ class LayerShape:
         return self.norms[1] is not None
 
 
+def blocks_of(layer: Any, shape: LayerShape) -> tuple[Any, ...]:
+    """Return what tells whether the blocks of ``layer`` still compute what :func:`describe` read from them.
+
+    Raises:
+        AttributeError, KeyError: a block is gone.
+    """
+    parts, attention, mlp = layer._modules, layer.self_attn, layer.mlp
+    norms = [parts[name] for name in shape.norms if name is not None]
+    return (
+        type(attention), type(mlp), type(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
+        attention.scaling, attention.head_dim, getattr(attention, "sliding_window", None),
+        *(type(norm) for norm in norms), *(_eps(norm) for norm in norms),
+    )  # fmt: skip
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
 def describe(layer: Any) -> LayerShape | str:
     """Return the shape of a decoder layer of transformers, or the reason why the engine does not know it."""
     name = type(layer).__name__
@@ -97,7 +116,7 @@ def describe(layer: Any) -> LayerShape | str:
         norms=norms,
         head_norms=("self_attn.q_norm", "self_attn.k_norm") if has_head_norms else None,
         offset=offset,
-        eps=first_norm.variance_epsilon if hasattr(first_norm, "variance_epsilon") else first_norm.eps,
+        eps=_eps(first_norm),
         groups=(
             ("self_attn.qkv_proj",) if fused_qkv else tuple(f"self_attn.{x}_proj" for x in "qkv"),
             ("self_attn.o_proj",),

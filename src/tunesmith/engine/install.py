@@ -29,12 +29,13 @@ from torch import nn
 from tunesmith.core.memory import forget_pages, trim_heap
 from tunesmith.engine.attention import ATTENTION, document_lengths
 from tunesmith.engine.dense import DenseWeights
-from tunesmith.engine.families import LayerShape, describe
+from tunesmith.engine.families import LayerShape, blocks_of, describe
 from tunesmith.engine.layer import FusedLayer, Group, LayerCall
 from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import read_blocks, read_norm, read_projection, unreadable
 from tunesmith.engine.scratch import Scratch
+from tunesmith.engine.stacks import is_distributed, lie_elsewhere, lies_in, stack
 from tunesmith.ops.attention_varlen.documents import Documents, Lengths
 from tunesmith.ops.float8 import why_not
 from tunesmith.ops.lora_linear.cpu import Projection
@@ -162,16 +163,17 @@ class Engine:
         )
         # The same for all layers of a forward. A caller may fill one tensor anew for a batch: that raises its version.
         version = None if source is None or source.is_inference() else source._version
-        key, known = (hidden.shape[:2], version), self._last_lengths.get(thread)
+        key, known = (hidden.shape[:2], version, bool(kwargs.get("use_cache"))), self._last_lengths.get(thread)
         if version is None or known is None or known[0] is not source or known[1] != key:
             found = document_lengths(hidden.shape[0], hidden.shape[1], mask, kwargs)
             self._last_lengths[thread] = known = (source, key, tuple(x for row in found for x in row))
         return known[2]
 
-    def rows_of(self, index: int) -> torch.Tensor | None:
-        """Return the rows that layer ``index`` has to compute, or None for all."""
+    def rows_of(self, layer: Any) -> torch.Tensor | None:
+        """Return the rows that ``layer`` has to compute, or None for all."""
         told = self._batches.get(threading.get_ident())
-        if told is None or told.rows is None or index != len(self.policies) - 1:
+        # The last one now: layers may have been added.
+        if told is None or told.rows is None or self.model.get_decoder().layers[-1] is not layer:
             return None
         told.cut = True
         return told.rows
@@ -244,7 +246,7 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
     return engine
 
 
-_OWN = ("_engine", "_shape", "_index", "_stacked", "_is_apart")
+_OWN = ("_engine", "_shape", "_index", "_stacked", "_is_apart", "_blocks")
 
 
 def _fuse(layer: Any, shape: LayerShape, engine: Engine, index: int) -> Any:
@@ -252,9 +254,15 @@ def _fuse(layer: Any, shape: LayerShape, engine: Engine, index: int) -> Any:
     fused = object.__new__(_class_for(type(layer)))
     fused.__dict__.update(layer.__dict__)
     fused.__dict__.update(
-        _engine=engine, _shape=shape, _index=index, _stacked=[None] * len(shape.groups), _is_apart=False
-    )
+        _engine=engine, _shape=shape, _index=index, _stacked=[None] * len(shape.groups), _is_apart=False,
+        _blocks=blocks_of(layer, shape),
+    )  # fmt: skip
     return fused
+
+
+def _remade(original: type) -> Any:
+    """Return a fused layer of the class ``original`` without anything in it, for pickle and copy."""
+    return object.__new__(_class_for(original))
 
 
 _CLASSES: dict[type, type] = {}
@@ -278,6 +286,11 @@ class _FusedMixin:
     _index: int
     _stacked: list[torch.Tensor | None]
     _is_apart: bool
+    _blocks: tuple[Any, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let layers be pickled: their class is made here and stands in no module."""
+        return _remade, (type(self).__mro__[2],), self.__dict__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the hooks of a module; older transformers wrap checkpointing around ``__call__``."""
@@ -285,6 +298,12 @@ class _FusedMixin:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what the original layer returns for (B, T, D)."""
+        checkpoints = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
+        if checkpoints and torch.is_grad_enabled() and kwargs.get("past_key_values") is not None:
+            # As transformers has it: the layer is computed twice, and would grow the cache twice.
+            kwargs |= {"past_key_values": None, "use_cache": False}
+        elif kwargs.get("past_key_values") is not None:
+            kwargs.setdefault("use_cache", True)  # Gemma's models do not say so; see ``document_lengths``
         call = self._call(hidden_states, args, kwargs)
         if isinstance(call, LayerCall):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -295,7 +314,7 @@ class _FusedMixin:
         if call:
             self._engine.note(call)
         original = super().forward  # type: ignore[misc]
-        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+        if checkpoints:
             return self._gradient_checkpointing_func(partial(original, **kwargs), hidden_states, *args)  # type: ignore[attr-defined]
         return original(hidden_states, *args, **kwargs)
 
@@ -305,6 +324,14 @@ class _FusedMixin:
         mask = kwargs.get("attention_mask")
         if args or position is None or kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
             return ""  # generation, and callers who want more than the output
+        if torch.compiler.is_compiling():
+            return ""  # what is written out by hand cannot be traced
+        try:
+            is_changed = blocks_of(self, self._shape) != self._blocks
+        except (AttributeError, KeyError):
+            is_changed = True
+        if is_changed:
+            return "a block inside the layer was changed after it was loaded"
         if mask is not None and mask.ndim != 1:
             return "the attention mask is more than documents side by side"
         kind = hidden.device.type
@@ -331,7 +358,7 @@ class _FusedMixin:
             cos=cos,
             sin=sin,
             lengths=engine.lengths(hidden, kwargs),
-            rows=engine.rows_of(self._index),
+            rows=engine.rows_of(self),
             parameters=parameters,
             scratch=engine.scratch,
             offload=engine.store,
@@ -375,6 +402,9 @@ class _FusedMixin:
                 return weight
             norms.append(weight)
             parameters += [] if weight is None else [weight]
+        trained = [id(parameter) for parameter in parameters if parameter.requires_grad]
+        if len(set(trained)) < len(trained):
+            return "a weight that trains stands twice inside the layer"
         head_norms = (norms[4], norms[5]) if shape.head_norms else None
         filled = self._engine.dense.filled(self._index, groups, hidden)
         return filled, tuple(norms[:4]), head_norms, tuple(parameters)
@@ -385,10 +415,12 @@ class _FusedMixin:
             weights = [_weight(self.get_submodule(path)) for path in paths]  # type: ignore[attr-defined]
             present = self._stacked[number]
             if len(weights) > 1:
-                # FSDP puts Parameters over memory of its own, which it fills anew for every step: one that was moved
-                # out of there would keep old weights. So with several processes what has moved stays where it is.
-                self._is_apart |= present is not None and not _lies_in(present, weights) and _is_distributed()
-            self._stacked[number] = None if self._is_apart and len(weights) > 1 else _stack(present, weights)
+                # FSDP, and optimizers over one flat buffer, put Parameters over memory of their own, which they fill
+                # anew for every step: one that was moved out of there would keep old weights. So what has moved into a
+                # larger tensor stays where it is, and with several processes whatever has moved.
+                moved = present is not None and not lies_in(present, weights)
+                self._is_apart |= moved and (is_distributed() or lie_elsewhere(present, weights))
+            self._stacked[number] = None if self._is_apart and len(weights) > 1 else stack(present, weights)
         return self._stacked
 
 
@@ -415,39 +447,6 @@ def _float8(projections: Sequence[Projection], stacked: torch.Tensor | None, x: 
         return None
     scales = weights[0].scales if len(weights) == 1 else torch.cat([w.scales for w in weights])
     return Float8Weight(stacked.view(torch.float8_e4m3fn), scales)
-
-
-@torch.no_grad()
-def _stack(present: torch.Tensor | None, weights: list[Any]) -> torch.Tensor | None:
-    """Return one tensor of which all ``weights`` are views, ``present`` if it is that; None where they cannot be."""
-    if any(type(w) is not nn.Parameter or w.is_meta or w.dtype != weights[0].dtype for w in weights):
-        return None
-    if not weights[0].is_floating_point() and weights[0].dtype != torch.uint8:  # the codes of float8
-        return None
-    if len(weights) == 1:
-        return weights[0].data
-    if present is not None and _lies_in(present, weights):
-        return present
-    stacked = torch.cat([weight.data for weight in weights])
-    for weight, part in zip(weights, stacked.split([w.shape[0] for w in weights]), strict=True):
-        weight.data = part
-    return stacked
-
-
-def _lies_in(present: torch.Tensor, weights: list[Any]) -> bool:
-    """Return whether ``weights`` are, one after the other, the rows of ``present``."""
-    place = present.data_ptr()
-    for weight in weights:
-        if weight is None or weight.is_meta or weight.dtype != present.dtype or not weight.is_contiguous():
-            return False
-        if weight.data_ptr() != place:
-            return False
-        place += weight.numel() * weight.itemsize
-    return True
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.float8 import Float8Product
 from tunesmith.ops.lora_linear import cpu as lora
 from tunesmith.ops.lora_linear.cpu import Projection, dense_shape, write_out
+from tunesmith.ops.once import differentiable_once
 from tunesmith.ops.quantized.weights import Float8Weight
 
 __all__ = ["FusedLayer", "Group", "LayerCall"]
@@ -104,7 +105,7 @@ class FusedLayer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x and of the parameters, as far as they are needed."""
         # They are read again here, and autograd watches only what it saved itself.

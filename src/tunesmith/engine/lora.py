@@ -18,6 +18,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.float8 import Float8Linear
+from tunesmith.engine.read import hooked
 from tunesmith.ops.lora_linear import lora_linear
 
 __all__ = ["Float8LoraLinear", "FusedLoraLinear", "QatLoraLinear", "fused_lora", "merged_weight"]
@@ -130,7 +131,9 @@ class FusedLoraLinear(PeftLoraLinear):
         name = self.active_adapters[0]
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
             return None
-        base = self.get_base_layer()
-        drops = self.training and not isinstance(self.lora_dropout[name], torch.nn.Identity)
+        base, drop = self.get_base_layer(), self.lora_dropout[name]
+        if base.weight.is_meta or hooked(base, self.lora_A[name], self.lora_B[name], drop):
+            return None
+        drops = self.training if type(drop) is torch.nn.Dropout else type(drop) is not torch.nn.Identity
         trains_base = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
         return None if drops or trains_base or type(base) is not torch.nn.Linear else name

@@ -17,6 +17,7 @@ from tunesmith.ops.quantized.weights import EightBitWeight, FourBitWeight, Neste
 
 __all__ = [
     "four_bit_weight",
+    "hooked",
     "is_quantized",
     "quantized_bytes",
     "read_blocks",
@@ -40,7 +41,7 @@ def read_projection(module: Any, *, training: bool) -> Projection | str:
         return f"a layer is a {type(module).__name__}"
     if type(base) is not torch.nn.Linear and not is_quantized(base):
         return f"the base of an adapter is a {type(base).__name__}"
-    plain = _hooked(base) or _read_base(base)
+    plain = hooked(base) or _read_base(base)
     if isinstance(plain, str):
         return plain
     if module.merged and module.disable_adapters:
@@ -58,9 +59,11 @@ def read_projection(module: Any, *, training: bool) -> Projection | str:
     if module.lora_bias[name]:
         return "lora_B has a bias"
     drop = module.lora_dropout[name]
-    found = _hooked(drop, module.lora_A[name], module.lora_B[name])
+    found = hooked(drop, module.lora_A[name], module.lora_B[name])
     if found:
         return found
+    if type(drop) not in (torch.nn.Identity, torch.nn.Dropout) or getattr(drop, "p", 0) == 1:
+        return f"lora_dropout is {drop}"
     dropout = float(drop.p) if training and drop.training and isinstance(drop, torch.nn.Dropout) else 0.0
     return replace(
         plain,
@@ -166,10 +169,20 @@ def read_norm(module: Any) -> torch.Tensor | str:
 def read_blocks(layer: Any) -> str | None:
     """Return the reason why a layer's blocks, and what they consist of, have to run as modules, or None."""
     blocks = list(layer.children())
-    return _hooked(*blocks, *(part for block in blocks for part in block.children()))
+    if _hooks_of_all():
+        return "hooks of all modules are set"
+    return hooked(*blocks, *(part for block in blocks for part in block.children()))
 
 
-def _hooked(*modules: Any) -> str | None:
+def _hooks_of_all() -> bool:
+    own = torch.nn.modules.module
+    return bool(
+        own._global_forward_hooks or own._global_forward_pre_hooks
+        or own._global_backward_hooks or own._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def hooked(*modules: Any) -> str | None:
     """Return a reason where someone watches or changes what a module computes, which the fused layer would pass by."""
     for module in modules:
         own = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

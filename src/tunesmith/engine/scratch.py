@@ -43,7 +43,8 @@ class Scratch:
             # The old one goes first, so that both never stand side by side.
             self._buffers.pop(key, None)
             buffer = None
-            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # later calls may train
+                buffer = torch.empty(size, dtype=like.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer[:size].view(shape)
 
@@ -111,7 +112,8 @@ class _Blocks:
             if block is None or (block.lent and block.used + size > len(block.memory)):
                 block = next((b for b in self._all if not b.lent and len(b.memory) >= size), None)
             if block is None or len(block.memory) < size:
-                block = _Block(torch.empty(max(_BLOCK, size), dtype=torch.uint8))
+                with torch.inference_mode(False):
+                    block = _Block(torch.empty(max(_BLOCK, size), dtype=torch.uint8))
                 self._all.append(block)
             if not block.lent:
                 block.used = 0

@@ -25,6 +25,7 @@ from tunesmith.engine.read import four_bit_weight
 from tunesmith.models.load import ModelFacts, facts_of
 from tunesmith.models.quantize import quantization_config, quantize_nf4
 from tunesmith.models.settings import Width
+from tunesmith.ops.once import differentiable_once
 from tunesmith.ops.quantized import dequantize
 from tunesmith.ops.quantized.weights import FourBitWeight
 
@@ -166,7 +167,7 @@ class _StraightThrough(torch.autograd.Function):
         return nn.functional.linear(x, dequantize(ctx.codes, dtype=x.dtype), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Return the gradients of x and bias, and of the weight as if it had not been rounded."""
         (dy,) = grads

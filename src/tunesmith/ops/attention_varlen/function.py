@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 
 __all__ = ["DocumentAttention"]
 
@@ -34,7 +35,7 @@ class DocumentAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of query, key and value."""
         # Read once: under checkpointing a saved tensor can be unpacked only once.

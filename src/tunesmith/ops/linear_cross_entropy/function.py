@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 from tunesmith.ops.rows import wide_dtype
 
 __all__ = ["Head", "LinearCrossEntropy", "LinearLogProbs"]
@@ -109,7 +110,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (total / divisor).to(wide)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the saved gradients by the incoming scalar."""
         incoming = grads[0]
@@ -152,7 +153,7 @@ class LinearLogProbs(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale by rows; go over the logits once more for weight and bias."""
         incoming = grads[0]

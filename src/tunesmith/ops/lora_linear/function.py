@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.ops.lora_linear import cpu
 from tunesmith.ops.lora_linear.cpu import Projection
+from tunesmith.ops.once import differentiable_once
 
 __all__ = ["LoraLinear"]
 
@@ -36,7 +37,7 @@ class LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x, a and b, as far as they are needed."""
         rows, weight, a, b, s = ctx.saved_tensors

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 from tunesmith.ops.quantized.weights import QuantizedWeight
 
 __all__ = ["QuantizedLinear"]
@@ -22,7 +23,7 @@ class QuantizedLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, _dense(weight, x), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x and of the bias, as far as they are needed."""
         (dy,) = grads

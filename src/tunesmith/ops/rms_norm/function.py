@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 
 __all__ = ["RMSNorm"]
 
@@ -23,7 +24,7 @@ class RMSNorm(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x and weight, as far as they are needed."""
         x, weight, rstd = ctx.saved_tensors

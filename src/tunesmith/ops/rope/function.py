@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 
 __all__ = ["NormRotate", "Rotate"]
 
@@ -23,7 +24,7 @@ class Rotate(torch.autograd.Function):
         return turned
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Rotate the gradient back."""
         cos, sin = ctx.saved_tensors
@@ -53,7 +54,7 @@ class NormRotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of heads and weight."""
         heads, weight, rstd, cos, sin = ctx.saved_tensors

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tunesmith.ops.dispatch import primitives
+from tunesmith.ops.once import differentiable_once
 
 __all__ = ["SwiGLU"]
 
@@ -22,7 +23,7 @@ class SwiGLU(torch.autograd.Function):
         return primitives("swiglu", gate_up).forward(gate_up, activation=activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradient of gate and up, in a new tensor."""
         (gate_up,) = ctx.saved_tensors
