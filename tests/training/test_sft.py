@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from tests import tiny
 from tests.training import support
 from transformers import TrainerCallback
 
-from tunesmith import SFTConfig, SFTTrainer, train_on_responses_only
+from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from tunesmith.core.device import DtypeChoice
 from tunesmith.core.errors import (
     AdapterError,
     DataError,
@@ -23,6 +25,9 @@ from tunesmith.core.errors import (
     TrainingError,
 )
 from tunesmith.core.files import damage
+from tunesmith.engine.attention import use_document_attention
+from tunesmith.engine.install import install
+from tunesmith.models.load import ModelFacts
 from tunesmith.training.checkpoint import checkpoints_in
 
 # ---- values that are not finite, weights that get no gradient ----
@@ -359,6 +364,21 @@ def test_arguments_that_are_missing_or_doubled(tmp_path: Path) -> None:
         SFTTrainer(support.adapted(), TrainingArguments(output_dir=str(tmp_path)), rows, processing_class=tokenizer)
     with pytest.raises(SettingsError, match="max_length=50 is given to the trainer and 100 in args"):
         SFTTrainer(support.adapted(), args, rows, processing_class=tokenizer, max_seq_length=50)
+
+
+def test_a_model_that_got_another_layer_trains(tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama")
+    use_document_attention(model)
+    install(model)
+    layers = model.model.layers
+    layers.append(copy.deepcopy(layers[1]))
+    layers[2].self_attn.layer_idx, model.config.num_hidden_layers = 2, 3
+    model.tunesmith_facts = ModelFacts("tiny", DtypeChoice(torch.float32, "a test"), tiny.WINDOW)
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    before = support.trainable(model)
+    support.trainer(tmp_path, model=model, max_steps=1).train()
+    after = {name: weight for name, weight in support.trainable(model).items() if "lora_B" in name}
+    assert not any(torch.equal(before[name], weight) for name, weight in after.items())
 
 
 def test_logits_of_every_token_are_not_made(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     frozen += sum(map(quantized_bytes, quantized))
     count = config.num_hidden_layers
     fused = engine is not None and not engine.plan.unknown and engine.plan.known
+    fused = fused and len(base.get_decoder().layers) == len(engine.plan.known)  # none was added
     layers = tuple(engine.plan.known[index] for index in sorted(engine.plan.known)) if engine and fused else ()
     decoder = list(base.get_decoder().layers) if fused else []
     dense = [_written_out(layer, shape) for layer, shape in zip(decoder, layers, strict=True)]
