@@ -163,3 +163,22 @@ def test_an_adapter_beside_another_has_to_fit(base: Path, adapter: Path, tmp_pat
             load_beside(model, "x", tmp_path / "cut")
         assert list(model.peft_config) == ["default"]
         assert torch.equal(logits(model), before)
+
+
+def test_nothing_stands_beside_an_adapter_that_changed_its_base(base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "pissa", init_lora_weights="pissa")
+    save_adapter(base, tmp_path / "plain")
+    model, _ = load_source(str(tmp_path / "pissa"), dtype="float32", trainable=False)
+    with pytest.raises(AdapterError, match=r"cannot share its base: .*init_lora_weights='pissa'"):
+        load_beside(model, "plain", tmp_path / "plain")
+
+
+def test_what_an_earlier_adapter_said_of_its_base_is_gone_when_another_is_saved_there(
+    base: Path, tmp_path: Path
+) -> None:
+    save_adapter(base, tmp_path / "first")
+    model, _ = load_source(str(tmp_path / "first"), dtype="float32")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "base.json").write_text(json.dumps({"width": "4bit"}))
+    model.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "base.json").exists()

@@ -282,3 +282,22 @@ def test_sharegpt_becomes_roles_and_content() -> None:
     with pytest.raises(DataError, match="no column conversations or messages: there are text"):
         standardize_sharegpt(Dataset.from_list([{"text": "x"}]))
     assert is_bf16_supported() == is_bfloat16_supported()
+
+
+def test_tokens_outside_assistant_masks_are_not_trained(tmp_path: Path) -> None:
+    own = tiny.tiny_tokenizer()("the cat sat on a mat")["input_ids"]
+    mask = [0, 0, 0] + [1] * (len(own) - 3)
+    (document,) = support.trainer(tmp_path, rows=[{"input_ids": own, "assistant_masks": mask}]).train_data.documents
+    assert document.trained.tolist() == [bool(one) for one in mask]
+
+
+def test_a_token_below_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must hold two tokens or more, none below 0"):
+        support.trainer(tmp_path, rows=[{"input_ids": [3, -100, 4]}])
+
+
+def test_a_collator_that_masks_words_is_refused(tmp_path: Path) -> None:
+    collator = DataCollatorForLanguageModeling(tiny.tiny_tokenizer(), mlm=False)
+    collator.mlm = True
+    with pytest.raises(SettingsError):
+        support.trainer(tmp_path, data_collator=collator)

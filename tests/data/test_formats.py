@@ -386,3 +386,11 @@ def test_wrong_mappings_stop_everything(mapping, expected):
     with pytest.raises(DataError) as caught:
         understand({"q": "a", "a": "b", "t": "c", "u": "d"}, mapping)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_train_flags_stay_with_their_messages_behind_a_system_column(field):
+    row = {field: [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}], "system": "Be brief"}
+    example = to_example(SourceRow(row, "rows.jsonl:1"))
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert example.train == (None, None, False, None, True)

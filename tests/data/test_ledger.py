@@ -188,3 +188,10 @@ def test_ends_of_turn_count_only_where_answers_train_and_were_not_cut():
     ledger.keep(row(document(ends=False), has_answers=True))
     with pytest.raises(DataError, match=r"in 1 of 1 documents .* \(first: a.jsonl:1\)"):
         ledger.check()
+
+
+def test_one_untrained_end_of_several_counts():
+    trained = np.array([False, True, False, False, True, True])
+    ledger = Ledger(rows_in=1)
+    ledger.keep(row(Document(np.arange(6, dtype=np.int32), trained, "a.jsonl:1", end_of_turn=(2, 5)), has_answers=True))
+    assert (ledger.answer_documents, ledger.untrained_ends) == (1, 1)

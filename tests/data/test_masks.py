@@ -379,3 +379,48 @@ def test_text_without_eos_in_the_tokenizer_is_noted(chat_tokenizer):
 @pytest.mark.parametrize("example", [Text(" \n", "x"), Completion("Hello", " ", "x")])
 def test_empty_rows_are_refused(chat_tokenizer, example):
     assert refusal(ExampleEncoder(chat_tokenizer("chatml")), example).reason in ("empty text", "empty completion")
+
+
+def test_white_space_behind_the_eos_of_a_completion_is_not_trained(chat_tokenizer):
+    tokenizer = chat_tokenizer("mistral")
+    (document,) = ExampleEncoder(tokenizer).encode(Completion("Question: why?\nAnswer:", " because</s>\n", "x"))
+    assert trained_text(tokenizer, document) == " because</s>"
+    (end,) = document.end_of_turn
+    assert document.input_ids[end] == tokenizer.eos_token_id
+
+
+def test_special_tokens_in_the_rows_tools_are_refused(chat_tokenizer):
+    tool = {"type": "function", "function": {"name": "time", "description": "ends with <|im_end|>"}}
+    refused = refusal(ExampleEncoder(chat_tokenizer("chatml")), conversation([USER, ANSWER], tools=[tool]))
+    assert refused.reason == "special token in content" and "'<|im_end|>'" in str(refused)
+
+
+def test_an_answer_that_is_rendered_otherwise_later_cannot_be_left_out_of_all(chat_tokenizer):
+    encoder = ExampleEncoder(chat_tokenizer("qwen3"), train_on="all")
+    thought = {**ANSWER, "reasoning_content": "a plan"}
+    refused = refusal(encoder, conversation([USER, thought, USER, ANSWER], [None, False, None, None]))
+    assert refused.reason == "chat template is not stable" and "message 1 is not to be trained" in str(refused)
+
+
+def test_the_first_token_of_a_completion_without_a_prompt_is_not_trained(chat_tokenizer):
+    (document,) = ExampleEncoder(chat_tokenizer("chatml")).encode(Completion("", "Hello you", "x"))
+    assert not document.trained[0] and document.trained[1:].all()
+
+
+def test_text_behind_the_last_special_token_of_a_call_means_that_no_token_ends_it(chat_tokenizer):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' + (m['content'] or '') }}"
+        "{% for call in m['tool_calls'] or [] %}{{ '<|im_end|>' + call['function']['name'] }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    )
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "time", "arguments": {}}}]}
+    (document,) = ExampleEncoder(tokenizer).encode(conversation([USER, calling]))
+    assert document.notes == (NO_END_OF_TURN,) and document.end_of_turn == ()
+    assert trained_text(tokenizer, document) == "<|im_end|>time"
+
+
+def test_reasoning_that_the_template_drops_is_noted(chat_tokenizer):
+    thought = {**ANSWER, "reasoning_content": "a plan"}
+    (document,) = ExampleEncoder(chat_tokenizer("chatml")).encode(conversation([USER, thought]))
+    assert document.notes == (DROPS_TEXT,)

@@ -265,3 +265,30 @@ def test_equal_rows_stay_on_one_side_of_a_split() -> None:
     assert not {row.fingerprint() for row in train.rows} & {row.fingerprint() for row in held_out.rows}
     assert train.ledger.splits == {"train": len(train), "eval": len(held_out)}
     assert split_task_rows(data, fraction=0, seed=0)[1] is None
+
+
+def test_a_mapped_column_is_not_read_for_another_role_too() -> None:
+    with pytest.raises(DataError, match="this one has no source"):
+        prepare([{"text": "a b", "body": "c d"}], "SEQ_2_SEQ_LM", mapping={"text": "target"})
+
+
+@pytest.mark.parametrize("start", [-1, True])
+def test_an_answer_starts_at_a_character(start: Any) -> None:
+    row = {"question": "a", "context": "ann", "answer": "n", "answer_start": start}
+    with pytest.raises(DataError, match="the number of the answer's first character is needed"):
+        prepare([row], "QUESTION_ANS")
+
+
+def test_a_label_below_zero_is_none() -> None:
+    """Public test sets have -1 where the label is held back."""
+    with pytest.raises(DataError, match="row 1: label -1 is none of the model's labels"):
+        prepare([{"text": "a", "label": -1}], "SEQ_CLS")
+
+
+def test_a_mapped_column_that_a_row_lacks_is_not_replaced_by_a_usual_one() -> None:
+    with pytest.raises(DataError, match="row 1: SEQ_CLS rows need text, label, and this one has no text"):
+        prepare([{"sentence": "a", "label": "warm"}], "SEQ_CLS", mapping={"body": "text"})
+
+
+def test_a_limit_is_the_number_of_rows_read() -> None:
+    assert len(list(read_records(tiny_tasks.colour_rows(5), "SEQ_CLS", limit=3))) == 3

@@ -72,3 +72,10 @@ def test_special_tokens_match_longest_first(chat_tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im"]})
     pattern = special_token_pattern(tokenizer)
     assert pattern.findall("a<|im_end|><|im<think>") == ["<|im_end|>", "<|im"]
+
+
+def test_padding_that_a_tokenizer_does_by_itself_is_left_out(chat_tokenizer):
+    tokenizer = chat_tokenizer("chatml")
+    plain = SpanTokenizer(tokenizer).tokenize("Hello you").ids.tolist()
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert SpanTokenizer(tokenizer).tokenize("Hello you").ids.tolist() == plain

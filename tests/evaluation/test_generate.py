@@ -241,3 +241,16 @@ def test_fast_generate_is_generate_and_says_what_needs_vllm(model):
     for call in ({"inputs": ["a text"]}, {"inputs": ids, "sampling_params": 1}, {"inputs": ids, "lora_request": 1}):
         with pytest.raises(NotSupportedYetError, match="only where vLLM generates"):
             fast(**call)
+
+
+def test_the_end_that_some_tokenizers_put_behind_a_text_is_no_part_of_a_prompt(tokenizer):
+    import copy
+
+    from tokenizers import processors
+
+    ending, end = copy.deepcopy(tokenizer), (tokenizer.eos_token, tokenizer.eos_token_id)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert ending("one")["input_ids"][-1] == tokenizer.eos_token_id
+    bare = tokenizer("one", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(ending, "one") == bare
+    assert encode_prompt(tokenizer, f"one{tokenizer.eos_token}") == [*bare, tokenizer.eos_token_id]

@@ -240,3 +240,24 @@ def test_an_unknown_metric_and_a_missing_template_are_refused_before_any_work(mo
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ModelError, match="chat_template="):
         evaluate(model, tokenizer, [conversation("q", "a")], "exact_match")
+
+
+def test_rows_with_images_are_counted_and_not_scored():
+    shown = Conversation(conversation("q", "a").messages, (None, None), "rows:1", "messages", images=("cat.png",))
+    rows, refused = read_evaluation_rows([shown, conversation("q", "a")])
+    assert len(rows) == 1 and refused == {"images": 1}
+
+
+def test_losses_of_a_model_in_16_bits_are_summed_in_float32(model):
+    import copy
+
+    import numpy as np
+
+    from tunesmith.data.types import Document
+    from tunesmith.evaluation.likelihood import row_losses
+
+    half, ids = copy.deepcopy(model).bfloat16().eval(), torch.arange(40) % 17 + 5
+    (loss,), _ = row_losses(half, [[Document(ids.numpy().astype(np.int32), np.ones(40, dtype=bool), "x")]])
+    with torch.no_grad():
+        logits = half(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item(), rel=1e-4)

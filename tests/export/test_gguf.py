@@ -370,3 +370,22 @@ def test_a_sentencepiece_tokenizer_is_written_with_its_scores(tmp_path: Path) ->
     said = fields(file.path)
     assert said["tokenizer.ggml.model"] == "llama" and said["tokenizer.ggml.add_space_prefix"]
     assert said["tokenizer.ggml.tokens"][: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+def test_a_stretched_window_of_layers_that_see_little_is_refused(tmp_path: Path) -> None:
+    model = tiny.tiny_model("gemma3")
+    near = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    model.config.rope_parameters = {**model.config.rope_parameters, "sliding_attention": near}
+    with pytest.raises(ExportError, match="layers with a window have a stretched rotary embedding"):
+        save_gguf(model, tmp_path / "out", tiny.tiny_tokenizer())
+
+
+def test_what_fails_again_takes_the_place_of_what_failed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out-failed").mkdir()
+    (tmp_path / "out-failed" / "old.gguf").write_bytes(b"")
+    broken(monkeypatch, "4")
+    with pytest.raises(ExportError, match=r"It is kept as .*out-failed"):
+        save_gguf(model_of("qwen3"), tmp_path / "out", tiny.tiny_tokenizer(), methods="f32")
+    assert [path.name for path in (tmp_path / "out-failed").glob("*.gguf")] == ["out.F32.gguf"]

@@ -154,3 +154,12 @@ def test_what_is_no_bpe_or_has_more_tokens_than_rows_is_refused() -> None:
         read_vocabulary(tiny.tiny_tokenizer(), 300)
     with pytest.raises(ExportError, match=r"object has no tokenizer.json behind it"):
         read_vocabulary(object(), ROWS)
+
+
+def test_a_normalizer_that_llama_cpp_has_not_is_refused() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ExportError, match=r"cuts no text as this tokenizer does, .*Lowercase"):
+        read_vocabulary(tokenizer, ROWS)

@@ -193,3 +193,10 @@ def test_sizes_are_read(size: Any, count: int) -> None:
 def test_what_is_no_size_is_refused(size: str) -> None:
     with pytest.raises(SettingsError, match=r"is no size. Give bytes, or a text like '5GB'"):
         methods.bytes_of(size)
+
+
+def test_gguf_files_that_are_saved_and_uploaded_stay_private(
+    hub: FakeHub, model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model[0].save_pretrained_gguf(tmp_path / "kept", model[1], "f16", push_to_hub=True, token=TOKEN, private=True)
+    assert hub.made["ada/kept"]["visibility"] == "private"

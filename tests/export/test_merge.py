@@ -269,3 +269,49 @@ def test_what_no_plain_weight_can_hold_is_refused() -> None:
     config = LoraConfig(target_modules=["q_proj"], lora_bias=True)
     with pytest.raises(AdapterError, match="has lora_bias, which no plain weight can hold"):
         adapter_shares(get_peft_model(tiny.tiny_model("qwen2"), config), None)
+
+
+def test_the_biases_of_a_quantized_base_are_written_too(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "qwen2")
+    base, _ = loaded(tmp_path / "model", load_in_4bit=True)
+    model = disturb(adapt(base))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.base_layer.bias.data.fill_(0.5)
+    again = written(model, tmp_path / "out")
+    assert torch.equal(again.model.layers[0].self_attn.q_proj.bias, layer.base_layer.bias)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_adapters_that_cannot_be_added_to_others_are_merged_alone(kind: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    model = adapt(tiny.tiny_model("llama"))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], **kind))
+    with pytest.raises(AdapterError, match="DoRA or whole modules cannot be added to others"):
+        adapter_shares(model, {"default": 0.5, "other": 0.5})
+    assert adapter_shares(model, {"other": 1.0}) == {"other": 1.0}
+
+
+def test_a_dora_is_merged_in_full_or_not_at_all() -> None:
+    model = adapt(tiny.tiny_model("llama"), use_dora=True)
+    with pytest.raises(AdapterError, match=r"adapter 'default' is a DoRA: it is merged in full, not by 0\.5"):
+        adapter_shares(model, {"default": 0.5})
+
+
+def test_an_export_with_another_vocabulary_is_named() -> None:
+    own, other = (np.log(np.full((2, size), 1 / size, dtype=np.float32)) for size in (3, 4))
+    reference = Reference((np.array([0, 1]),), (own,), (), (), None, None, "float32")
+    with pytest.raises(ExportError, match="the export has 4 tokens in its vocabulary, the model 3"):
+        compared(reference, {"logprobs-0": other}, "transformers")
+
+
+def test_mixing_leaves_frozen_what_was_frozen() -> None:
+    from peft import LoraConfig
+
+    model = adapt(tiny.tiny_model("llama"))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.requires_grad_(False)
+    with mixed(model, {"default": 0.5, "other": 0.5}):
+        pass
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -188,3 +188,36 @@ def test_what_was_trained_otherwise_than_it_is_served_is_refused_or_said(shelf, 
     adapter = shelf.add("x", copy)
     assert "trained on a base in 4 bits and is served on one in full" in adapter.notes[0]
     assert "cannot be seen" in adapter.notes[1]
+
+
+def test_only_lora_is_served(base_folder, shelf, tmp_path):
+    from peft import LoHaConfig, get_peft_model
+
+    config = LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(loaded(base_folder)[0], config).save_pretrained(tmp_path / "loha")
+    with pytest.raises(AdapterError, match="is of the kind LOHA; only LORA is served"):
+        shelf.add("x", tmp_path / "loha")
+
+
+def test_an_adapter_that_was_trained_with_other_tokens_is_refused(base_folder, shelf, tmp_path):
+    model, tokenizer = loaded(base_folder)
+    disturb(adapt(model)).save_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="adapter x was trained with another vocabulary than the base has"):
+        shelf.add("x", tmp_path / "other")
+
+
+def test_an_adapter_with_an_end_token_of_its_own_ends_there(base_folder, shelf, tmp_path):
+    model, tokenizer = loaded(base_folder)
+    disturb(adapt(model)).save_pretrained(tmp_path / "other")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "other")
+    adapter = shelf.add("x", tmp_path / "other")
+    assert adapter.tokenizer.eos_token == "<|endoftext|>" and tokenizer.eos_token_id in adapter.ends
+
+
+def test_what_differs_from_the_training_is_said_when_an_adapter_is_added(shelf, copy, caplog):
+    (copy / "base.json").write_text(json.dumps({"width": "4bit"}))
+    shelf.add("x", copy)
+    assert "adapter x: it was trained on a base in 4 bits and is served on one in full" in caplog.text

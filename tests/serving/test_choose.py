@@ -76,3 +76,25 @@ def test_log_probabilities_are_given_only_where_they_are_wanted():
     assert plain.top == () and plain.logprob != plain.logprob
     assert told.logprob == pytest.approx(logits[1].log_softmax(-1)[2].item())
     assert [token for token, _ in told.top] == [2, 1]
+
+
+@pytest.mark.parametrize("logits", [[2.0, 1.9], [-1.0, -1.2]])
+def test_the_repetition_penalty_lowers_what_the_prompt_has(logits):
+    (choice,) = choose(torch.tensor([logits]), [Chooser.of(Sampling(repetition_penalty=1.4), 0, [0])])
+    assert choice.token == 1
+
+
+def test_top_p_counts_in_what_top_k_leaves():
+    """0.4 is 0.57 of the two that top_k leaves, and reaches top_p by itself."""
+    logits = torch.tensor([0.4, 0.3, 0.3]).log()
+    choosers = [Chooser.of(Sampling(temperature=1.0, top_k=2, top_p=0.5), seed, [0]) for seed in range(50)]
+    assert {choice.token for choice in choose(logits.expand(50, -1), choosers)} == {0}
+
+
+def test_log_probabilities_are_those_before_penalties():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    chooser = Chooser.of(Sampling(repetition_penalty=4.0), 0, [0], top_logprobs=1)
+    (choice,) = choose(logits, [chooser])
+    wanted = logits[0].log_softmax(-1).tolist()
+    assert choice.token == 1 and choice.logprob == pytest.approx(wanted[1])
+    assert choice.top == ((0, pytest.approx(wanted[0])),)

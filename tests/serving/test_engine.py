@@ -294,3 +294,19 @@ def test_a_quantized_base_answers_with_adapters_as_it_does_offline(base_folder, 
         assert "trained on a base in full and is served on one in" in engine.shelf.get("a").notes[0]
     finally:
         engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_has_failed_says_why(start, monkeypatch):
+    engine = start()
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr(engine.model, "forward", fail)
+    parts: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    engine.submit(Request(ids("the cat"), max_new_tokens=4), parts.put)
+    assert _end(parts) == "error"
+    engine._thread.join()
+    with pytest.raises(ServingError, match=r"the engine has failed: MemoryError\('nothing left'\)\. Start it again"):
+        engine.submit(Request((1,)), print)

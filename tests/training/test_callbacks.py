@@ -165,3 +165,10 @@ def test_a_step_walks_over_no_modules(tmp_path: Path, monkeypatch: pytest.Monkey
             run.model.zero_grad()
             assert all(parameter.grad is None for parameter in run.model.parameters())
     assert counts[0] == counts[1]
+
+
+def test_a_run_that_was_stopped_early_does_not_go_on() -> None:
+    control = SimpleNamespace(should_training_stop=False)
+    state = SimpleNamespace(log_history=history([1.0, 1.1, 1.2], [0.0] * 3))
+    EarlyStop(2).on_train_begin(None, state, control)
+    assert control.should_training_stop

@@ -328,3 +328,14 @@ def test_a_run_at_the_default_rate_can_be_resumed(tmp_path: Path) -> None:
     again = support.trainer(tmp_path / "run", learning_rate=default, max_steps=2, save_steps=1)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
+
+
+def test_a_checkpoint_of_another_run_by_its_path_is_refused(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="belongs to another run: settings seed: 3407 then, 1 now"):
+        support.trainer(run, **{**SETTINGS, "seed": 1}).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+
+
+def test_a_run_does_not_go_on_with_another_checkpointing(run: Path) -> None:
+    model = support.adapted(use_gradient_checkpointing=True)
+    with pytest.raises(CheckpointError, match=r"model checkpointing: .* then, True now"):
+        support.trainer(run, model=model, **SETTINGS).train(resume_from_checkpoint=True)

@@ -462,3 +462,15 @@ def test_an_adapter_that_could_never_be_merged_is_not_trained(name: str, value: 
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **{name: value})
     with pytest.raises(AdapterError, match=f"has {name}, which no plain weight can hold"):
         support.trainer(tmp_path, model=get_peft_model(tiny.tiny_model("qwen2"), config))
+
+
+def test_an_eval_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = support.trainer(tmp_path, rows=24, eval_split=0.2, eval_steps=1, max_steps=3)
+    loss = trainer.head.loss
+
+    def broken(batch: Any, divisor: Any) -> Any:
+        return loss(batch, divisor) * (1.0 if trainer.model.training else float("nan"))
+
+    monkeypatch.setattr(trainer.head, "loss", broken)
+    with pytest.raises(TrainingError, match="the eval loss is not finite in step"):
+        trainer.train()
