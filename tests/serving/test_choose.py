@@ -23,6 +23,7 @@ SETTINGS = {
     "temperature": Sampling(temperature=0.7),
     "top_p": Sampling(temperature=1.3, top_p=0.6),
     "top_k": Sampling(temperature=1.0, top_k=3),
+    "top_k, then top_p": Sampling(temperature=3.0, top_p=0.9, top_k=40),
     "min_p": Sampling(temperature=2.0, min_p=0.2),
     "all": Sampling(temperature=1.5, top_p=0.8, top_k=12, min_p=0.1, repetition_penalty=1.4),
 }

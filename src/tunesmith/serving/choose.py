@@ -152,10 +152,12 @@ def _draw(scores: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
         before = kept.cumsum(-1) - kept
         is_left = (before < top_p) & (kept >= min_p * kept[:, :1]) & (rank < top_k)
         cumulated = torch.where(is_left, kept, 0).double().cumsum(-1)
+        # Of a top_k between the candidates and all tokens it is not known yet what it leaves.
+        is_known = (top_k <= count) | (top_k >= size)
         # Where the last candidate is left out, so is all that comes after it; else the sum of all is 1 without limits.
-        is_closed = ~is_left[:, -1:]
+        is_closed = is_known & ~is_left[:, -1:]
         mass = torch.where(is_closed, cumulated[:, -1:], 1.0)
-        is_inside = is_closed | ((top_p == 1) & (min_p == 0) & (draws < cumulated[:, -1:]))
+        is_inside = is_closed | (is_known & (top_p == 1) & (min_p == 0) & (draws < cumulated[:, -1:]))
         if bool(is_inside.all()):
             break
     else:
