@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -181,7 +182,7 @@ class _Service:
         self._shelving = asyncio.Lock()
         # One thread: tokenizers are not made to be used by several at once.
         self._encoder = ThreadPoolExecutor(1, "tunesmith-encoder")
-        self._names = TokenNames(engine.tokenizer)
+        self._names_of = lru_cache(maxsize=32)(TokenNames)  # by tokenizer: an adapter's may have tokens of its own
         self._rows = engine.model.get_input_embeddings().weight.shape[0]
 
     async def chat(self, request: Request) -> Response:
@@ -279,11 +280,11 @@ class _Service:
         self._reserve(count)
         answers = None
         try:
-            ids = await self._encode(adapter, prompts)
+            tokenizer, ids = await self._encode(adapter, prompts)
             requests = [self._request(wanted, adapter, row, index) for row in ids for index in range(wanted.n)]
             answers = Answers(requests, self.figures, began=began, on_close=lambda: self._release(count))
             await self._submit(answers)
-            names = self._names if wanted.logprobs_wanted is not None else None
+            names = self._names_of(tokenizer) if wanted.logprobs_wanted is not None else None
             reply = kind(wanted.model, names, sum(map(len, ids)), wanted.has_usage_part)
             if wanted.stream:
                 return _Stream(answers, reply)
@@ -307,8 +308,8 @@ class _Service:
     def _release(self, count: int) -> None:
         self._open -= count
 
-    async def _encode(self, adapter: str | None, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Return the token ids of all prompts, as the adapter's own tokenizer and template write them."""
+    async def _encode(self, adapter: str | None, prompts: Sequence[Prompt]) -> tuple[Any, list[tuple[int, ...]]]:
+        """Return the adapter's own tokenizer, and the token ids of all prompts as it and its template write them."""
         loop = asyncio.get_running_loop()
         try:
             # In a thread, as the adapter is read here where it has left memory.
@@ -322,7 +323,7 @@ class _Service:
         unknown = next((token for row in rows for token in row if token >= self._rows), None)
         if unknown is not None:
             raise ApiError(400, f"there is no token {unknown}: the model knows {self._rows}.", param="prompt")
-        return [tuple(row) for row in rows]
+        return tokenizer, [tuple(row) for row in rows]
 
     def _request(self, wanted: TextRequest, adapter: str | None, prompt: tuple[int, ...], index: int) -> asked.Request:
         window = self._engine.window
