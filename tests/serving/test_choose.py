@@ -71,6 +71,19 @@ def test_penalties_of_openai_count_what_the_answer_has():
     assert [choose(logits, [chooser])[0].token for _ in range(5)] == [0, 1, 0, 1, 0]
 
 
+def test_scores_that_are_no_numbers_give_no_token_and_leave_the_rows_beside_them_alone():
+    logits = torch.randn(4, 40)
+    logits[1], logits[2, 3], logits[3, :20] = float("nan"), float("inf"), float("-inf")
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9)):
+        choices = choose(logits, [Chooser.of(sampling, row, [1], top_logprobs=2) for row in range(4)])
+        alone = [choose(logits[row : row + 1], [Chooser.of(sampling, row, [1])])[0] for row in (0, 3)]
+        assert choices[1:3] == [None, None]
+        assert [choices[0].token, choices[3].token] == [choice.token for choice in alone]
+        assert choices[3].token >= 20 and choices[3].logprob == choices[3].logprob
+    # Near the end of float32 a low temperature divides into infinity.
+    assert choose(logits[:1] * 1e37, [Chooser.of(Sampling(temperature=0.01), 0, [1])])[0].token == logits[0].argmax()
+
+
 def test_log_probabilities_are_given_only_where_they_are_wanted():
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
     plain, told = choose(logits, [Chooser.of(Sampling(), 0, [0]), Chooser.of(Sampling(), 0, [0], top_logprobs=2)])

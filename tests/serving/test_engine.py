@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.export.support import loaded
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -18,7 +20,7 @@ from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.install import engine_of
 from tunesmith.evaluation import generate_answers
 from tunesmith.models.sampling import Sampling
-from tunesmith.serving.engine import Engine
+from tunesmith.serving.engine import Engine, _text_of
 from tunesmith.serving.request import Delta, Request
 
 PROMPTS = ["the cat", "a much longer prompt about the dog that ran to the red house while rain fell", "x", "over every"]
@@ -211,6 +213,30 @@ def test_a_failed_step_ends_its_answers_and_the_next_ones_are_written(start, mon
     with pytest.raises(ServingError, match="an answer failed: RuntimeError: no memory left"):
         engine.generate(["the cat"], max_new_tokens=4)
     assert engine.generate(["the cat"], max_new_tokens=4) == whole
+
+
+@pytest.mark.parametrize("factors", [(1e38, 1e-38), (1, 1e30)])
+def test_an_adapter_whose_numbers_overflow_ends_its_own_answers_alone(start, adapter_folders, tmp_path, factors):
+    huge = shutil.copytree(adapter_folders["a"], tmp_path / "huge")
+    weights = load_file(huge / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        weight *= factors["lora_B" in name]
+    save_file(weights, huge / "adapter_model.safetensors")
+    engine = start({"c": adapter_folders["c"], "huge": huge})
+    long = Request(ids("the cat"), 90, "c", ignore_end=True)
+    short = Request(ids("x"), 9, "c", Sampling(temperature=1.0), seed=1)
+    expected = [answer(engine, request)[0] for request in (long, short)]
+    texts: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    engine.submit(long, texts.put)
+    told: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    engine.submit(Request(ids("the dog ran " * 9), 9, "huge"), told.put)
+    ended = told.get(timeout=30)
+    assert (ended.finish, ended.choices) == ("error", ())
+    assert "adapter 'huge' gives infinite or NaN scores for the next token" in ended.error
+    # It comes to lie where the other one's values were.
+    assert answer(engine, short)[0] == expected[1]
+    assert _text_of(texts) == expected[0]
+    assert engine.counts.finished == {"length": 4, "error": 1}
 
 
 def test_closing_finishes_what_was_taken_and_takes_no_more(start):

@@ -399,7 +399,17 @@ class Engine:
         self.counts.prompt_tokens += sum(piece.count for piece in pieces)
         if chosen:
             for (ticket, _), choice in zip(chosen, choose(logits, [t.chooser for t, _ in chosen]), strict=True):
-                self._hand_out(ticket, choice)
+                if choice is None:
+                    self._finish(ticket, "error", error=self._overflow(ticket.adapter))
+                else:
+                    self._hand_out(ticket, choice)
+
+    def _overflow(self, adapter: Adapter | None) -> str:
+        who = "the base" if adapter is None else f"adapter {adapter.name!r}"
+        return (
+            f"{who} gives infinite or NaN scores for the next token: its weights are damaged, or too large for "
+            f"{str(self.model.dtype).removeprefix('torch.')}. Load it in another dtype, or train it again."
+        )
 
     def _hand_out(self, ticket: Ticket, choice: Choice) -> None:
         """Add a token to an answer, and end the answer where it is over."""
@@ -417,9 +427,11 @@ class Engine:
         else:
             ticket.deliver(Delta(text, (choice,)))
 
-    def _finish(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
+    def _finish(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice, error: str | None = None) -> None:
         """End an answer and close the gap that it leaves among the slots."""
         gap = self._active.index(ticket)
+        if ticket.cached:
+            self._cache.forget(gap)
         last = sum(not other.is_reading for other in self._active) - 1
         # The last of those that are written moves into the gap.
         if gap < last:
@@ -430,16 +442,15 @@ class Engine:
             if behind.cached:
                 self._cache.move(slot, slot - 1, behind.cached)
         del self._active[gap]
-        self._end(ticket, why, text, *choices)
+        self._end(ticket, why, text, *choices, error=error)
 
-    def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
+    def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice, error: str | None = None) -> None:
         self.counts.finished[why] = self.counts.finished.get(why, 0) + 1
-        ticket.deliver(Delta(text, choices, why))
+        ticket.deliver(Delta(text, choices, why, error))
 
     def _fail(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         for ticket in tickets:
-            self.counts.finished["error"] = self.counts.finished.get("error", 0) + 1
-            ticket.deliver(Delta("", (), "error", f"{type(error).__name__}: {error}"))
+            self._end(ticket, "error", error=f"{type(error).__name__}: {error}")
 
 
 def made_apart(make: Callable[[], Engine]) -> Engine:
