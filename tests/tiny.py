@@ -62,6 +62,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", _EXPERTS),
     "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
                                      "moe_intermediate_size": 24}),
+    "qwen2-moe": ("Qwen2MoeConfig", {"use_sliding_window": True, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+                                     **_MIXED_LAYERS}),
+    "phimoe": ("PhimoeConfig", {"sliding_window": 64, **_EXPERTS}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
     "mamba": ("MambaConfig", {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}),
 }  # fmt: skip

@@ -272,6 +272,22 @@ def test_models_that_it_would_answer_wrongly_for_are_refused(monkeypatch):
     attention.register()
 
 
+def test_a_window_that_only_the_layers_know_is_kept():
+    model, tokenizer = tiny_model("qwen2-moe", sliding_window=12).eval(), tiny_tokenizer()
+    expected = generate_answers(model, tokenizer, chats(3), max_new_tokens=12, batch_size=1)
+    engine = Engine(model, tokenizer)
+    try:
+        assert engine.generate(chats(3), max_new_tokens=12) == expected
+    finally:
+        engine.close()
+
+
+def test_a_window_that_nobody_says_is_refused():
+    with pytest.raises(ModelError, match=r"PhimoeForCausalLM cannot be served: its layers do not say how far back"):
+        Engine(tiny_model("phimoe"), tiny_tokenizer())
+    Engine(tiny_model("phimoe", sliding_window=512), tiny_tokenizer()).close()
+
+
 def test_an_adapted_model_is_told_to_come_apart(base_folder, adapter_folders):
     model, tokenizer = loaded(adapter_folders["a"])
     with pytest.raises(ModelError, match="load the base and add the adapter"):

@@ -30,7 +30,7 @@ from tunesmith.models.sampling import Sampling
 from tunesmith.serving import attention, lora
 from tunesmith.serving.adapters import AdapterShelf
 from tunesmith.serving.choose import Choice, Chooser, choose
-from tunesmith.serving.fit import cache_for, not_served, refuse_kind, spare_bytes, window_of
+from tunesmith.serving.fit import cache_for, not_served, refuse_kind, slides, spare_bytes, window_of
 from tunesmith.serving.lora import Adapter, Routing
 from tunesmith.serving.request import Delta, Finish, Request
 from tunesmith.serving.text import TextStream
@@ -299,6 +299,9 @@ class Engine:
         for step, row in zip(steps, tokens, strict=True):
             logits = self._forward(row, step, list(range(len(row))))
         cache.clear()
+        # The sequences are too short for most windows to show.
+        if slides(self.model, self.window) and not any(step.windows - {None} for step in steps):
+            raise ModelError("its layers do not say how far back their attention sees (sliding_window)")
         return [logits[0].float(), logits[1].float()]
 
     def _forward(self, tokens: list[int], step: attention.Step, wanted: list[int]) -> torch.Tensor:
