@@ -62,6 +62,7 @@ def test_the_likeliest_token_is_taken_without_temperature_beside_rows_that_draw(
     chosen = [choice.token for choice in choose(logits, choosers)]
     assert chosen[0] == logits[0].argmax()
     assert chosen[2] == logits[2].argmax()
+    assert choose(logits, [Chooser.of(Sampling(temperature=1e-40), 0, [1])] * 3)[1].token == logits[1].argmax()
 
 
 def test_penalties_of_openai_count_what_the_answer_has():

@@ -175,6 +175,17 @@ def test_requests_that_cannot_be_served_are_refused(start):
         engine.submit(Request((1, 2, 3), max_new_tokens=900), print)
     with pytest.raises(EvaluationError, match=r"the prompt is empty; .*top_p=0 must be above 0"):
         engine.submit(Request((), stop=("",), sampling=Sampling(top_p=0)), print)
+    with pytest.raises(EvaluationError, match="there is no token 99999: the model knows 331"):
+        engine.submit(Request((1, 99999)), print)
+    with pytest.raises(
+        EvaluationError,
+        match=r"no token -1: the model knows 331; max_new_tokens=2\.5 must be a whole number; seed=0\.5 must",
+    ):
+        engine.submit(Request((-1, 1), 2.5, seed=0.5), print)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"seed=\d+ must be a whole number of 64 bits"):
+        engine.submit(Request((1,), seed=2**64), print)
+    for seed in (-(2**63), 2**64 - 1):
+        assert len(engine.generate([[1]], max_new_tokens=1, sampling=Sampling(1.0), seed=seed)) == 1
     with pytest.raises(AdapterError, match="there is no adapter 'nobody'"):
         engine.submit(Request((1,), adapter="nobody"), print)
     with pytest.raises(ServingError, match=r"need 0 MiB for keys and values, and there are 0\. Ask for fewer"):

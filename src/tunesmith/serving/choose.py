@@ -20,6 +20,10 @@ _CANDIDATES = 1024
 """Tokens that are sorted at first: nearly always they hold all that top_p, top_k and min_p leave."""
 
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures that divide scores beyond what float32 holds mean the likeliest token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A chosen token with the log-probabilities that the model itself gave, before any setting.
@@ -108,7 +112,7 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | N
     if not bool(is_finite.all()):
         scores = scores.masked_fill(~is_finite[:, None], 0)
     tokens = scores.argmax(-1)
-    drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
+    drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature >= _GREEDY_BELOW]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [choosers[row] for row in drawn])
     return [

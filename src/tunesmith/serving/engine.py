@@ -112,7 +112,8 @@ class Engine:
         refuse_kind(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.window = window_of(model)
-        self.device = model.get_input_embeddings().weight.device
+        embedding = model.get_input_embeddings().weight
+        self.device, self._rows = embedding.device, embedding.shape[0]
         on_gpu = self.device.type == "cuda"
         self.shelf = AdapterShelf(model, tokenizer, most_adapters)
         self.counts = Counts()
@@ -161,7 +162,7 @@ class Engine:
             AdapterError: no adapter has that name, or it can no longer be read.
             ServingError: the engine is closing, or the request alone needs more memory than there is.
         """
-        faults = request.faults(self.window)
+        faults = request.faults(self.window, self._rows)
         if faults:
             raise EvaluationError(f"the request cannot be served: {'; '.join(faults)}.")
         needed = (len(request.prompt) + request.max_new_tokens) * self._cache.bytes_per_token
@@ -268,8 +269,7 @@ class Engine:
     def _take_over(self) -> None:
         """Put our attention into the model, and compare it with the model's own on two sequences of one step."""
         attention.register()
-        size = self.model.get_input_embeddings().weight.shape[0]
-        ids = [[(7 * i + 3) % size for i in range(9)], [(11 * i + 5) % size for i in range(6)]]
+        ids = [[(7 * i + 3) % self._rows for i in range(9)], [(11 * i + 5) % self._rows for i in range(6)]]
         with torch.no_grad():
             device = self.device
             plain = [self.model(torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in ids]

@@ -41,21 +41,31 @@ class Request:
     top_logprobs: int | None = None
     ignore_end: bool = False
 
-    def faults(self, window: int) -> list[str]:
-        """Return one text for each value that cannot be served with a window of ``window`` tokens."""
+    def faults(self, window: int, rows: int) -> list[str]:
+        """Return one text for each value that cannot be served with ``window`` tokens and ``rows`` known ones."""
         size = len(self.prompt)
         longest = window - size
         fits = f"the prompt has {size} tokens, which leaves {max(longest, 0)} of {window} for the answer"
+        is_count = isinstance(self.max_new_tokens, int)
+        unknown = next((repr(part) for part in self.prompt if not (isinstance(part, int) and 0 <= part < rows)), "")
         checks = (
             (size > 0, "the prompt is empty"),
-            (longest > 0 and self.max_new_tokens <= longest, f"{fits}, not max_new_tokens={self.max_new_tokens}"),
-            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be 1 or more"),
+            (not unknown, f"there is no token {unknown}: the model knows {rows}"),
+            (is_count, f"max_new_tokens={self.max_new_tokens!r} must be a whole number"),
+            (not is_count or 0 < longest >= self.max_new_tokens, f"{fits}, not max_new_tokens={self.max_new_tokens}"),
+            (not is_count or self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be 1 or more"),
             ("" not in self.stop, "an empty stop string would end every answer at once"),
+            (self.seed is None or _is_seed(self.seed), f"seed={self.seed!r} must be a whole number of 64 bits"),
             (-2 <= self.presence_penalty <= 2, f"presence_penalty={self.presence_penalty} must be -2 to 2"),
             (-2 <= self.frequency_penalty <= 2, f"frequency_penalty={self.frequency_penalty} must be -2 to 2"),
             (0 <= (self.top_logprobs or 0) <= 20, f"top_logprobs={self.top_logprobs} must be 0 to 20"),
         )
         return [*(fault for is_fine, fault in checks if not is_fine), *self.sampling.faults()]
+
+
+def _is_seed(seed: object) -> bool:
+    """Say whether torch takes it: 64 bits with or without a sign."""
+    return isinstance(seed, int) and -(2**63) <= seed < 2**64
 
 
 @dataclass(frozen=True, slots=True)

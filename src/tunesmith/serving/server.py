@@ -183,7 +183,6 @@ class _Service:
         # One thread: tokenizers are not made to be used by several at once.
         self._encoder = ThreadPoolExecutor(1, "tunesmith-encoder")
         self._names_of = lru_cache(maxsize=32)(TokenNames)  # by tokenizer: an adapter's may have tokens of its own
-        self._rows = engine.model.get_input_embeddings().weight.shape[0]
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -320,9 +319,6 @@ class _Service:
             ]
         except TunesmithError as error:
             raise self._refusal(error, adapter) from error
-        unknown = next((token for row in rows for token in row if token >= self._rows), None)
-        if unknown is not None:
-            raise ApiError(400, f"there is no token {unknown}: the model knows {self._rows}.", param="prompt")
         return tokenizer, [tuple(row) for row in rows]
 
     def _request(self, wanted: TextRequest, adapter: str | None, prompt: tuple[int, ...], index: int) -> asked.Request:
