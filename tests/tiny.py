@@ -126,6 +126,24 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
+@cache
+def spaced_tokenizer() -> Any:
+    """Return a tokenizer whose words bring their space, dropped at the beginning of a text, as SentencePiece writes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["\u2581cat", "\u2581the", *(f"<0x{byte:02X}>" for byte in range(256)), "<unk>", "</s>", "\u2581"]
+    merges = [("\u2581", "cat"), ("\u2581", "the")]
+    vocabulary = {word: index for index, word in enumerate([*words, "cat", "the"])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
+
+
 def chat_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Return seeded conversations of one or two exchanges and very different lengths."""
     import random

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.export.support import loaded
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, spaced_tokenizer, tiny_model, tiny_tokenizer
 
 from tunesmith.core.errors import AdapterError, EvaluationError, ModelError, ServingError
 from tunesmith.core.versions import keep_softcap
@@ -92,6 +92,26 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(start):
     text, deltas = answer(engine, Request(ids("the cat"), max_new_tokens=30, stop=(stop, "never there")))
     assert text == whole[: whole.index(stop)]
     assert deltas[-1].finish == "stop"
+
+
+def test_texts_and_tokens_go_on_with_their_space_and_chats_begin_anew():
+    model = tiny_model()
+    engine = Engine(model, spaced_tokenizer())
+    model.lm_head.weight.data.zero_()  # all tokens are as likely: the first is taken
+    try:
+        prompts = ["the", [1], [{"role": "user", "content": "the"}]]
+        assert engine.generate(prompts, max_new_tokens=2) == [" cat cat", " cat cat", "cat cat"]
+    finally:
+        engine.close()
+
+
+def test_one_stop_string_is_a_text_and_one_prompt_is_not(start):
+    engine = start()
+    whole = engine.generate(["the cat"], max_new_tokens=30)[0]
+    stop = whole[8:11]
+    assert engine.generate(["the cat"], max_new_tokens=30, stop=stop) == [whole[: whole.index(stop)]]
+    with pytest.raises(EvaluationError, match="prompts is a text; give a list"):
+        engine.generate("the cat")
 
 
 def test_log_probabilities_are_those_of_the_model(start, base_folder):

@@ -18,10 +18,12 @@ import torch
 from tests.export.support import loaded
 from tests.serving.clients import JSON, Served, ask_while_adapters_come_and_go, chat, serving, until
 from tests.serving.markers import MARKERS, train_marker
+from tests.tiny import spaced_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.errors import ServingError
 from tunesmith.serving.address import bind
+from tunesmith.serving.engine import Engine
 from tunesmith.serving.server import Server, make_app
 
 
@@ -101,6 +103,16 @@ def test_token_ids_are_prompts_too(served):
         for prompt in ("the cat sat", ids, [[5], ids])
     ]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_texts_go_on_with_their_space_and_chats_begin_anew(tmp_path):
+    model = tiny_model()
+    with serving(Engine(model, spaced_tokenizer()), tmp_path) as served:
+        model.lm_head.weight.data.zero_()  # all tokens are as likely: the first is taken
+        asked: dict[str, Any] = {"model": "base", "max_tokens": 2, "temperature": 0}
+        assert served.client.completions.create(prompt="the", **asked).choices[0].text == " cat cat"
+        said = served.client.chat.completions.create(messages=[{"role": "user", "content": "the"}], **asked)
+        assert said.choices[0].message.content == "cat cat"
 
 
 def test_log_probabilities_are_those_of_the_plain_model(served, base_folder):

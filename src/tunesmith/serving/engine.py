@@ -25,7 +25,7 @@ import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError, ServingError, TunesmithError
 from tunesmith.engine.install import engine_of, install
-from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
+from tunesmith.models.prompts import Prompt, is_chat, require_prompt, stop_token_ids
 from tunesmith.models.sampling import Sampling
 from tunesmith.serving import attention, lora
 from tunesmith.serving.adapters import AdapterShelf
@@ -185,7 +185,8 @@ class Engine:
             frequency_penalty=request.frequency_penalty,
             top_logprobs=request.top_logprobs,
         )
-        text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop)
+        context = request.prompt if request.continues else ()
+        text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop, context)
         ticket = Ticket(request, adapter, deliver, chooser, text, (adapter and adapter.ends) or self._ends)
         with self._changed:
             if self._failure is not None:
@@ -216,22 +217,26 @@ class Engine:
         adapters: Sequence[str | None] | str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> list[str]:
         """Return the answers to all prompts, which are written side by side.
 
         Args:
             adapters: one name for all, or one for each prompt; None: the base alone.
+            stop: texts that end an answer and are no part of it, or one such text.
         Raises: see :meth:`submit`; ServingError also where an answer failed.
         """
+        if isinstance(prompts, str):
+            raise EvaluationError("prompts is a text; give a list of prompts, of one text too: [text].")
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         results: list[queue.SimpleQueue[Delta]] = [queue.SimpleQueue() for _ in prompts]
         tickets: list[Ticket] = []
         try:
             for row, (prompt, name, result) in enumerate(zip(prompts, names, results, strict=True), 1):
                 ids = tuple(require_prompt(self.tokenizer_of(name), prompt, row))
-                request = Request(ids, max_new_tokens, name, sampling, tuple(stop), seed)
+                stops = (stop,) if isinstance(stop, str) else tuple(stop)
+                request = Request(ids, max_new_tokens, name, sampling, stops, seed, continues=not is_chat(prompt))
                 tickets.append(self.submit(request, result.put))
             return [_text_of(result) for result in results]
         finally:

@@ -28,6 +28,7 @@ class Request:
         frequency_penalty: taken from it as often as the answer has it.
         top_logprobs: likeliest tokens to report with each token; None reports no log-probabilities.
         ignore_end: go on after an end token, to measure.
+        continues: the answer is more of the prompt's text, and not a turn of its own: a space between them counts.
     """
 
     prompt: tuple[int, ...]
@@ -40,6 +41,7 @@ class Request:
     frequency_penalty: float = 0.0
     top_logprobs: int | None = None
     ignore_end: bool = False
+    continues: bool = False
 
     def faults(self, window: int, rows: int) -> list[str]:
         """Return one text for each value that cannot be served with ``window`` tokens and ``rows`` known ones."""

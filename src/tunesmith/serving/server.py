@@ -342,6 +342,7 @@ class _Service:
             frequency_penalty=wanted.frequency_penalty,
             top_logprobs=wanted.logprobs_wanted,
             ignore_end=wanted.ignore_eos,
+            continues=isinstance(wanted, CompletionRequest),
         )
 
     async def _submit(self, answers: Answers) -> None:
