@@ -52,6 +52,8 @@ _log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 60.0
 """A body that has not come by then is given up: it would hold up the end of the server."""
+_CUT_OFF_SECONDS = 5.0
+"""What is cut off has so long to see it."""
 _RETRY_SECONDS = "1"
 
 
@@ -125,6 +127,14 @@ class Server(uvicorn.Server):
             raise not_bound(host, port, error) from None
         self._on_start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what was accepted. What is cut off ends as if its client had left: cancelling it would be logged."""
+        await super().shutdown(sockets=sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_CUT_OFF_SECONDS)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, at once at the second. uvicorn's own would end the process by the signal."""
         self.force_exit = self.should_exit
@@ -135,12 +145,14 @@ class _KeyGuard:
     """Refuses every request without the key, before anything else is looked at."""
 
     def __init__(self, app: ASGIApp, api_key: str, refused: Callable[[int], None]) -> None:
-        self._app, self._wanted, self._refused = app, f"Bearer {api_key}".encode(), refused
+        self._app, self._wanted, self._refused = app, api_key.encode(), refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = next((value for header, value in scope["headers"] if header == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._wanted):
+            scheme, _, key = given.partition(b" ")
+            # RFC 9110: the scheme is the same in any case.
+            if not (hmac.compare_digest(key, self._wanted) and scheme.lower() == b"bearer"):
                 self._refused(401)
                 error = ApiError(401, "the API key is missing or wrong.", code="invalid_api_key")
                 await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
