@@ -62,6 +62,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", _EXPERTS),
     "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
                                      "moe_intermediate_size": 24}),
+    "qwen2-moe": ("Qwen2MoeConfig", {"use_sliding_window": True, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+                                     **_MIXED_LAYERS}),
+    "phimoe": ("PhimoeConfig", {"sliding_window": 64, **_EXPERTS}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
     "mamba": ("MambaConfig", {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}),
 }  # fmt: skip
@@ -119,6 +123,24 @@ def tiny_tokenizer() -> Any:
         additional_special_tokens=["<|im_start|>"],
     )
     apply_template(tokenizer, "chatml")
+    return tokenizer
+
+
+@cache
+def spaced_tokenizer() -> Any:
+    """Return a tokenizer whose words bring their space, dropped at the beginning of a text, as SentencePiece writes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["\u2581cat", "\u2581the", *(f"<0x{byte:02X}>" for byte in range(256)), "<unk>", "</s>", "\u2581"]
+    merges = [("\u2581", "cat"), ("\u2581", "the")]
+    vocabulary = {word: index for index, word in enumerate([*words, "cat", "the"])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     return tokenizer
 
 

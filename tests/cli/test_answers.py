@@ -195,6 +195,26 @@ def test_chat_swaps_adapters_and_goes_back_to_the_base(run, model_folder, adapte
     assert f"Answers come from other now.\n{by_other}There is no adapter ohter. Did you mean 'other'?" in nested.out
 
 
+def test_chat_asks_everyone_with_the_template_of_its_own(model_folder, adapters, tmp_path):
+    from transformers import AutoTokenizer
+
+    from tunesmith.cli.voices import load_voices
+    from tunesmith.models.prompts import stop_token_ids
+
+    first, bare = (shutil.copytree(adapters[index], tmp_path / name) for index, name in enumerate(("first", "bare")))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    plain_template = tokenizer.chat_template
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}", "<|pad|>"
+    tokenizer.save_pretrained(first)
+    for words in ((str(model_folder), [str(first), str(bare)]), (str(first), [str(bare)])):
+        voices = load_voices(*words, dtype="float32")
+        found = {name: own.chat_template for name, own in voices.tokenizers.items()}
+        assert found == {"base": plain_template, "first": tokenizer.chat_template, "bare": plain_template}
+        assert tokenizer.eos_token_id not in stop_token_ids(voices.model, voices.tokenizers["bare"])
+    voices = load_voices(str(model_folder), [str(first), str(bare)], chat_template="chatml")
+    assert {own.chat_template for own in voices.tokenizers.values()} == {plain_template}
+
+
 def test_chat_compares_base_and_adapter_and_goes_on_with_the_adapter(run, model_folder, adapters):
     adapter = ("--adapter", adapters[1])
     first = run("chat", model_folder, *SHORT, stdin="the cat\n").out

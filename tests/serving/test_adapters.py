@@ -11,7 +11,9 @@ from safetensors.torch import load, save_file
 from tests.export.support import adapt, disturb, loaded
 from tests.tiny import save_model
 
+from tunesmith.cli.loading import load_for_answers
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.prompts import stop_token_ids
 from tunesmith.serving.adapters import AdapterShelf, read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.serving.lora import Routing
@@ -106,6 +108,46 @@ def test_its_own_end_of_turn_ends_its_answers(base_folder, tmp_path):
             assert ticket.ends == ends
     finally:
         engine.close(drain=False)
+
+
+def test_the_base_of_a_run_and_other_adapters_keep_the_base_s_template_and_ends(base_folder, adapter_folders, tmp_path):
+    model, tokenizer = loaded(base_folder)
+    disturb(adapt(model)).save_pretrained(tmp_path / "run")
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}", "<|pad|>"
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path / "run")
+    shutil.copytree(adapter_folders["a"], tmp_path / "bare")
+    engine = Engine(*load_for_answers(str(tmp_path / "run"), dtype="float32", attach=False))
+    try:
+        plain = loaded(base_folder)[1]
+        for name, own in ((None, plain), ("run", tokenizer), ("bare", plain)):
+            if name is not None:
+                engine.shelf.add(name, tmp_path / name)
+            found = engine.tokenizer_of(name)
+            assert (found.chat_template, len(found)) == (own.chat_template, len(own))
+            ticket = engine.submit(Request((5, 6), 2, name), lambda delta: None)
+            assert ticket.ends == set(stop_token_ids(engine.model, own)) and own.eos_token_id in ticket.ends
+    finally:
+        engine.close(drain=False)
+
+
+def test_a_base_without_a_template_is_asked_by_that_of_the_run(base_folder, adapter_folders, tmp_path):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    run = shutil.copytree(adapter_folders["a"], tmp_path / "run")
+    loaded(base_folder)[1].save_pretrained(run)
+    edit(run, base_model_name_or_path=str(base))
+    assert loaded(base)[1].chat_template is None
+    assert load_for_answers(str(run), attach=False)[1].chat_template == loaded(base_folder)[1].chat_template
+
+
+def test_an_adapter_of_another_vocabulary_is_refused(shelf, base_folder, adapter_folders, tmp_path):
+    other = shutil.copytree(adapter_folders["a"], tmp_path / "other")
+    loaded(base_folder)[1].save_pretrained(other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"<|pad|>"', '"<|fill|>"'), encoding="utf-8")
+    with pytest.raises(AdapterError, match="another vocabulary than the base has"):
+        shelf.add("other", other)
 
 
 KINDS = {

@@ -23,6 +23,7 @@ SETTINGS = {
     "temperature": Sampling(temperature=0.7),
     "top_p": Sampling(temperature=1.3, top_p=0.6),
     "top_k": Sampling(temperature=1.0, top_k=3),
+    "top_k, then top_p": Sampling(temperature=3.0, top_p=0.9, top_k=40),
     "min_p": Sampling(temperature=2.0, min_p=0.2),
     "all": Sampling(temperature=1.5, top_p=0.8, top_k=12, min_p=0.1, repetition_penalty=1.4),
 }
@@ -61,6 +62,9 @@ def test_the_likeliest_token_is_taken_without_temperature_beside_rows_that_draw(
     chosen = [choice.token for choice in choose(logits, choosers)]
     assert chosen[0] == logits[0].argmax()
     assert chosen[2] == logits[2].argmax()
+    nearly = torch.tensor([[0.0, 1e-7]]).expand(20, -1)
+    cold = [Chooser.of(Sampling(temperature=1e-6), seed, [1]) for seed in range(20)]
+    assert {choice.token for choice in choose(nearly, cold)} == {1}, "so low a temperature is none"
 
 
 def test_penalties_of_openai_count_what_the_answer_has():
@@ -68,6 +72,19 @@ def test_penalties_of_openai_count_what_the_answer_has():
     chooser = Chooser.of(Sampling(), 0, [0, 0], presence_penalty=0.05, frequency_penalty=0.15)
     # 0: 1.0 -> 0.8 -> 0.65; 1: 0.9 -> 0.7 -> 0.55
     assert [choose(logits, [chooser])[0].token for _ in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_scores_that_are_no_numbers_give_no_token_and_leave_the_rows_beside_them_alone():
+    logits = torch.randn(4, 40)
+    logits[1], logits[2, 3], logits[3, :20] = float("nan"), float("inf"), float("-inf")
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9)):
+        choices = choose(logits, [Chooser.of(sampling, row, [1], top_logprobs=2) for row in range(4)])
+        alone = [choose(logits[row : row + 1], [Chooser.of(sampling, row, [1])])[0] for row in (0, 3)]
+        assert choices[1:3] == [None, None]
+        assert [choices[0].token, choices[3].token] == [choice.token for choice in alone]
+        assert choices[3].token >= 20 and choices[3].logprob == choices[3].logprob
+    # Near the end of float32 a low temperature divides into infinity.
+    assert choose(logits[:1] * 1e37, [Chooser.of(Sampling(temperature=0.01), 0, [1])])[0].token == logits[0].argmax()
 
 
 def test_log_probabilities_are_given_only_where_they_are_wanted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from functools import partial
@@ -10,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.export.support import loaded
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, spaced_tokenizer, tiny_model, tiny_tokenizer
 
 from tunesmith.core.errors import AdapterError, EvaluationError, ModelError, ServingError
 from tunesmith.core.versions import keep_softcap
 from tunesmith.engine.install import engine_of
 from tunesmith.evaluation import generate_answers
 from tunesmith.models.sampling import Sampling
-from tunesmith.serving.engine import Engine
+from tunesmith.serving.engine import Engine, _text_of
 from tunesmith.serving.request import Delta, Request
 
 PROMPTS = ["the cat", "a much longer prompt about the dog that ran to the red house while rain fell", "x", "over every"]
@@ -90,6 +92,26 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(start):
     text, deltas = answer(engine, Request(ids("the cat"), max_new_tokens=30, stop=(stop, "never there")))
     assert text == whole[: whole.index(stop)]
     assert deltas[-1].finish == "stop"
+
+
+def test_texts_and_tokens_go_on_with_their_space_and_chats_begin_anew():
+    model = tiny_model()
+    engine = Engine(model, spaced_tokenizer())
+    model.lm_head.weight.data.zero_()  # all tokens are as likely: the first is taken
+    try:
+        prompts = ["the", [1], [{"role": "user", "content": "the"}]]
+        assert engine.generate(prompts, max_new_tokens=2) == [" cat cat", " cat cat", "cat cat"]
+    finally:
+        engine.close()
+
+
+def test_one_stop_string_is_a_text_and_one_prompt_is_not(start):
+    engine = start()
+    whole = engine.generate(["the cat"], max_new_tokens=30)[0]
+    stop = whole[8:11]
+    assert engine.generate(["the cat"], max_new_tokens=30, stop=stop) == [whole[: whole.index(stop)]]
+    with pytest.raises(EvaluationError, match="prompts is a text; give a list"):
+        engine.generate("the cat")
 
 
 def test_log_probabilities_are_those_of_the_model(start, base_folder):
@@ -173,6 +195,17 @@ def test_requests_that_cannot_be_served_are_refused(start):
         engine.submit(Request((1, 2, 3), max_new_tokens=900), print)
     with pytest.raises(EvaluationError, match=r"the prompt is empty; .*top_p=0 must be above 0"):
         engine.submit(Request((), stop=("",), sampling=Sampling(top_p=0)), print)
+    with pytest.raises(EvaluationError, match="there is no token 99999: the model knows 331"):
+        engine.submit(Request((1, 99999)), print)
+    with pytest.raises(
+        EvaluationError,
+        match=r"no token -1: the model knows 331; max_new_tokens=2\.5 must be a whole number; seed=0\.5 must",
+    ):
+        engine.submit(Request((-1, 1), 2.5, seed=0.5), print)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"seed=\d+ must be a whole number of 64 bits"):
+        engine.submit(Request((1,), seed=2**64), print)
+    for seed in (-(2**63), 2**64 - 1):
+        assert len(engine.generate([[1]], max_new_tokens=1, sampling=Sampling(1.0), seed=seed)) == 1
     with pytest.raises(AdapterError, match="there is no adapter 'nobody'"):
         engine.submit(Request((1,), adapter="nobody"), print)
     with pytest.raises(ServingError, match=r"need 0 MiB for keys and values, and there are 0\. Ask for fewer"):
@@ -213,6 +246,30 @@ def test_a_failed_step_ends_its_answers_and_the_next_ones_are_written(start, mon
     assert engine.generate(["the cat"], max_new_tokens=4) == whole
 
 
+@pytest.mark.parametrize("factors", [(1e38, 1e-38), (1, 1e30)])
+def test_an_adapter_whose_numbers_overflow_ends_its_own_answers_alone(start, adapter_folders, tmp_path, factors):
+    huge = shutil.copytree(adapter_folders["a"], tmp_path / "huge")
+    weights = load_file(huge / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        weight *= factors["lora_B" in name]
+    save_file(weights, huge / "adapter_model.safetensors")
+    engine = start({"c": adapter_folders["c"], "huge": huge})
+    long = Request(ids("the cat"), 90, "c", ignore_end=True)
+    short = Request(ids("x"), 9, "c", Sampling(temperature=1.0), seed=1)
+    expected = [answer(engine, request)[0] for request in (long, short)]
+    texts: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    engine.submit(long, texts.put)
+    told: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    engine.submit(Request(ids("the dog ran " * 9), 9, "huge"), told.put)
+    ended = told.get(timeout=30)
+    assert (ended.finish, ended.choices) == ("error", ())
+    assert "adapter 'huge' gives infinite or NaN scores for the next token" in ended.error
+    # It comes to lie where the other one's values were.
+    assert answer(engine, short)[0] == expected[1]
+    assert _text_of(texts) == expected[0]
+    assert engine.counts.finished == {"length": 4, "error": 1}
+
+
 def test_closing_finishes_what_was_taken_and_takes_no_more(start):
     engine = start()
     parts: queue.SimpleQueue[Delta] = queue.SimpleQueue()
@@ -244,6 +301,22 @@ def test_models_that_it_would_answer_wrongly_for_are_refused(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.undo()
     attention.register()
+
+
+def test_a_window_that_only_the_layers_know_is_kept():
+    model, tokenizer = tiny_model("qwen2-moe", sliding_window=12).eval(), tiny_tokenizer()
+    expected = generate_answers(model, tokenizer, chats(3), max_new_tokens=12, batch_size=1)
+    engine = Engine(model, tokenizer)
+    try:
+        assert engine.generate(chats(3), max_new_tokens=12) == expected
+    finally:
+        engine.close()
+
+
+def test_a_window_that_nobody_says_is_refused():
+    with pytest.raises(ModelError, match=r"PhimoeForCausalLM cannot be served: its layers do not say how far back"):
+        Engine(tiny_model("phimoe"), tiny_tokenizer())
+    Engine(tiny_model("phimoe", sliding_window=512), tiny_tokenizer()).close()
 
 
 def test_an_adapted_model_is_told_to_come_apart(base_folder, adapter_folders):

@@ -129,8 +129,8 @@ def test_log_probabilities_are_asked_for_in_two_ways():
 
 def test_sampling_is_read_as_openai_means_it():
     assert chat().sampling == Sampling(1.0, 1.0, 0, 0.0, 1.0)
-    assert chat(temperature=1e-9, top_p=0.5, top_k=-1, min_p=0.1, repetition_penalty=1.5).sampling == Sampling(
-        0.0, 0.5, 0, 0.1, 1.5
+    assert chat(temperature=0.25, top_p=0.5, top_k=-1, min_p=0.1, repetition_penalty=1.5).sampling == Sampling(
+        0.25, 0.5, 0, 0.1, 1.5
     )
     assert chat(stop="x").stops == ("x",) and chat(stop=["x", "y"]).stops == ("x", "y") and chat().stops == ()
 

@@ -18,10 +18,12 @@ import torch
 from tests.export.support import loaded
 from tests.serving.clients import JSON, Served, ask_while_adapters_come_and_go, chat, serving, until
 from tests.serving.markers import MARKERS, train_marker
+from tests.tiny import spaced_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.errors import ServingError
 from tunesmith.serving.address import bind
+from tunesmith.serving.engine import Engine
 from tunesmith.serving.server import Server, make_app
 
 
@@ -101,6 +103,16 @@ def test_token_ids_are_prompts_too(served):
         for prompt in ("the cat sat", ids, [[5], ids])
     ]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_texts_go_on_with_their_space_and_chats_begin_anew(tmp_path):
+    model = tiny_model()
+    with serving(Engine(model, spaced_tokenizer()), tmp_path) as served:
+        model.lm_head.weight.data.zero_()  # all tokens are as likely: the first is taken
+        asked: dict[str, Any] = {"model": "base", "max_tokens": 2, "temperature": 0}
+        assert served.client.completions.create(prompt="the", **asked).choices[0].text == " cat cat"
+        said = served.client.chat.completions.create(messages=[{"role": "user", "content": "the"}], **asked)
+        assert said.choices[0].message.content == "cat cat"
 
 
 def test_log_probabilities_are_those_of_the_plain_model(served, base_folder):
@@ -366,14 +378,23 @@ def test_figures_are_there_for_prometheus(served):
 
 
 def test_nobody_without_the_key_gets_anything_but_health(base_folder, root):
+    def authorization(value: str) -> dict[str, str]:
+        return {"Authorization": value}
+
     with serving(base_folder, root, api_key="secret") as served:
         assert served.ask("GET", "/health")[0] == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer secretx"}):
+        for headers in (
+            {},
+            *map(
+                authorization, ("Bearer wrong", "Bearer secretx", "Bearer SECRET", "Basic secret", "secret", "Bearer")
+            ),
+        ):
             for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")):
                 status, got, answer = served.ask(method, path, None, headers)
                 assert (status, got["www-authenticate"]) == (401, "Bearer")
                 assert answer["error"]["code"] == "invalid_api_key"
-        assert served.ask("GET", "/v1/models", None, {"Authorization": "Bearer secret"})[0] == 200
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert served.ask("GET", "/v1/models", None, authorization(f"{scheme} secret"))[0] == 200
         with pytest.raises(openai.AuthenticationError):
             served.client.models.list()
 
@@ -442,7 +463,7 @@ def test_400_requests_of_32_clients_are_neither_lost_nor_mixed_up_while_adapters
     assert ask_while_adapters_come_and_go(served, requests=400, clients=32) >= 2
 
 
-def test_a_second_signal_cuts_answers_off(base_folder, root):
+def test_a_second_signal_cuts_answers_off_and_says_nothing_of_it(base_folder, root, caplog):
     with serving(base_folder, root) as served:
         body = {"model": "base", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "n": 16, "stream": True}
         connection = http.client.HTTPConnection("127.0.0.1", served.port)
@@ -455,6 +476,7 @@ def test_a_second_signal_cuts_answers_off(base_folder, root):
             response.read()
     assert served.server.force_exit
     assert served.engine.counts.finished == {"cancelled": 16}
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
 def test_a_port_that_is_taken_meanwhile_is_said(base_folder, start):

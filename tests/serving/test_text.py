@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiny import tiny_tokenizer
+from tests.tiny import spaced_tokenizer, tiny_tokenizer
 
 from tunesmith.serving.text import TextStream
 
@@ -44,3 +44,16 @@ def test_what_may_begin_a_stop_string_waits():
     assert "".join(given) == "a EN z"
     assert stream.is_stopped
     assert stream.end() == ""
+
+
+def test_a_text_that_goes_on_keeps_the_space_before_it():
+    tokenizer = spaced_tokenizer()
+    the, cat, smile = 1, 0, [2 + byte for byte in "🙂".encode()]
+    for prompt, tokens, text in (
+        ([], [cat, cat], "cat cat"),
+        ([the], [cat, cat], " cat cat"),
+        ([the] * 20 + smile, [*smile, cat], "🙂 cat"),
+        ([the, *smile[:2]], [cat], "cat"),
+    ):
+        stream = TextStream(tokenizer, prompt=prompt)
+        assert "".join(map(stream.add, tokens)) + stream.end() == text

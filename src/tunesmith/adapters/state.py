@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attach_adapter",
+    "attach_as_trained",
     "base_of",
     "empty_source",
     "load_beside",
@@ -86,7 +87,8 @@ def load_source(
         offload_embedding: whether the embedding stays in host memory.
         qat_scheme: what an adapter is trained on for; None: what it was trained for, unless ``whole``.
         trainable: whether the adapter's weights take gradients.
-        attach: false gives the base alone, as the adapter wants it, with the adapter's tokenizer.
+        attach: false gives the base alone, as the adapter wants it, with the base's own tokenizer; with the adapter's
+            where that has no chat template, or another one is asked for, which may need tokens of the adapter's.
         with_processor: give the processor of a vision-language model in place of its tokenizer.
         hub: see :func:`tunesmith.models.load.load_model`, as the other arguments.
 
@@ -126,7 +128,7 @@ def load_source(
                 "adapter, give it to get_peft_model."
             )
         return model, tokenizer
-    if has_own_tokenizer:
+    if has_own_tokenizer and (attach or chat_template is not None or not tokenizer.chat_template):
         sees = with_processor and has_vision(model.config)
         owner = folder if not sees or _has_processor(folder) else base
         tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
@@ -135,10 +137,17 @@ def load_source(
             set_ends(model, tokenizer)
         elif tokenizer.pad_token_id is not None:
             give_padding(model, tokenizer)
-    if not attach:
-        return model, tokenizer
-    _round_as_trained(model, folder, qat_scheme, whole)
-    return attach_adapter(model, Path(folder.path), trainable=trainable), tokenizer
+    if attach:
+        model = attach_as_trained(model, folder, qat_scheme, whole=whole, trainable=trainable)
+    return model, tokenizer
+
+
+def attach_as_trained(
+    model: PreTrainedModel, adapter: ModelSource, qat_scheme: Any = None, *, whole: bool = False, trainable: bool = True
+) -> PeftModel:
+    """Load an adapter onto its base, which computes as it did in training; see :func:`load_source`."""
+    _round_as_trained(model, adapter, qat_scheme, whole)
+    return attach_adapter(model, Path(adapter.path), trainable=trainable)
 
 
 def empty_source(
@@ -367,17 +376,18 @@ def own_tokenizer(name: str, adapter: Path, shared: Any) -> Any:
     """Return the tokenizer that an adapter was saved with, None where it reads and writes as ``shared`` does.
 
     Raises:
-        AdapterError: its vocabulary is another than that of ``shared``.
+        AdapterError: its vocabulary is another than that of ``shared``; either may have tokens more.
     """
     if not any((adapter / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
         return None
     own = load_tokenizer(find_model(str(adapter)))
-    if own.get_vocab() != shared.get_vocab():
+    ids, known = own.get_vocab().items(), shared.get_vocab().items()
+    if not (known <= ids or ids <= known):
         raise AdapterError(
             f"adapter {name} was trained with another vocabulary than the base has. Merge it (tunesmith export) and "
             "use the merged model."
         )
-    same = own.chat_template == shared.chat_template and own.eos_token == shared.eos_token
+    same = ids == known and own.chat_template == shared.chat_template and own.eos_token == shared.eos_token
     return None if same else own
 
 

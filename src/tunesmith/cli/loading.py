@@ -37,7 +37,8 @@ def load_for_answers(
 
     Args:
         any_task: also a model that does not write text.
-        attach: False: of an adapter only the base that it was trained on, with the adapter's tokenizer.
+        attach: False: of an adapter only the base that it was trained on (see
+            :func:`tunesmith.adapters.state.load_source`, also for the tokenizer).
 
     Raises:
         ModelError: nothing usable is at ``model``, or it does not write text.

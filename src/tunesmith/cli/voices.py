@@ -68,17 +68,23 @@ def load_voices(model: str, adapters: Sequence[str], **how: Any) -> Voices:
         SettingsError: two adapters of one name, or one called as the base is.
         AdapterError: an adapter does not fit, or cannot share the base with the others.
     """
-    from tunesmith.adapters.state import load_beside, own_tokenizer
+    from tunesmith.adapters.state import attach_as_trained, load_beside, own_tokenizer
     from tunesmith.cli.loading import adapter_folder, load_for_answers
     from tunesmith.models.aliases import find_model
 
     is_adapter = find_model(model).kind == "adapter"
     places = named_folders([*([model] if is_adapter else []), *adapters])
-    loaded, tokenizer = load_for_answers(model, None if is_adapter else next(iter(places.values()), None), **how)
+    beside = None if is_adapter else next(iter(places.values()), None)
+    # The base comes with its own tokenizer and end tokens, and not with those of the first adapter.
+    loaded, tokenizer = load_for_answers(model, beside, attach=False, **how)
     if not places:
         return Voices(loaded, {}, {BASE: tokenizer}, BASE)
     first, *others = places
+    source = find_model(places[first])
+    loaded = attach_as_trained(loaded, source, whole=how.get("load_in_16bit", False), trainable=False)
     names, tokenizers = {first: "default"}, {BASE: tokenizer, first: tokenizer}
+    if how.get("chat_template") is None:
+        tokenizers[first] = own_tokenizer(first, Path(source.path), tokenizer) or tokenizer
     for index, (name, folder) in enumerate((name, places[name]) for name in others):
         names[name] = f"beside_{index}"  # a name of PEFT's may hold no dot
         place = adapter_folder(folder)

@@ -12,7 +12,7 @@ from tunesmith.data.types import RowRefusedError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "encode_prompt", "require_prompt", "stop_token_ids"]
+__all__ = ["Prompt", "encode_prompt", "is_chat", "require_prompt", "stop_token_ids"]
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Plain text, chat messages up to the turn to be answered, or token ids."""
@@ -34,10 +34,15 @@ def encode_prompt(
         ids = list(tokenizer(prompt)["input_ids"])
         # Some tokenizers also append EOS, after which there is nothing to say.
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:] else ids
-    if all(isinstance(part, int) for part in prompt):
-        return [int(part) for part in prompt]
+    if not is_chat(prompt):
+        return [int(part) for part in prompt]  # type: ignore[call-overload]
     rendered = ChatRenderer(tokenizer).render(list(prompt), list(tools) if tools else None, generation_prompt=True)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Say whether ``prompt`` is messages, so that the answer is a turn of its own and not the text going on."""
+    return not isinstance(prompt, str) and not all(isinstance(part, int) for part in prompt)
 
 
 def require_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: int = 1) -> list[int]:

@@ -247,10 +247,10 @@ def _pair(
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
     scale = alpha / rank**0.5 if config.use_rslora else alpha / rank
     dtype, device = facts_of(model).dtype.dtype, next(base.parameters()).device
-    sb = (b.float().T * scale).contiguous()
+    a, sb = a.to(device, dtype, copy=True).contiguous(), (b.float().T * scale).contiguous().to(device, dtype)
     if not torch.isfinite(a).all() or not torch.isfinite(sb).all():
         raise AdapterError(f"adapter {name}: the weights of {module} hold infinite values or NaN. Train it again.")
-    return a.to(device, dtype, copy=True).contiguous(), sb.to(device, dtype)
+    return a, sb
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -37,6 +37,7 @@ class Step:
     Attributes:
         lengths: tokens that each of the n sequences has before this step.
         pieces: parts of prompts.
+        windows: those of the layers that have been computed; None is a layer that sees all.
     """
 
     cache: SlotCache
@@ -44,6 +45,7 @@ class Step:
     pieces: list[Piece]
     slots: torch.Tensor = field(init=False)
     positions: torch.Tensor = field(init=False)
+    windows: set[int | None] = field(init=False, default_factory=set)
     _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,22 +99,24 @@ def attend(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
-    sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     serving: Step,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Cache the new keys and values and return the attention of every token, (1, T, H, d).
 
     Args:
         query: (1, H, T, d), rotated already, as ``key`` and ``value`` (1, Hkv, T, d).
-        sliding_window: tokens that a token sees, itself included.
         s_aux: one score a head that takes part in the softmax and has no value (attention sinks).
+        others: ``sliding_window``, tokens that a token sees, itself included. Models that do not pass it (qwen2_moe)
+            keep it in the module; that of a module whose model passes None (exaone4) is not in use.
     """
     if position_bias is not None:
         raise ModelError("models that add a bias to attention scores by distance are not served. Use generate.")
     _, heads, tokens, width = query.shape
+    window = others.get("sliding_window", getattr(module, "sliding_window", None))
+    serving.windows.add(window)
     scale = width**-0.5 if scaling is None else scaling
     layer = module.layer_idx
     keys, values = serving.cache.keys[layer], serving.cache.values[layer]
@@ -124,7 +128,7 @@ def attend(
         length = serving.longest
         # Query heads that share a key-value head form one matrix: nothing is repeated.
         rows = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], -1, width)
-        hidden = serving.hidden(sliding_window)
+        hidden = serving.hidden(window)
         mixed = _mix(rows, keys[:n, :, :length], values[:n, :, :length], hidden, scale, softcap, s_aux)
         out[:n] = mixed.reshape(n, heads, width)
     start = n
@@ -132,7 +136,7 @@ def attend(
         end = start + piece.count
         length = piece.offset + piece.count
         past = keys[piece.slot, :, :length], values[piece.slot, :, :length]
-        out[start:end] = _prompt(query[0, :, start:end], *past, piece.offset, scale, softcap, sliding_window, s_aux)
+        out[start:end] = _prompt(query[0, :, start:end], *past, piece.offset, scale, softcap, window, s_aux)
         start = end
     return out[None], None
 

@@ -49,10 +49,16 @@ class SlotCache:
                 tensors[layer] = new
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one slot to another."""
+        """Move the first ``length`` tokens of one slot to another."""
         for tensors in (self.keys, self.values):
             for held in tensors:
                 held[target, :, :length] = held[source, :, :length]
+        self.forget(source)
+
+    def forget(self, slot: int) -> None:
+        """Zero the values of a slot: who holds it next gives them no weight, but zero times infinity is NaN."""
+        for held in self.values:
+            held[slot] = 0
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -20,6 +20,10 @@ _CANDIDATES = 1024
 """Tokens that are sorted at first: nearly always they hold all that top_p, top_k and min_p leave."""
 
 
+_GREEDY_BELOW = 1e-5
+"""Temperatures that divide scores beyond what float32 holds mean the likeliest token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A chosen token with the log-probabilities that the model itself gave, before any setting.
@@ -96,32 +100,33 @@ class Chooser:
             scores[at] -= self.presence_penalty + self.frequency_penalty * often
 
 
-def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
-    """Return the next token of each sequence for the logits (n, V)."""
+def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
+    """Return the next token of each sequence for the logits (n, V); None where the highest is infinite or NaN."""
     logits = logits.float()
     scores = logits
     if any(chooser.context or chooser.counts for chooser in choosers):
         scores = logits.clone()
         for row, chooser in zip(scores, choosers, strict=True):
             chooser.penalize(row)
+    is_finite = scores.amax(-1).isfinite()
+    if not bool(is_finite.all()):
+        scores = scores.masked_fill(~is_finite[:, None], 0)
     tokens = scores.argmax(-1)
-    drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
+    drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature >= _GREEDY_BELOW]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [choosers[row] for row in drawn])
-    chosen = tokens.tolist()
-    for token, chooser in zip(chosen, choosers, strict=True):
-        chooser.saw(token)
     return [
-        _choice(token, row if chooser.top_logprobs is not None else None, chooser.top_logprobs or 0)
-        for token, row, chooser in zip(chosen, logits, choosers, strict=True)
+        _choice(token, row, chooser) if is_fine else None
+        for token, row, chooser, is_fine in zip(tokens.tolist(), logits, choosers, is_finite.tolist(), strict=True)
     ]
 
 
-def _choice(token: int, logits: torch.Tensor | None, top: int) -> Choice:
-    if logits is None:
+def _choice(token: int, logits: torch.Tensor, chooser: Chooser) -> Choice:
+    chooser.saw(token)
+    if chooser.top_logprobs is None:
         return Choice(token, float("nan"))
     logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(top)
+    best = logprobs.topk(chooser.top_logprobs)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return Choice(token, logprobs[token].item(), tuple(pairs))
 
@@ -136,7 +141,8 @@ def _draw(scores: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
         values = [getattr(chooser.sampling, name) for chooser in choosers]
         return torch.tensor(values, device=scores.device, dtype=torch.float32)[:, None]
 
-    scores = scores / column("temperature")
+    # Below the highest, so that a low temperature makes nothing infinite.
+    scores = (scores - scores.amax(-1, keepdim=True)) / column("temperature")
     size = scores.shape[-1]
     top_k, top_p, min_p = column("top_k"), column("top_p"), column("min_p")
     top_k[top_k == 0] = size
@@ -152,10 +158,12 @@ def _draw(scores: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
         before = kept.cumsum(-1) - kept
         is_left = (before < top_p) & (kept >= min_p * kept[:, :1]) & (rank < top_k)
         cumulated = torch.where(is_left, kept, 0).double().cumsum(-1)
+        # Of a top_k between the candidates and all tokens it is not known yet what it leaves.
+        is_known = (top_k <= count) | (top_k >= size)
         # Where the last candidate is left out, so is all that comes after it; else the sum of all is 1 without limits.
-        is_closed = ~is_left[:, -1:]
+        is_closed = is_known & ~is_left[:, -1:]
         mass = torch.where(is_closed, cumulated[:, -1:], 1.0)
-        is_inside = is_closed | ((top_p == 1) & (min_p == 0) & (draws < cumulated[:, -1:]))
+        is_inside = is_closed | (is_known & (top_p == 1) & (min_p == 0) & (draws < cumulated[:, -1:]))
         if bool(is_inside.all()):
             break
     else:

@@ -25,12 +25,12 @@ import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError, ServingError, TunesmithError
 from tunesmith.engine.install import engine_of, install
-from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
+from tunesmith.models.prompts import Prompt, is_chat, require_prompt, stop_token_ids
 from tunesmith.models.sampling import Sampling
 from tunesmith.serving import attention, lora
 from tunesmith.serving.adapters import AdapterShelf
 from tunesmith.serving.choose import Choice, Chooser, choose
-from tunesmith.serving.fit import cache_for, not_served, refuse_kind, spare_bytes, window_of
+from tunesmith.serving.fit import cache_for, not_served, refuse_kind, slides, spare_bytes, window_of
 from tunesmith.serving.lora import Adapter, Routing
 from tunesmith.serving.request import Delta, Finish, Request
 from tunesmith.serving.text import TextStream
@@ -112,7 +112,8 @@ class Engine:
         refuse_kind(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.window = window_of(model)
-        self.device = model.get_input_embeddings().weight.device
+        embedding = model.get_input_embeddings().weight
+        self.device, self._rows = embedding.device, embedding.shape[0]
         on_gpu = self.device.type == "cuda"
         self.shelf = AdapterShelf(model, tokenizer, most_adapters)
         self.counts = Counts()
@@ -161,7 +162,7 @@ class Engine:
             AdapterError: no adapter has that name, or it can no longer be read.
             ServingError: the engine is closing, or the request alone needs more memory than there is.
         """
-        faults = request.faults(self.window)
+        faults = request.faults(self.window, self._rows)
         if faults:
             raise EvaluationError(f"the request cannot be served: {'; '.join(faults)}.")
         needed = (len(request.prompt) + request.max_new_tokens) * self._cache.bytes_per_token
@@ -184,7 +185,8 @@ class Engine:
             frequency_penalty=request.frequency_penalty,
             top_logprobs=request.top_logprobs,
         )
-        text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop)
+        context = request.prompt if request.continues else ()
+        text = TextStream((adapter and adapter.tokenizer) or self.tokenizer, request.stop, context)
         ticket = Ticket(request, adapter, deliver, chooser, text, (adapter and adapter.ends) or self._ends)
         with self._changed:
             if self._failure is not None:
@@ -215,22 +217,26 @@ class Engine:
         adapters: Sequence[str | None] | str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> list[str]:
         """Return the answers to all prompts, which are written side by side.
 
         Args:
             adapters: one name for all, or one for each prompt; None: the base alone.
+            stop: texts that end an answer and are no part of it, or one such text.
         Raises: see :meth:`submit`; ServingError also where an answer failed.
         """
+        if isinstance(prompts, str):
+            raise EvaluationError("prompts is a text; give a list of prompts, of one text too: [text].")
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         results: list[queue.SimpleQueue[Delta]] = [queue.SimpleQueue() for _ in prompts]
         tickets: list[Ticket] = []
         try:
             for row, (prompt, name, result) in enumerate(zip(prompts, names, results, strict=True), 1):
                 ids = tuple(require_prompt(self.tokenizer_of(name), prompt, row))
-                request = Request(ids, max_new_tokens, name, sampling, tuple(stop), seed)
+                stops = (stop,) if isinstance(stop, str) else tuple(stop)
+                request = Request(ids, max_new_tokens, name, sampling, stops, seed, continues=not is_chat(prompt))
                 tickets.append(self.submit(request, result.put))
             return [_text_of(result) for result in results]
         finally:
@@ -268,8 +274,7 @@ class Engine:
     def _take_over(self) -> None:
         """Put our attention into the model, and compare it with the model's own on two sequences of one step."""
         attention.register()
-        size = self.model.get_input_embeddings().weight.shape[0]
-        ids = [[(7 * i + 3) % size for i in range(9)], [(11 * i + 5) % size for i in range(6)]]
+        ids = [[(7 * i + 3) % self._rows for i in range(9)], [(11 * i + 5) % self._rows for i in range(6)]]
         with torch.no_grad():
             device = self.device
             plain = [self.model(torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in ids]
@@ -299,6 +304,9 @@ class Engine:
         for step, row in zip(steps, tokens, strict=True):
             logits = self._forward(row, step, list(range(len(row))))
         cache.clear()
+        # The sequences are too short for most windows to show.
+        if slides(self.model, self.window) and not any(step.windows - {None} for step in steps):
+            raise ModelError("its layers do not say how far back their attention sees (sliding_window)")
         return [logits[0].float(), logits[1].float()]
 
     def _forward(self, tokens: list[int], step: attention.Step, wanted: list[int]) -> torch.Tensor:
@@ -399,7 +407,17 @@ class Engine:
         self.counts.prompt_tokens += sum(piece.count for piece in pieces)
         if chosen:
             for (ticket, _), choice in zip(chosen, choose(logits, [t.chooser for t, _ in chosen]), strict=True):
-                self._hand_out(ticket, choice)
+                if choice is None:
+                    self._finish(ticket, "error", error=self._overflow(ticket.adapter))
+                else:
+                    self._hand_out(ticket, choice)
+
+    def _overflow(self, adapter: Adapter | None) -> str:
+        who = "the base" if adapter is None else f"adapter {adapter.name!r}"
+        return (
+            f"{who} gives infinite or NaN scores for the next token: its weights are damaged, or too large for "
+            f"{str(self.model.dtype).removeprefix('torch.')}. Load it in another dtype, or train it again."
+        )
 
     def _hand_out(self, ticket: Ticket, choice: Choice) -> None:
         """Add a token to an answer, and end the answer where it is over."""
@@ -417,9 +435,11 @@ class Engine:
         else:
             ticket.deliver(Delta(text, (choice,)))
 
-    def _finish(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
+    def _finish(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice, error: str | None = None) -> None:
         """End an answer and close the gap that it leaves among the slots."""
         gap = self._active.index(ticket)
+        if ticket.cached:
+            self._cache.forget(gap)
         last = sum(not other.is_reading for other in self._active) - 1
         # The last of those that are written moves into the gap.
         if gap < last:
@@ -430,16 +450,15 @@ class Engine:
             if behind.cached:
                 self._cache.move(slot, slot - 1, behind.cached)
         del self._active[gap]
-        self._end(ticket, why, text, *choices)
+        self._end(ticket, why, text, *choices, error=error)
 
-    def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice) -> None:
+    def _end(self, ticket: Ticket, why: Finish, text: str = "", *choices: Choice, error: str | None = None) -> None:
         self.counts.finished[why] = self.counts.finished.get(why, 0) + 1
-        ticket.deliver(Delta(text, choices, why))
+        ticket.deliver(Delta(text, choices, why, error))
 
     def _fail(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         for ticket in tickets:
-            self.counts.finished["error"] = self.counts.finished.get("error", 0) + 1
-            ticket.deliver(Delta("", (), "error", f"{type(error).__name__}: {error}"))
+            self._end(ticket, "error", error=f"{type(error).__name__}: {error}")
 
 
 def made_apart(make: Callable[[], Engine]) -> Engine:

@@ -11,7 +11,7 @@ from tunesmith.models.load import facts_of
 from tunesmith.models.vision import has_vision
 from tunesmith.serving.cache import SlotCache
 
-__all__ = ["cache_for", "not_served", "refuse_kind", "spare_bytes", "window_of"]
+__all__ = ["cache_for", "not_served", "refuse_kind", "slides", "spare_bytes", "window_of"]
 
 
 def refuse_kind(model: Any) -> None:
@@ -39,6 +39,13 @@ def window_of(model: Any) -> int:
         own = rope.get("original_max_position_embeddings") or model.config.get_text_config().max_position_embeddings
         return min(window, own)
     return window
+
+
+def slides(model: Any, window: int) -> bool:
+    """Say whether layers of ``model`` see fewer than ``window`` tokens back, by its config."""
+    config = model.config.get_text_config()
+    own, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return own is not None and own < window and (kinds is None or "sliding_attention" in kinds)
 
 
 def cache_for(model: Any, device: torch.device) -> SlotCache:

@@ -1,10 +1,12 @@
 """Adapters beside a shared base: every token of a step gets the one it asked for, by two small products a layer.
 
 The adapters of a step lie one below the other, A (R, in) and sB (R, out) with R the sum of their ranks. A token's row
-of ``x A^T`` is zeroed outside its own adapter's columns, so that one product with sB adds to each token what its
-adapter adds, whatever the tokens beside it ask for:
+of ``x A^T`` is filled with zeros outside its own adapter's columns, so that one product with sB adds to each token
+what its adapter adds, whatever the tokens beside it ask for:
 
-    y = W x + ((x A^T) * mask) sB
+    y = W x + fill(x A^T, mask, 0) sB
+
+Filled and not multiplied: what another adapter makes of the token may be infinite, and zero times infinity is NaN.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Routing:
 
     Attributes:
         is_known: whether an adapter can be asked for again.
-        parts: module -> A, sB and mask (T, R) or None, for the current step.
+        parts: module -> A, sB and mask (T, R), true outside a token's own adapter, or None, for the current step.
         last_parts: the same for modules that see only the last token of each sequence (the head).
     """
 
@@ -105,10 +107,10 @@ class Routing:
         masks: dict[Any, torch.Tensor] = {}
         parts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
         for name, (a, b, ranks) in self._stack.items():
-            key = ranks, a.dtype, a.device
+            key = ranks, a.device
             if key not in masks:
                 owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-                masks[key] = (owner == chosen[:, None]).to(a.device, a.dtype)
+                masks[key] = (owner != chosen[:, None]).to(a.device)
             parts[name] = a, b, masks[key]
         return parts
 
@@ -137,7 +139,7 @@ class _WithAdapters(nn.Module):
         a, b, mask = part
         low = nn.functional.linear(x.reshape(-1, x.shape[-1]).to(a.dtype), a)
         if mask is not None:
-            low *= mask
+            low.masked_fill_(mask, 0)
         return torch.addmm(out.reshape(-1, out.shape[-1]), low.to(out.dtype), b.to(out.dtype)).view_as(out)
 
 

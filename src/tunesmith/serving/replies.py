@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from codecs import getincrementaldecoder
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +33,10 @@ class TokenNames:
         if token not in self._known:
             self._known[token] = self._look_up(token)
         return self._known[token]
+
+    def is_shown(self, token: int) -> bool:
+        """Say whether a token is in the text of an answer, which special ones are not."""
+        return self._tokenizer.decode([token, token], skip_special_tokens=True) != ""
 
     def _look_up(self, token: int) -> tuple[str, list[int]]:
         written = self._tokenizer.convert_ids_to_tokens(token)
@@ -74,7 +80,6 @@ class _Reply:
     has_usage: bool = False
     id: str = field(init=False)
     created: int = field(init=False, default_factory=lambda: int(time.time()))
-    _lengths: dict[int, int] = field(init=False, default_factory=dict)
 
     _prefix = ""
     _object = ""
@@ -178,6 +183,10 @@ class CompletionReply(_Reply):
 
     _prefix, _object, _part_object = "cmpl", "text_completion", "text_completion"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._places: defaultdict[int, _Place] = defaultdict(_Place)
+
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         logprobs = self._logprobs(index, answer.choices)
         if self.names is not None:
@@ -194,17 +203,34 @@ class CompletionReply(_Reply):
         """Return the older form: lists side by side, and where in the answer each token begins."""
         if self.names is None or not choices:
             return None
-        offset, offsets, tops, tokens = self._lengths.get(index, 0), [], [], []
+        place, offsets, tops = self._places[index], [], []
         for choice in choices:
-            text = self.names.of(choice.token)[0]
             pairs = [*choice.top, (choice.token, choice.logprob)]
-            tops.append({self.names.of(token)[0]: max(logprob, _LEAST) for token, logprob in pairs})
-            tokens.append(text)
-            offsets.append(offset)
-            offset += len(text)
-        self._lengths[index] = offset
+            tops.append({self._name(token): max(logprob, _LEAST) for token, logprob in pairs})
+            offsets.append(place.offset)
+            if self.names.is_shown(choice.token):
+                place.pass_on(self.names.of(choice.token)[1])
+        tokens = [self._name(choice.token) for choice in choices]
         logprobs = [max(choice.logprob, _LEAST) for choice in choices]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _name(self, token: int) -> str:
+        """Return the text of a token; the halves of characters, which all would read alike, by their bytes."""
+        assert self.names is not None
+        text, own = self.names.of(token)
+        return text if own == list(text.encode()) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+class _Place:
+    """How many characters of an answer are whole after the tokens so far."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def pass_on(self, own: list[int]) -> None:
+        """Go on by the bytes of a token."""
+        self.offset += len(self._decoder.decode(bytes(own)))
 
 
 def _sse(event: dict[str, Any]) -> bytes:

@@ -28,6 +28,7 @@ class Request:
         frequency_penalty: taken from it as often as the answer has it.
         top_logprobs: likeliest tokens to report with each token; None reports no log-probabilities.
         ignore_end: go on after an end token, to measure.
+        continues: the answer is more of the prompt's text, and not a turn of its own: a space between them counts.
     """
 
     prompt: tuple[int, ...]
@@ -40,22 +41,33 @@ class Request:
     frequency_penalty: float = 0.0
     top_logprobs: int | None = None
     ignore_end: bool = False
+    continues: bool = False
 
-    def faults(self, window: int) -> list[str]:
-        """Return one text for each value that cannot be served with a window of ``window`` tokens."""
+    def faults(self, window: int, rows: int) -> list[str]:
+        """Return one text for each value that cannot be served with ``window`` tokens and ``rows`` known ones."""
         size = len(self.prompt)
         longest = window - size
         fits = f"the prompt has {size} tokens, which leaves {max(longest, 0)} of {window} for the answer"
+        is_count = _is_whole(self.max_new_tokens)
+        unknown = next((repr(part) for part in self.prompt if not _is_whole(part, 0, rows)), "")
         checks = (
             (size > 0, "the prompt is empty"),
-            (longest > 0 and self.max_new_tokens <= longest, f"{fits}, not max_new_tokens={self.max_new_tokens}"),
-            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be 1 or more"),
+            (not unknown, f"there is no token {unknown}: the model knows {rows}"),
+            (is_count, f"max_new_tokens={self.max_new_tokens!r} must be a whole number"),
+            (not is_count or 0 < longest >= self.max_new_tokens, f"{fits}, not max_new_tokens={self.max_new_tokens}"),
+            (not is_count or self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be 1 or more"),
             ("" not in self.stop, "an empty stop string would end every answer at once"),
+            (self.seed is None or _is_whole(self.seed), f"seed={self.seed!r} must be a whole number of 64 bits"),
             (-2 <= self.presence_penalty <= 2, f"presence_penalty={self.presence_penalty} must be -2 to 2"),
             (-2 <= self.frequency_penalty <= 2, f"frequency_penalty={self.frequency_penalty} must be -2 to 2"),
             (0 <= (self.top_logprobs or 0) <= 20, f"top_logprobs={self.top_logprobs} must be 0 to 20"),
         )
         return [*(fault for is_fine, fault in checks if not is_fine), *self.sampling.faults()]
+
+
+def _is_whole(value: object, least: int = -(2**63), end: int = 2**64) -> bool:
+    """Say whether ``value`` is a whole number in a range: as it stands what torch takes as a seed."""
+    return isinstance(value, int) and least <= value < end
 
 
 @dataclass(frozen=True, slots=True)

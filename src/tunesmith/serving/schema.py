@@ -30,9 +30,6 @@ __all__ = [
 NAME_PATTERN = r"[A-Za-z0-9._:-]{1,128}"
 """What the name of an adapter looks like."""
 
-_GREEDY_BELOW = 1e-5
-"""Temperatures that divide scores beyond what float32 holds mean the likeliest token."""
-
 
 class ApiError(Exception):
     """An answer that is an error, in OpenAI's form.
@@ -106,8 +103,7 @@ class TextRequest(_Body):
     @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
-        temperature = self.temperature if self.temperature >= _GREEDY_BELOW else 0.0
-        return Sampling(temperature, self.top_p, max(self.top_k, 0), self.min_p, self.repetition_penalty)
+        return Sampling(self.temperature, self.top_p, max(self.top_k, 0), self.min_p, self.repetition_penalty)
 
     @property
     def stops(self) -> tuple[str, ...]:

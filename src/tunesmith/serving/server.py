@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,6 +52,8 @@ _log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 60.0
 """A body that has not come by then is given up: it would hold up the end of the server."""
+_CUT_OFF_SECONDS = 5.0
+"""What is cut off has so long to see it."""
 _RETRY_SECONDS = "1"
 
 
@@ -124,6 +127,14 @@ class Server(uvicorn.Server):
             raise not_bound(host, port, error) from None
         self._on_start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what was accepted. What is cut off ends as if its client had left: cancelling it would be logged."""
+        await super().shutdown(sockets=sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_CUT_OFF_SECONDS)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at the first signal, at once at the second. uvicorn's own would end the process by the signal."""
         self.force_exit = self.should_exit
@@ -134,12 +145,14 @@ class _KeyGuard:
     """Refuses every request without the key, before anything else is looked at."""
 
     def __init__(self, app: ASGIApp, api_key: str, refused: Callable[[int], None]) -> None:
-        self._app, self._wanted, self._refused = app, f"Bearer {api_key}".encode(), refused
+        self._app, self._wanted, self._refused = app, api_key.encode(), refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = next((value for header, value in scope["headers"] if header == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._wanted):
+            scheme, _, key = given.partition(b" ")
+            # RFC 9110: the scheme is the same in any case.
+            if not (hmac.compare_digest(key, self._wanted) and scheme.lower() == b"bearer"):
                 self._refused(401)
                 error = ApiError(401, "the API key is missing or wrong.", code="invalid_api_key")
                 await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
@@ -181,8 +194,7 @@ class _Service:
         self._shelving = asyncio.Lock()
         # One thread: tokenizers are not made to be used by several at once.
         self._encoder = ThreadPoolExecutor(1, "tunesmith-encoder")
-        self._names = TokenNames(engine.tokenizer)
-        self._rows = engine.model.get_input_embeddings().weight.shape[0]
+        self._names_of = lru_cache(maxsize=32)(TokenNames)  # by tokenizer: an adapter's may have tokens of its own
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -279,11 +291,11 @@ class _Service:
         self._reserve(count)
         answers = None
         try:
-            ids = await self._encode(adapter, prompts)
+            tokenizer, ids = await self._encode(adapter, prompts)
             requests = [self._request(wanted, adapter, row, index) for row in ids for index in range(wanted.n)]
             answers = Answers(requests, self.figures, began=began, on_close=lambda: self._release(count))
             await self._submit(answers)
-            names = self._names if wanted.logprobs_wanted is not None else None
+            names = self._names_of(tokenizer) if wanted.logprobs_wanted is not None else None
             reply = kind(wanted.model, names, sum(map(len, ids)), wanted.has_usage_part)
             if wanted.stream:
                 return _Stream(answers, reply)
@@ -307,8 +319,8 @@ class _Service:
     def _release(self, count: int) -> None:
         self._open -= count
 
-    async def _encode(self, adapter: str | None, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Return the token ids of all prompts, as the adapter's own tokenizer and template write them."""
+    async def _encode(self, adapter: str | None, prompts: Sequence[Prompt]) -> tuple[Any, list[tuple[int, ...]]]:
+        """Return the adapter's own tokenizer, and the token ids of all prompts as it and its template write them."""
         loop = asyncio.get_running_loop()
         try:
             # In a thread, as the adapter is read here where it has left memory.
@@ -319,10 +331,7 @@ class _Service:
             ]
         except TunesmithError as error:
             raise self._refusal(error, adapter) from error
-        unknown = next((token for row in rows for token in row if token >= self._rows), None)
-        if unknown is not None:
-            raise ApiError(400, f"there is no token {unknown}: the model knows {self._rows}.", param="prompt")
-        return [tuple(row) for row in rows]
+        return tokenizer, [tuple(row) for row in rows]
 
     def _request(self, wanted: TextRequest, adapter: str | None, prompt: tuple[int, ...], index: int) -> asked.Request:
         window = self._engine.window
@@ -345,6 +354,7 @@ class _Service:
             frequency_penalty=wanted.frequency_penalty,
             top_logprobs=wanted.logprobs_wanted,
             ignore_end=wanted.ignore_eos,
+            continues=isinstance(wanted, CompletionRequest),
         )
 
     async def _submit(self, answers: Answers) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = ["TextStream"]
 
+_CONTEXT = 8  # tokens of a prompt: the first of them may be half a character or lose its space, the last may not
 _PARTIAL = "\ufffd"  # what a decoder gives for bytes that are no character yet
 
 
@@ -15,13 +16,19 @@ class TextStream:
 
     A token may hold a part of a character, and some tokenizers write a space only between two tokens. So the newest
     tokens are decoded together with some before them, and given out once they are whole.
+
+    Args:
+        prompt: the tokens that the text goes on from, where it does not begin anew.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._tokens: list[int] = []
-        self._context = self._read = 0  # tokens [context, read) were given out and are decoded again for their spaces
+        self._tokens = list(prompt[-_CONTEXT:])
+        if self._decode(self._tokens).endswith(_PARTIAL):
+            self._tokens = []
+        # Tokens [context, read) were given out, or are of the prompt, and are decoded again for their spaces.
+        self._context, self._read = 0, len(self._tokens)
         self._waiting = ""
         self.is_stopped = False
 
