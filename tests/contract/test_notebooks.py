@@ -282,3 +282,45 @@ def test_sharegpt_becomes_roles_and_content() -> None:
     with pytest.raises(DataError, match="no column conversations or messages: there are text"):
         standardize_sharegpt(Dataset.from_list([{"text": "x"}]))
     assert is_bf16_supported() == is_bfloat16_supported()
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "input", "value": "the cat"}, {"from": "output", "value": "sat"}],
+        [{"role": "Human", "content": "the cat"}, {"role": "Assistant", "content": "sat"}],
+        [{"speaker": "user", "text": "the cat"}, {"speaker": "assistant", "text": "sat"}],
+        [{"text": "the cat", "who": "me"}, {"text": "sat", "who": "you"}],
+    ],
+)
+def test_other_roles_and_keys_of_turns(turns: list[dict[str, str]]) -> None:
+    rows = [{"conversations": turns}]
+    wanted = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    more = {"aliases_for_user": ["me"], "aliases_for_assistant": ["you"]}
+    for given in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        assert next(iter(standardize_sharegpt(given, **more)))["conversations"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "bot", "value": "x"}, r"row 2: conversations has a turn with from='bot', .*aliases_for_assistant"),
+        ({"from": "gpt"}, r"row 2: conversations has a turn of assistant without value; its keys are 'from'"),
+        ({"value": "x"}, r"row 2: conversations has a turn without role; its keys are 'value'"),
+    ],
+)
+def test_a_turn_that_cannot_be_standardized_is_named(turn: dict[str, str], message: str) -> None:
+    good = {"conversations": [{"from": "human", "value": "x"}]}
+    with pytest.raises(DataError, match=message):
+        standardize_sharegpt([good, {"conversations": [turn]}])
+    with pytest.raises(DataError, match=r"row 2: conversations has a turn"):
+        standardize_sharegpt(Dataset.from_list([good, {"conversations": [turn]}]))
+
+
+def test_a_processor_asks_for_contents_in_parts() -> None:
+    class Processor:
+        image_processor = object()
+
+    rows = [{"conversations": [{"from": "human", "value": "the cat"}]}]
+    found = standardize_data_formats(rows, Processor())[0]["conversations"]
+    assert found == [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
