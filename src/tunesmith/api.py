@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ from tunesmith.adapters.state import load_source
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
-from tunesmith.core.tasks import find_task
+from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.evaluation.fast import with_fast_generate, with_vllm
 from tunesmith.export.methods import with_exports
@@ -180,7 +181,7 @@ class FastLanguageModel:
             set_checkpointing(model, use_gradient_checkpointing)
         if options is not None:
             with_vllm(model, options, cache_dir=cache_dir, revision=revision)
-        return with_fast_generate(with_exports(model)), tokenizer
+        return _with_methods(model), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -255,24 +256,41 @@ class FastLanguageModel:
         chosen["init_data"] = None
         rows = None if init_data is None else as_rows(model, init_data)
         settings = validate(AdapterSettings, chosen, source="get_peft_model")
-        return with_fast_generate(with_exports(inject_adapter(model, settings, rows, qat_scheme=qat_scheme)))
+        return _with_methods(inject_adapter(model, settings, rows, qat_scheme=qat_scheme))
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Switch to generation: evaluation mode, cache on, no checkpointing. Returns the model."""
+        """Switch to generation: evaluation mode, cache on, no checkpointing, padding on the left. Returns the model.
+
+        The side is that of the tokenizer that came with the model, of one that generates from what it reads alone.
+        """
         model.eval()
         model.config.use_cache = True
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         checkpoint_layers(base, False)
+        facts = facts_of(model)
+        if facts.tokenizer is not None and facts.task == CAUSAL_LM:
+            facts.padding_side = facts.padding_side or facts.tokenizer.padding_side
+            facts.tokenizer.padding_side = "left"
         return model
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
-        """Switch back to training; None restores the checkpointing that the model had. Returns the model."""
+        """Switch back to training, with padding where it was; None restores the model's checkpointing. Returns it."""
         model.train()
-        mode = facts_of(model).checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        facts = facts_of(model)
+        if facts.tokenizer is not None and facts.padding_side is not None:
+            facts.tokenizer.padding_side, facts.padding_side = facts.padding_side, None
+        mode = facts.checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         set_checkpointing(model, mode)
         return model
+
+
+def _with_methods(model: Any) -> Any:
+    """Return ``model`` with what scripts call on it, as methods of this instance."""
+    model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
+    model.for_training = types.MethodType(FastLanguageModel.for_training, model)
+    return with_fast_generate(with_exports(model))
 
 
 class FastModel(FastLanguageModel):

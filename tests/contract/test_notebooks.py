@@ -245,6 +245,35 @@ def test_a_vocabulary_grown_by_transformers_comes_back(tmp_path: Path) -> None:
         FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")
 
 
+# ---- generation between trainings ----
+
+
+def test_batches_of_prompts_are_padded_on_the_left_for_generation(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    assert tokenizer.padding_side == "right"
+    FastLanguageModel.for_inference(FastLanguageModel.for_inference(model))
+    prompts = ["the cat", "the dog ran home and the cat sat on a mat"]
+
+    def answers(given: list[str]) -> list[list[int]]:
+        ids = tokenizer(given, padding=True, return_tensors="pt")
+        return [row.tolist()[-6:] for row in model.generate(**ids, max_new_tokens=6, do_sample=False)]
+
+    assert answers(prompts) == [answer for prompt in prompts for answer in answers([prompt])]
+    FastLanguageModel.for_training(model)
+    assert tokenizer.padding_side == "right" and model.training
+
+
+def test_the_modes_are_methods_of_the_model_too(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), dtype="float32")
+    for own in (model, FastLanguageModel.get_peft_model(model, r=2)):
+        assert own.for_inference() is own and not own.training and tokenizer.padding_side == "left"
+        assert own.for_training(use_gradient_checkpointing=True) is own and own.training
+        assert tokenizer.padding_side == "right" and facts_of(own).checkpointing is True
+
+
 # ---- templates and ShareGPT ----
 
 

@@ -95,6 +95,7 @@ class ModelFacts:
         rows: of the vocabulary when it was loaded, None where another library loaded it.
         is_merged: whether an adapter was merged into the weights, which no files hold then.
         fast: the vLLM that answers for it (``evaluation/fast.py``), None without ``fast_inference``.
+        padding_side: of the tokenizer before ``for_inference``, which ``for_training`` gives back; None after that.
     """
 
     name: str
@@ -115,6 +116,7 @@ class ModelFacts:
     rows: int | None = None
     is_merged: bool = False
     fast: Any = None
+    padding_side: str | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
