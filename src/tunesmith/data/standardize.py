@@ -1,17 +1,22 @@
-"""ShareGPT's keys made those of chat templates, in rows that a script renders itself; a trainer reads both."""
+"""Rows made conversations, and ShareGPT's keys those of chat templates, for scripts that render rows themselves.
+
+A trainer needs neither: it reads columns of instructions, ShareGPT and messages as they are.
+"""
 
 from __future__ import annotations
 
 import itertools
+import random
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
 from tunesmith.data.messages import ROLES, list_keys
 
-__all__ = ["standardize_data_formats", "standardize_sharegpt"]
+__all__ = ["standardize_data_formats", "standardize_sharegpt", "to_sharegpt"]
 
 _COLUMNS = ("conversations", "messages")
 _USUAL = (("from", "value"), ("role", "content"))
@@ -67,6 +72,79 @@ def standardize_sharegpt(
 
 
 standardize_data_formats = standardize_sharegpt
+
+
+def to_sharegpt(
+    dataset: Any,
+    merged_prompt: str = "",
+    merged_column_name: str = "instruction",
+    output_column_name: str = "output",
+    remove_unused_columns: bool = True,
+    conversation_extension: int = 1,
+    random_state: int = 3407,
+) -> Any:
+    """Return a ``datasets`` object, or a list of rows, with a column ``conversations`` in ShareGPT's keys.
+
+    Args:
+        merged_prompt: the question, with names of columns in braces; what stands in ``[[ ]]`` is left out where a
+            column in it is empty. Without it the question is the column ``merged_column_name``.
+        output_column_name: column of the answer.
+        remove_unused_columns: keep nothing but the conversations.
+        conversation_extension: questions in a conversation; behind a row's own come those of rows that
+            ``random_state`` draws.
+
+    Raises:
+        DataError: a column is not there, or null where it is needed; or a stream is to be drawn from.
+    """
+    first = next(iter(dataset), {})
+    asked = merged_prompt or f"{{{merged_column_name}}}"
+    missing = [name for name in (*_FIELD.findall(asked), output_column_name) if name not in first]
+    if missing:
+        raise DataError(f"to_sharegpt: no column {missing[0]!r}: there are {', '.join(map(str, first)) or 'none'}.")
+    if conversation_extension > 1 and not hasattr(dataset, "__len__"):
+        raise DataError(f"conversation_extension={conversation_extension} draws rows, which a stream does not let.")
+    orders: list[Sequence[int]] = []
+    for number in range(1, conversation_extension):
+        order = list(range(len(dataset)))
+        random.Random(random_state + number).shuffle(order)
+        orders.append(order)
+
+    def conversation(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        places = [(row, index), *((dataset[order[index]], order[index]) for order in orders)]
+        turns = [
+            {"from": said_by, "value": _filled(text, own, place + 1)}
+            for own, place in places
+            for said_by, text in (("human", asked), ("gpt", f"{{{output_column_name}}}"))
+        ]
+        return {"conversations": turns}
+
+    if isinstance(dataset, list):
+        kept = [{} if remove_unused_columns else row for row in dataset]
+        return [{**kept[index], **conversation(row, index)} for index, row in enumerate(dataset)]
+    unused = [name for name in first if name != "conversations"] if remove_unused_columns else None
+    return dataset.map(conversation, with_indices=True, remove_columns=unused)
+
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_OPTIONAL_OR_FIELD = re.compile(rf"\[\[(?P<optional>.*?)\]\]|{_FIELD.pattern}", re.DOTALL)
+
+
+def _filled(text: str, row: Mapping[str, Any], number: int) -> str:
+    """Return ``text`` with the columns of a row in place of their names, in one pass: values may hold braces."""
+
+    def value(name: str) -> str:
+        if row.get(name) is None:
+            raise DataError(f"row {number}: column {name!r} is null. Leave the row out, or write [[{{{name}}}]].")
+        return str(row[name])
+
+    def piece(match: re.Match[str]) -> str:
+        optional = match["optional"]
+        if optional is None:
+            return value(match[2])
+        is_there = all(row.get(name) not in (None, "") for name in _FIELD.findall(optional))
+        return _FIELD.sub(lambda field: value(field[1]), optional) if is_there else ""
+
+    return _OPTIONAL_OR_FIELD.sub(piece, text)
 
 
 def _column(names: Any) -> str:
