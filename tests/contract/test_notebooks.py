@@ -301,6 +301,37 @@ def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.Lo
         get_chat_template(own, "chatml", system_message="x")
 
 
+@pytest.mark.parametrize(
+    ("marker", "names"),
+    [
+        ("<|user|>", ["phi-3", "phi-3.5", "phi-35", "zephyr"]),
+        ("<|im_sep|>", ["phi-4", "phi4"]),
+        ("<|turn>", ["gemma-4", "gemma4", "gemma-4-thinking"]),
+        ("<start_of_turn>", ["gemma-3n", "gemma3n"]),
+        ("<|start|>", ["gpt-oss", "gpt_oss"]),
+        ("<|im_start|>", ["lfm-2", "lfm-2.5", "yi-chat", "qwen-25", "gemma_chatml"]),
+        ("[INST]", ["llama"]),
+        ("### Instruction:", ["alpaca"]),
+        ("USER:", ["vicuna"]),
+        ("GPT4 Correct User", ["starling"]),
+        (">>> User:", ["unsloth"]),
+    ],
+)
+def test_every_family_that_unsloth_names(marker: str, names: list[str]) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    for name in names:
+        tokenizer.chat_template = mine = f"{marker}{{{{ messages[0]['content'] }}}}"
+        assert get_chat_template(tokenizer, name).chat_template == mine
+    tokenizer.chat_template = "{# of another #}"
+    if marker in ("<|im_start|>", "<start_of_turn>"):
+        return
+    with pytest.raises(SettingsError, match="template of another family, and no built-in one") as refused:
+        get_chat_template(tokenizer, names[0])
+    assert "Load the instruct model's tokenizer" in str(refused.value) and "Did you mean" not in str(refused.value)
+
+
 def test_sharegpt_becomes_roles_and_content() -> None:
     rows = [{"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}], "id": 7}]
     wanted = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
