@@ -10,7 +10,12 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from tests import tiny
 from tests.training import support
-from transformers import AutoModelForSequenceClassification, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
+)
 
 from tunesmith import (
     FastLanguageModel,
@@ -218,9 +223,10 @@ def test_checkpointing_by_the_name_of_transformers(tmp_path: Path) -> None:
     assert set(engine_of(model).policies) == {Policy.FULL}
 
 
-def test_the_task_follows_from_the_auto_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, LlamaForSequenceClassification])
+def test_the_task_follows_from_the_class(kind: Any, tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
-    asked: dict[str, Any] = {"auto_model": AutoModelForSequenceClassification, "num_labels": 3, "dtype": "float32"}
+    asked: dict[str, Any] = {"auto_model": kind, "num_labels": 3, "dtype": "float32"}
     model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), **asked)
     assert facts_of(model).task == "SEQ_CLS" and model.config.num_labels == 3
     with pytest.raises(ModelError, match=r"loaded for SEQ_CLS, .* Use TaskTrainer"):
