@@ -18,8 +18,8 @@ from tunesmith.adapters.inject import (
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
+from tunesmith.core.arguments import ANY, Idle, refuse_others
 from tunesmith.core.errors import ModelError, SettingsError
-from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
 from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.core.versions import checkpoint_layers
@@ -42,11 +42,22 @@ __all__ = ["FastLanguageModel", "FastModel", "FastVisionModel", "get_chat_templa
 _log = logging.getLogger(__name__)
 
 
-def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
-    if unknown:
-        name = next(iter(unknown))
-        known = [key for key in inspect.signature(function).parameters if key not in ("model", "unknown")]
-        raise TypeError(f"{function.__qualname__}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
+# Arguments of Unsloth's from_pretrained that nothing here could follow.
+_OTHERS: Idle = {
+    "unsloth_force_compile": (ANY, "nothing is compiled"),
+    "fullgraph": (ANY, "nothing is compiled"),
+    "fix_tokenizer": (ANY, "a tokenizer is taken as its files have it"),
+    "use_exact_model_name": (ANY, "the name of a model is never made another"),
+    "disable_log_stats": ((None, True), "vLLM's statistics are not shown"),
+    "return_logits": ((None, False), "model(...) returns logits as in transformers, and a trainer needs none"),
+    "text_only": ((None, False), "a model with eyes is loaded whole; FastLanguageModel gives its tokenizer alone"),
+    "quantization_config": ((None,), "say load_in_4bit=True or load_in_8bit=True"),
+    "unsloth_tiled_mlp": ((None, False), "use_gradient_checkpointing='unsloth' is what saves memory on long rows"),
+    "float32_mixed_precision": ((None, False), "say dtype='float32'"),
+    "whisper_language": ((None,), "models of audio are not trained here"),
+    "whisper_task": ((None,), "models of audio are not trained here"),
+    "target_parameters": ((None,), "it is an argument of get_peft_model"),
+}
 
 
 class FastLanguageModel:
@@ -93,7 +104,8 @@ class FastLanguageModel:
         id2label: Mapping[int, str] | None = None,
         label2id: Mapping[str, int] | None = None,
         auto_model: Any = None,
-        **unknown: Any,
+        torch_dtype: str | torch.dtype | None = None,
+        **others: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
 
@@ -114,15 +126,19 @@ class FastLanguageModel:
         ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
         ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
-        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own.
+        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own,
+        ``torch_dtype`` the older name of ``dtype``. ``others`` are arguments of Unsloth's that nothing here follows,
+        with the values that ask for nothing.
 
         Raises:
+            SettingsError: a value out of range, or one of ``others`` that asks for something.
             ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument together with a task for which it is not written yet.
             TypeError: an unknown argument; the message names the nearest.
         """
         given = dict(locals())
-        _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
+        known = inspect.signature(FastLanguageModel.from_pretrained).parameters
+        refuse_others("from_pretrained", others, _OTHERS, known)
         chosen = {name: given[name] for name in LoadingArguments.model_fields}
         validate(LoadingArguments, chosen, source="from_pretrained")
         options = vllm_options(
@@ -135,6 +151,10 @@ class FastLanguageModel:
         )  # fmt: skip
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
+        if torch_dtype is not None:
+            if dtype is not None and str(dtype).removeprefix("torch.") != str(torch_dtype).removeprefix("torch."):
+                raise SettingsError("dtype and torch_dtype are the same setting. Give one of them.")
+            dtype = torch_dtype
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, load_in_fp8=load_in_fp8,
             full_finetuning=full_finetuning, dtype=dtype,
@@ -228,7 +248,7 @@ class FastLanguageModel:
             SettingsError: a value is of the wrong type or out of range; all problems at once.
         """
         given = dict(locals())
-        _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
+        refuse_others("get_peft_model", unknown, {}, inspect.signature(FastLanguageModel.get_peft_model).parameters)
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")

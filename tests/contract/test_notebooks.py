@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,40 @@ def test_arguments_that_ask_for_something_else_say_what_to_do(
         support.trainer(tmp_path, **arguments)
 
 
+def test_arguments_of_train_on_responses_only(tmp_path: Path) -> None:
+    rows = [{"text": "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n" * 2}] * 4
+    parts = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    counts = []
+    for last in (False, True):
+        trainer = support.trainer(tmp_path, rows=rows)
+        train_on_responses_only(
+            trainer, **parts, force_match=False, tokenizer=tokenizer, return_function=False, last_response_only=last
+        )
+        counts.append([int(document.trained.sum()) for document in trainer.train_data.documents])
+    assert counts[0] == [2 * count for count in counts[1]] and all(counts[1])
+    with pytest.raises(SettingsError, match="the trainer's own rows are masked, by no function"):
+        train_on_responses_only(trainer, return_function=True)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(SettingsError, match="tokenizer has other tokens than the trainer's"):
+        train_on_responses_only(trainer, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization_config": {}}, "say load_in_4bit=True or load_in_8bit=True"),
+        ({"unsloth_tiled_mlp": True}, "use_gradient_checkpointing='unsloth' is what saves memory"),
+        ({"return_logits": True}, "returns logits as in transformers"),
+        ({"text_only": True}, "FastLanguageModel gives its tokenizer alone"),
+        ({"disable_log_stats": False}, "vLLM's statistics are not shown"),
+    ],
+)
+def test_arguments_of_loading_that_nothing_follows(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        FastLanguageModel.from_pretrained("nowhere", **arguments)
+
+
 def test_a_trainer_of_another_library_is_not_masked() -> None:
     with pytest.raises(SettingsError, match="this masks rows of tunesmith's own"):
         train_on_responses_only(object())  # type: ignore[arg-type]
@@ -284,8 +319,6 @@ def test_the_modes_are_methods_of_the_model_too(tmp_path: Path) -> None:
 
 
 def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.LogCaptureFixture) -> None:
-    import copy
-
     own = copy.deepcopy(tiny.tiny_tokenizer())
     own.chat_template = "{# mine #}" + own.chat_template
     mine = own.chat_template
@@ -324,8 +357,6 @@ def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.Lo
     ],
 )
 def test_every_family_that_unsloth_names(marker: str, names: list[str]) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
     for name in names:
         tokenizer.chat_template = mine = f"{marker}{{{{ messages[0]['content'] }}}}"
