@@ -16,10 +16,13 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     LlamaForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from tunesmith import (
     FastLanguageModel,
+    FastModel,
     SFTConfig,
     SFTTrainer,
     get_chat_template,
@@ -29,7 +32,7 @@ from tunesmith import (
     standardize_sharegpt,
     train_on_responses_only,
 )
-from tunesmith.core.errors import AdapterError, DataError, ModelError, SettingsError
+from tunesmith.core.errors import AdapterError, DataError, ModelError, NotSupportedYetError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.models.load import facts_of
@@ -266,6 +269,16 @@ def test_the_task_follows_from_the_class(kind: Any, tmp_path: Path) -> None:
     assert facts_of(model).task == "SEQ_CLS" and model.config.num_labels == 3
     with pytest.raises(ModelError, match=r"loaded for SEQ_CLS, .* Use TaskTrainer"):
         SFTTrainer(model=model, processing_class=tokenizer, train_dataset=tiny.chat_rows(4))
+
+
+def test_a_model_of_audio_is_refused(tmp_path: Path) -> None:
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        NotSupportedYetError, match=r"is a model of audio \(whisper\), and rows here hold text and images"
+    ):
+        FastModel.from_pretrained(str(tmp_path), auto_model=WhisperForConditionalGeneration)
 
 
 def test_a_vocabulary_grown_by_transformers_comes_back(tmp_path: Path) -> None:
