@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,11 +18,11 @@ from tunesmith.adapters.inject import (
 from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
+from tunesmith.core.arguments import ANY, Idle, refuse_others
 from tunesmith.core.device import dtype_to_train
 from tunesmith.core.errors import ModelError, SettingsError
-from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import validate
-from tunesmith.core.tasks import find_task
+from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.core.versions import checkpoint_layers
 from tunesmith.evaluation.fast import with_fast_generate, with_vllm
 from tunesmith.export.methods import with_exports
@@ -42,11 +43,22 @@ __all__ = ["FastLanguageModel", "FastModel", "FastVisionModel", "get_chat_templa
 _log = logging.getLogger(__name__)
 
 
-def _refuse_unknown(function: Any, unknown: dict[str, Any]) -> None:
-    if unknown:
-        name = next(iter(unknown))
-        known = [key for key in inspect.signature(function).parameters if key not in ("model", "unknown")]
-        raise TypeError(f"{function.__qualname__}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
+# Arguments of Unsloth's from_pretrained that nothing here could follow.
+_OTHERS: Idle = {
+    "unsloth_force_compile": (ANY, "nothing is compiled"),
+    "fullgraph": (ANY, "nothing is compiled"),
+    "fix_tokenizer": (ANY, "a tokenizer is taken as its files have it"),
+    "use_exact_model_name": (ANY, "the name of a model is never made another"),
+    "disable_log_stats": ((None, True), "vLLM's statistics are not shown"),
+    "return_logits": ((None, False), "model(...) returns logits as in transformers, and a trainer needs none"),
+    "text_only": ((None, False), "a model with eyes is loaded whole; FastLanguageModel gives its tokenizer alone"),
+    "quantization_config": ((None,), "say load_in_4bit=True or load_in_8bit=True"),
+    "unsloth_tiled_mlp": ((None, False), "use_gradient_checkpointing='unsloth' is what saves memory on long rows"),
+    "float32_mixed_precision": ((None, False), "say dtype='float32'"),
+    "whisper_language": ((None,), "models of audio are not trained here"),
+    "whisper_task": ((None,), "models of audio are not trained here"),
+    "target_parameters": ((None,), "it is an argument of get_peft_model"),
+}
 
 
 class FastLanguageModel:
@@ -93,7 +105,8 @@ class FastLanguageModel:
         id2label: Mapping[int, str] | None = None,
         label2id: Mapping[str, int] | None = None,
         auto_model: Any = None,
-        **unknown: Any,
+        torch_dtype: str | torch.dtype | None = None,
+        **others: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
 
@@ -114,15 +127,19 @@ class FastLanguageModel:
         ``task_type`` is one of :data:`tunesmith.core.tasks.TASKS` (SEQ_CLS, TOKEN_CLS, SEQ_2_SEQ_LM, QUESTION_ANS,
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
         ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
-        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own.
+        weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own,
+        ``torch_dtype`` the older name of ``dtype``. ``others`` are arguments of Unsloth's that nothing here follows,
+        with the values that ask for nothing.
 
         Raises:
+            SettingsError: a value out of range, or one of ``others`` that asks for something.
             ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument together with a task for which it is not written yet.
             TypeError: an unknown argument; the message names the nearest.
         """
         given = dict(locals())
-        _refuse_unknown(FastLanguageModel.from_pretrained, unknown)
+        known = inspect.signature(FastLanguageModel.from_pretrained).parameters
+        refuse_others("from_pretrained", others, _OTHERS, known)
         chosen = {name: given[name] for name in LoadingArguments.model_fields}
         validate(LoadingArguments, chosen, source="from_pretrained")
         options = vllm_options(
@@ -135,6 +152,10 @@ class FastLanguageModel:
         )  # fmt: skip
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
+        if torch_dtype is not None:
+            if dtype is not None and str(dtype).removeprefix("torch.") != str(torch_dtype).removeprefix("torch."):
+                raise SettingsError("dtype and torch_dtype are the same setting. Give one of them.")
+            dtype = torch_dtype
         width = choose_width(
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, load_in_fp8=load_in_fp8,
             full_finetuning=full_finetuning, dtype=dtype,
@@ -181,7 +202,7 @@ class FastLanguageModel:
             set_checkpointing(model, use_gradient_checkpointing)
         if options is not None:
             with_vllm(model, options, cache_dir=cache_dir, revision=revision)
-        return with_fast_generate(with_exports(model)), tokenizer
+        return _with_methods(model), tokenizer
 
     @staticmethod
     def get_peft_model(
@@ -228,7 +249,7 @@ class FastLanguageModel:
             SettingsError: a value is of the wrong type or out of range; all problems at once.
         """
         given = dict(locals())
-        _refuse_unknown(FastLanguageModel.get_peft_model, unknown)
+        refuse_others("get_peft_model", unknown, {}, inspect.signature(FastLanguageModel.get_peft_model).parameters)
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")
@@ -256,24 +277,41 @@ class FastLanguageModel:
         chosen["init_data"] = None
         rows = None if init_data is None else as_rows(model, init_data)
         settings = validate(AdapterSettings, chosen, source="get_peft_model")
-        return with_fast_generate(with_exports(inject_adapter(model, settings, rows, qat_scheme=qat_scheme)))
+        return _with_methods(inject_adapter(model, settings, rows, qat_scheme=qat_scheme))
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Switch to generation: evaluation mode, cache on, no checkpointing. Returns the model."""
+        """Switch to generation: evaluation mode, cache on, no checkpointing, padding on the left. Returns the model.
+
+        The side is that of the tokenizer that came with the model, of one that generates from what it reads alone.
+        """
         model.eval()
         model.config.use_cache = True
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         checkpoint_layers(base, False)
+        facts = facts_of(model)
+        if facts.tokenizer is not None and facts.task == CAUSAL_LM:
+            facts.padding_side = facts.padding_side or facts.tokenizer.padding_side
+            facts.tokenizer.padding_side = "left"
         return model
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
-        """Switch back to training; None restores the checkpointing that the model had. Returns the model."""
+        """Switch back to training, with padding where it was; None restores the model's checkpointing. Returns it."""
         model.train()
-        mode = facts_of(model).checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
+        facts = facts_of(model)
+        if facts.tokenizer is not None and facts.padding_side is not None:
+            facts.tokenizer.padding_side, facts.padding_side = facts.padding_side, None
+        mode = facts.checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing
         set_checkpointing(model, mode)
         return model
+
+
+def _with_methods(model: Any) -> Any:
+    """Return ``model`` with what scripts call on it, as methods of this instance."""
+    model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
+    model.for_training = types.MethodType(FastLanguageModel.for_training, model)
+    return with_fast_generate(with_exports(model))
 
 
 class FastModel(FastLanguageModel):

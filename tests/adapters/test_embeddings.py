@@ -142,6 +142,21 @@ def test_the_rate_of_embeddings(asked: float | None, rate: float, folders: dict[
     assert {rates[id(p)] for p in others} == {1e-2}
 
 
+@pytest.mark.parametrize(("asked", "rate"), [(None, 1e-2), (5e-6, 5e-6)])
+def test_the_rate_of_adapters_on_embeddings(
+    asked: float | None, rate: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = adapt(folders["untied"], target_modules=["q_proj", *BOTH])
+    run = trainer(
+        tmp_path, model=model, learning_rate=1e-2, embedding_learning_rate=asked, lr_scheduler_type="constant"
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+    own = {name for name in rates if any(module in name for module in BOTH)}
+    assert len(own) == 4 and {rates[name] for name in own} == {rate}
+    assert {rates[name] for name in rates.keys() - own} == {1e-2}
+
+
 def test_a_rate_without_effect_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     run = trainer(tmp_path, model=adapt(folders["untied"]), embedding_learning_rate=1e-5)
     with pytest.raises(SettingsError, match="embedding_learning_rate has no effect"):

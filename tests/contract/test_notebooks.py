@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,18 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from tests import tiny
 from tests.training import support
-from transformers import AutoModelForSequenceClassification, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from tunesmith import (
     FastLanguageModel,
+    FastModel,
     SFTConfig,
     SFTTrainer,
     get_chat_template,
@@ -23,7 +32,7 @@ from tunesmith import (
     standardize_sharegpt,
     train_on_responses_only,
 )
-from tunesmith.core.errors import AdapterError, DataError, ModelError, SettingsError
+from tunesmith.core.errors import AdapterError, DataError, ModelError, NotSupportedYetError, SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
 from tunesmith.models.load import facts_of
@@ -173,6 +182,40 @@ def test_arguments_that_ask_for_something_else_say_what_to_do(
         support.trainer(tmp_path, **arguments)
 
 
+def test_arguments_of_train_on_responses_only(tmp_path: Path) -> None:
+    rows = [{"text": "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n" * 2}] * 4
+    parts = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    counts = []
+    for last in (False, True):
+        trainer = support.trainer(tmp_path, rows=rows)
+        train_on_responses_only(
+            trainer, **parts, force_match=False, tokenizer=tokenizer, return_function=False, last_response_only=last
+        )
+        counts.append([int(document.trained.sum()) for document in trainer.train_data.documents])
+    assert counts[0] == [2 * count for count in counts[1]] and all(counts[1])
+    with pytest.raises(SettingsError, match="the trainer's own rows are masked, by no function"):
+        train_on_responses_only(trainer, return_function=True)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(SettingsError, match="tokenizer has other tokens than the trainer's"):
+        train_on_responses_only(trainer, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization_config": {}}, "say load_in_4bit=True or load_in_8bit=True"),
+        ({"unsloth_tiled_mlp": True}, "use_gradient_checkpointing='unsloth' is what saves memory"),
+        ({"return_logits": True}, "returns logits as in transformers"),
+        ({"text_only": True}, "FastLanguageModel gives its tokenizer alone"),
+        ({"disable_log_stats": False}, "vLLM's statistics are not shown"),
+    ],
+)
+def test_arguments_of_loading_that_nothing_follows(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        FastLanguageModel.from_pretrained("nowhere", **arguments)
+
+
 def test_a_trainer_of_another_library_is_not_masked() -> None:
     with pytest.raises(SettingsError, match="this masks rows of tunesmith's own"):
         train_on_responses_only(object())  # type: ignore[arg-type]
@@ -218,13 +261,24 @@ def test_checkpointing_by_the_name_of_transformers(tmp_path: Path) -> None:
     assert set(engine_of(model).policies) == {Policy.FULL}
 
 
-def test_the_task_follows_from_the_auto_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, LlamaForSequenceClassification])
+def test_the_task_follows_from_the_class(kind: Any, tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
-    asked: dict[str, Any] = {"auto_model": AutoModelForSequenceClassification, "num_labels": 3, "dtype": "float32"}
+    asked: dict[str, Any] = {"auto_model": kind, "num_labels": 3, "dtype": "float32"}
     model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), **asked)
     assert facts_of(model).task == "SEQ_CLS" and model.config.num_labels == 3
     with pytest.raises(ModelError, match=r"loaded for SEQ_CLS, .* Use TaskTrainer"):
         SFTTrainer(model=model, processing_class=tokenizer, train_dataset=tiny.chat_rows(4))
+
+
+def test_a_model_of_audio_is_refused(tmp_path: Path) -> None:
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        NotSupportedYetError, match=r"is a model of audio \(whisper\), and rows here hold text and images"
+    ):
+        FastModel.from_pretrained(str(tmp_path), auto_model=WhisperForConditionalGeneration)
 
 
 def test_a_vocabulary_grown_by_transformers_comes_back(tmp_path: Path) -> None:
@@ -245,12 +299,39 @@ def test_a_vocabulary_grown_by_transformers_comes_back(tmp_path: Path) -> None:
         FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), dtype="float32")
 
 
+# ---- generation between trainings ----
+
+
+def test_batches_of_prompts_are_padded_on_the_left_for_generation(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    assert tokenizer.padding_side == "right"
+    FastLanguageModel.for_inference(FastLanguageModel.for_inference(model))
+    prompts = ["the cat", "the dog ran home and the cat sat on a mat"]
+
+    def answers(given: list[str]) -> list[list[int]]:
+        ids = tokenizer(given, padding=True, return_tensors="pt")
+        return [row.tolist()[-6:] for row in model.generate(**ids, max_new_tokens=6, do_sample=False)]
+
+    assert answers(prompts) == [answer for prompt in prompts for answer in answers([prompt])]
+    FastLanguageModel.for_training(model)
+    assert tokenizer.padding_side == "right" and model.training
+
+
+def test_the_modes_are_methods_of_the_model_too(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path), dtype="float32")
+    for own in (model, FastLanguageModel.get_peft_model(model, r=2)):
+        assert own.for_inference() is own and not own.training and tokenizer.padding_side == "left"
+        assert own.for_training(use_gradient_checkpointing=True) is own and own.training
+        assert tokenizer.padding_side == "right" and facts_of(own).checkpointing is True
+
+
 # ---- templates and ShareGPT ----
 
 
 def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.LogCaptureFixture) -> None:
-    import copy
-
     own = copy.deepcopy(tiny.tiny_tokenizer())
     own.chat_template = "{# mine #}" + own.chat_template
     mine = own.chat_template
@@ -270,6 +351,35 @@ def test_names_of_families_keep_an_own_template_of_that_family(caplog: pytest.Lo
         get_chat_template(own, "chatml", mapping={"role": "from", "content": "value", "user": "human"})
     with pytest.raises(SettingsError, match="as a first message with the role system"):
         get_chat_template(own, "chatml", system_message="x")
+
+
+@pytest.mark.parametrize(
+    ("marker", "names"),
+    [
+        ("<|user|>", ["phi-3", "phi-3.5", "phi-35", "zephyr"]),
+        ("<|im_sep|>", ["phi-4", "phi4"]),
+        ("<|turn>", ["gemma-4", "gemma4", "gemma-4-thinking"]),
+        ("<start_of_turn>", ["gemma-3n", "gemma3n"]),
+        ("<|start|>", ["gpt-oss", "gpt_oss"]),
+        ("<|im_start|>", ["lfm-2", "lfm-2.5", "yi-chat", "qwen-25", "gemma_chatml"]),
+        ("[INST]", ["llama"]),
+        ("### Instruction:", ["alpaca"]),
+        ("USER:", ["vicuna"]),
+        ("GPT4 Correct User", ["starling"]),
+        (">>> User:", ["unsloth"]),
+    ],
+)
+def test_every_family_that_unsloth_names(marker: str, names: list[str]) -> None:
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    for name in names:
+        tokenizer.chat_template = mine = f"{marker}{{{{ messages[0]['content'] }}}}"
+        assert get_chat_template(tokenizer, name).chat_template == mine
+    tokenizer.chat_template = "{# of another #}"
+    if marker in ("<|im_start|>", "<start_of_turn>"):
+        return
+    with pytest.raises(SettingsError, match="template of another family, and no built-in one") as refused:
+        get_chat_template(tokenizer, names[0])
+    assert "Load the instruct model's tokenizer" in str(refused.value) and "Did you mean" not in str(refused.value)
 
 
 def test_sharegpt_becomes_roles_and_content() -> None:
@@ -301,3 +411,45 @@ def test_a_collator_that_masks_words_is_refused(tmp_path: Path) -> None:
     collator.mlm = True
     with pytest.raises(SettingsError):
         support.trainer(tmp_path, data_collator=collator)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "input", "value": "the cat"}, {"from": "output", "value": "sat"}],
+        [{"role": "Human", "content": "the cat"}, {"role": "Assistant", "content": "sat"}],
+        [{"speaker": "user", "text": "the cat"}, {"speaker": "assistant", "text": "sat"}],
+        [{"text": "the cat", "who": "me"}, {"text": "sat", "who": "you"}],
+    ],
+)
+def test_other_roles_and_keys_of_turns(turns: list[dict[str, str]]) -> None:
+    rows = [{"conversations": turns}]
+    wanted = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    more = {"aliases_for_user": ["me"], "aliases_for_assistant": ["you"]}
+    for given in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        assert next(iter(standardize_sharegpt(given, **more)))["conversations"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "bot", "value": "x"}, r"row 2: conversations has a turn with from='bot', .*aliases_for_assistant"),
+        ({"from": "gpt"}, r"row 2: conversations has a turn of assistant without value; its keys are 'from'"),
+        ({"value": "x"}, r"row 2: conversations has a turn without role; its keys are 'value'"),
+    ],
+)
+def test_a_turn_that_cannot_be_standardized_is_named(turn: dict[str, str], message: str) -> None:
+    good = {"conversations": [{"from": "human", "value": "x"}]}
+    with pytest.raises(DataError, match=message):
+        standardize_sharegpt([good, {"conversations": [turn]}])
+    with pytest.raises(DataError, match=r"row 2: conversations has a turn"):
+        standardize_sharegpt(Dataset.from_list([good, {"conversations": [turn]}]))
+
+
+def test_a_processor_asks_for_contents_in_parts() -> None:
+    class Processor:
+        image_processor = object()
+
+    rows = [{"conversations": [{"from": "human", "value": "the cat"}]}]
+    found = standardize_data_formats(rows, Processor())[0]["conversations"]
+    assert found == [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]

@@ -315,7 +315,16 @@ LOADING: dict[str, Row] = {
         {"float8_kv_cache": True},
         "float8_kv_cache=True is an argument of vLLM",
     ),
-    "unknown": Row(None, {"max_seq_lenght": 64}, "Did you mean 'max_seq_length'"),
+    "torch_dtype": Row(
+        lambda saved: load(saved, torch_dtype="bfloat16", dtype=None).dtype == torch.bfloat16,
+        {"torch_dtype": "bfloat16", "dtype": "float32"},
+        "dtype and torch_dtype are the same setting",
+    ),
+    "others": Row(
+        lambda saved: load(saved, unsloth_force_compile=True, fix_tokenizer=True, fullgraph=False, text_only=False),
+        {"max_seq_lenght": 64},
+        "Did you mean 'max_seq_length'",
+    ),
 }  # fmt: skip
 
 

@@ -165,6 +165,9 @@ def test_sixteen_bits_are_not_quantized_in_their_own_kind() -> None:
     [
         ({"quantization_method": "q4_k_n"}, r"quantization_method='q4_k_n': use f32, .*Did you mean 'q4_"),
         ({"quantization_method": []}, "quantization_method is empty"),
+        ({"quantization_method": 8}, "quantization_method=.*8.*: a name or a list of names is needed"),
+        ({"quantization_method": ["q8_0", None]}, "a name or a list of names is needed, such as 'q8_0'"),
+        ({"save_method": 1}, "save_method=1: leave it out, or use 'lora'"),
         ({"quantization_method": ["q8_0", "iq1_s"]}, "'iq1_s' needs an importance matrix: give imatrix_file"),
         ({"first_conversion": "f16"}, "first_conversion is for K- and I-quants"),
         ({"first_conversion": "q8_0", "quantization_method": "q4_k_m"}, "first_conversion='q8_0': use f32, bf16, f16"),
@@ -207,6 +210,16 @@ def test_the_hub_is_asked_first_and_a_gguf_method_is_pointed_to_its_place(saved:
         model.save_pretrained_gguf(tmp_path / "out", tokenizer, token="secret")
     with pytest.raises(SettingsError, match="save_pretrained_gguf writes that"):
         model.save_pretrained_merged(tmp_path / "out", tokenizer, "q4_k_m")
+    with pytest.raises(SettingsError, match="save_method=16: one name is needed"):
+        model.save_pretrained_merged(tmp_path / "out", tokenizer, 16)
+
+
+def test_none_is_the_default_method(saved: Path, tmp_path: Path) -> None:
+    model, tokenizer = loaded(saved)
+    with pytest.raises(HubError, match="a cannot be uploaded: HF_HUB_OFFLINE"):
+        model.save_pretrained_merged(tmp_path / "a", tokenizer, None, push_to_hub=True, maximum_memory_usage=0.75)
+    report = model.save_pretrained_gguf(tmp_path / "b", tokenizer, None, maximum_memory_usage=0.85)
+    assert [file.method for file in report.files] == ["q8_0"]
 
 
 def test_weights_trained_in_few_bits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

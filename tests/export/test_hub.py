@@ -82,8 +82,10 @@ def test_gguf_files_are_uploaded_with_their_modelfile(hub: FakeHub, model: tuple
 @pytest.mark.usefixtures("nothing_is_exported")
 def test_arguments_of_gguf_that_nothing_follows_are_refused(model: tuple[Any, Any], tmp_path: Path) -> None:
     save, push = model[0].save_pretrained_gguf, model[0].push_to_hub_gguf
-    with pytest.raises(SettingsError, match=r"maximum_memory_usage=0.5\): one shard is held at a time"):
-        save(tmp_path / "x", model[1], maximum_memory_usage=0.5)
+    with pytest.raises(
+        SettingsError, match=r"maximum_memory_usage=0.99\): a share from 0 to 0.95 is taken, and one shard"
+    ):
+        save(tmp_path / "x", model[1], maximum_memory_usage=0.99)
     with pytest.raises(SettingsError, match=r"tags=\['a'\]\): GGUF files are written without a model card"):
         push("ada/cats", model[1], tags=["a"])
     with pytest.raises(
@@ -156,7 +158,7 @@ def test_what_would_fail_is_said_before_the_export(
         ({"safe_serialization": False}, "only written as safetensors"),
         ({"variant": "fp16"}, "programs look for weights under their plain names"),
         ({"save_peft_format": False}, "only written as PEFT has them"),
-        ({"maximum_memory_usage": 0.5}, "one shard is held at a time: give max_shard_size"),
+        ({"maximum_memory_usage": 0.99}, "one shard is held at a time: give max_shard_size"),
         ({"calibration_dataset": []}, "no method here calibrates"),
         ({"temporary_location": "x"}, "an export is written beside save_directory"),
         ({"token": "hf_x"}, "token is for uploads: give push_to_hub=True"),

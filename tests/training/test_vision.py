@@ -303,12 +303,25 @@ def test_dataset_kwargs_mean_nothing_without_images(tmp_path: Path) -> None:
     [
         ({"instruction_part": "a"}, SettingsError, "response_part"),
         ({"last_response_only": True, "train_on_responses_only": False}, SettingsError, "trains one answer"),
-        ({"resize": "min"}, SettingsError, "resize='min' must be a longest side in pixels"),
+        ({"resize": "max"}, SettingsError, "resize='max' must be a longest side in pixels"),
+        ({"ignore_index": 0}, SettingsError, "labels without loss are -100"),
+        ({"formatting_func": str}, SettingsError, "give it to SFTTrainer"),
+        ({"pad_to_multiple": 8}, TypeError, "Did you mean 'pad_to_multiple_of'"),
     ],
 )
 def test_what_the_collator_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         VisionDataCollator(vision_model("gemma3"), vision_processor("gemma3"), **arguments)
+
+
+def test_the_collator_takes_what_asks_for_nothing() -> None:
+    nothing = {"resize": "min", "ignore_index": -100, "completion_only_loss": True, "formatting_func": None}
+    collators = [
+        VisionDataCollator(vision_model("gemma3"), vision_processor("gemma3"), **arguments)
+        for arguments in (nothing, {})
+    ]
+    ours, plain = (collator(colour_rows(2)) for collator in collators)
+    assert all(torch.equal(ours[name], value) for name, value in plain.items())
 
 
 def test_the_collator_wants_a_model_and_a_processor_that_see() -> None:

@@ -66,14 +66,24 @@ class ChatTemplate:
     special_tokens: tuple[str, ...] = ()
 
 
-# Names of other libraries -> what the family's own templates write, and ours for a tokenizer that has none.
-_FAMILIES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("llama-3.1", "llama-3.2", "llama-3.3", "llama3", "llama-31"), ("<|start_header_id|>", "llama-3")),
-    **dict.fromkeys(("gemma2", "gemma-2", "gemma3", "gemma-3", "gemma-3n"), ("<start_of_turn>", "gemma")),
-    **dict.fromkeys(
-        ("qwen-2.5", "qwen2.5", "qwen25", "qwen-3", "qwen3", "qwen3-instruct", "qwen3-thinking", "im_end"),
-        ("<|im_start|>", "chatml"),
-    ),
+# Names of other libraries, without what people write between letters and digits -> what the family's own templates
+# write, and ours for a tokenizer that has none; None where that is to come from the model.
+_FAMILIES: dict[str, tuple[str, str | None]] = {
+    **dict.fromkeys(("llama3", "llama31", "llama32", "llama33"), ("<|start_header_id|>", "llama-3")),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3n"), ("<start_of_turn>", "gemma")),
+    **dict.fromkeys(("gemma4", "gemma4thinking"), ("<|turn>", None)),
+    **dict.fromkeys(("qwen25", "qwen3", "qwen3instruct", "qwen3thinking", "imend"), ("<|im_start|>", "chatml")),
+    **dict.fromkeys(("gemmachatml", "gemma2chatml", "yichat"), ("<|im_start|>", "chatml")),
+    **dict.fromkeys(("lfm2", "lfm25"), ("<|im_start|>", None)),
+    **dict.fromkeys(("phi3", "phi35", "zephyr"), ("<|user|>", None)),
+    "phi4": ("<|im_sep|>", None),
+    "gptoss": ("<|start|>", None),
+    "llama": ("[INST]", None),
+    "alpaca": ("### Instruction:", None),
+    "starling": ("GPT4 Correct User", None),
+    "unsloth": (">>> User:", None),
+    "vicuna": ("USER:", None),
+    "vicunaold": ("### Human:", None),
 }
 
 
@@ -81,14 +91,24 @@ def family_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None
     """Return the template to put on ``tokenizer`` where another library's ``name`` is asked for; None: keep its own.
 
     An instruct model's own template is kept where it is of that family: it is what the model was trained with.
+
+    Raises:
+        SettingsError: it is not, and no built-in template is of that family.
     """
-    if name not in _FAMILIES:
+    family = _FAMILIES.get(re.sub(r"[-_. ]", "", name.lower()))
+    if family is None or name in _BUILT_IN:
         return name
-    marker, ours = _FAMILIES[name]
+    marker, ours = family
     own = getattr(tokenizer, "tokenizer", tokenizer).chat_template
     if own and marker in str(own):
         log.warning("chat_template=%r: the tokenizer's own template, which is of that family, is kept", name)
         return None
+    if ours is None:
+        raise SettingsError(
+            f"chat_template={name!r}: the tokenizer has {'a template of another family' if own else 'no template'}, "
+            "and no built-in one is of that family. Load the instruct model's tokenizer, which brings it, or give the "
+            f"template as Jinja text or a .jinja file. Built-in templates are: {', '.join(_BUILT_IN)}."
+        )
     log.warning("chat_template=%r: the tokenizer has no template of that family, the built-in %s is used", name, ours)
     return ours
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.core.arguments import Idle, refuse_others
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.names import did_you_mean
 from tunesmith.export.adapter import export_adapter
@@ -39,21 +40,25 @@ _ALIASES = {"merged_4bit_forced": "merged_4bit", "torchao_int8": "torchao-int8"}
 
 _SAFETENSORS = "weights are only written as safetensors"
 _CALIBRATION = "no method here calibrates"
-# Arguments of Unsloth's that nothing here could follow -> the values that ask for nothing, and why not.
-_OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
+# Arguments of Unsloth's that nothing here could follow.
+_OTHERS: Idle = {
     "state_dict": ((None,), "the weights are those of the model"),
     "save_function": ((None,), _SAFETENSORS),
     "safe_serialization": ((None, True), _SAFETENSORS),
     "variant": ((None,), "programs look for weights under their plain names"),
     "save_peft_format": ((None, True), "adapters are only written as PEFT has them"),
-    "maximum_memory_usage": ((None,), "one shard is held at a time: give max_shard_size"),
+    # A share of the memory that may be used, and a shard is less.
+    "maximum_memory_usage": (
+        lambda share: share is None or (type(share) in (int, float) and 0 < share <= 0.95),
+        "a share from 0 to 0.95 is taken, and one shard is held at a time: give max_shard_size",
+    ),
     "use_temp_dir": ((None, True), "what is uploaded is exported to a temporary folder"),
     "calibration_dataset": ((None,), _CALIBRATION),
     "num_calibration_samples": ((None,), _CALIBRATION),
     "max_seq_length": ((None,), _CALIBRATION),
 }
 
-_NOT_FOR_GGUF: dict[str, tuple[tuple[Any, ...], str]] = {
+_NOT_FOR_GGUF: Idle = {
     "max_shard_size": ((None, "5GB"), "a GGUF is one file"),
     "tags": ((None,), "GGUF files are written without a model card"),
     "datasets": ((None,), "GGUF files are written without a model card"),
@@ -61,12 +66,16 @@ _NOT_FOR_GGUF: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_method(method: str) -> str:
-    """Return the method in our own letters.
+def check_method(method: str | None) -> str:
+    """Return the method in our own letters; None is "merged_16bit".
 
     Raises:
         SettingsError: there is none of that name, or it is one of GGUF.
     """
+    if method is None:
+        return "merged_16bit"
+    if not isinstance(method, str):
+        raise SettingsError(f"save_method={method!r}: one name is needed. Use {', '.join(METHODS)}.")
     name = _ALIASES.get(method.lower(), method.lower())
     if name not in METHODS:
         other = " save_pretrained_gguf writes that." if is_gguf_method(method) else did_you_mean(method, METHODS)
@@ -163,7 +172,7 @@ def save_merged(
     model: Any,
     save_directory: Any,
     tokenizer: Any = None,
-    save_method: str = "merged_16bit",
+    save_method: str | None = "merged_16bit",
     *,
     adapters: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
@@ -226,7 +235,7 @@ def push_merged(
     model: Any,
     repo_id: str,
     tokenizer: Any = None,
-    save_method: str = "merged_16bit",
+    save_method: str | None = "merged_16bit",
     *,
     adapters: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
@@ -306,7 +315,7 @@ def save_gguf_files(
     model: Any,
     save_directory: Any,
     tokenizer: Any = None,
-    quantization_method: str | Sequence[str] = "fast_quantized",
+    quantization_method: str | Sequence[str] | None = "fast_quantized",
     first_conversion: str | None = None,
     push_to_hub: bool = False,
     *,
@@ -350,7 +359,7 @@ def push_gguf(
     model: Any,
     repo_id: str,
     tokenizer: Any = None,
-    quantization_method: str | Sequence[str] = "fast_quantized",
+    quantization_method: str | Sequence[str] | None = "fast_quantized",
     first_conversion: str | None = None,
     *,
     save_method: str | None = None,
@@ -382,7 +391,7 @@ def push_gguf(
 
 
 def _gguf_method(
-    asked: str | Sequence[str],
+    asked: str | Sequence[str] | None,
     first: str | None,
     save_method: str | None,
     imatrix_file: Any,
@@ -393,11 +402,12 @@ def _gguf_method(
     Raises:
         SettingsError: another ``save_method``, or arguments that mean nothing to an adapter alone.
     """
+    asked = "fast_quantized" if asked is None else asked
     if save_method is None:
         imatrix = None if imatrix_file is None else Path(imatrix_file).expanduser()
-        methods = [asked] if isinstance(asked, str) else asked
+        methods = asked if isinstance(asked, (list, tuple)) else [asked]
         return {"method": methods, "first": first, "imatrix": imatrix, "adapters": adapters}
-    if save_method.lower() != "lora":
+    if not isinstance(save_method, str) or save_method.lower() != "lora":
         raise SettingsError(f"save_method={save_method!r}: leave it out, or use 'lora' for the adapter alone.")
     for name, value in (("first_conversion", first), ("imatrix_file", imatrix_file), ("adapters", adapters)):
         if value is not None:
@@ -407,17 +417,10 @@ def _gguf_method(
     return {"method": GGUF_LORA, "stored_as": None if asked == "fast_quantized" else asked}
 
 
-def _refuse(method: str, others: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:
+def _refuse(method: str, others: Mapping[str, Any], besides: Idle = MappingProxyType({})) -> None:
     """Refuse what is not known, and what is known (``_OTHERS`` and ``besides``) and asks for what is not done."""
-    refused = {**_OTHERS, **besides}
-    for name, value in others.items():
-        if name not in refused:
-            known = [*inspect.signature(push_gguf if besides else save_merged).parameters, *refused]
-            raise TypeError(f"{method}() got an unknown argument {name!r}.{did_you_mean(name, known)}")
-        empty, reason = refused[name]
-        # Not by ==, for which 1 is True.
-        if not any(value is nothing or (isinstance(value, str) and value == nothing) for nothing in empty):
-            raise SettingsError(f"{method}({name}={value!r}): {reason}. Leave it out.")
+    known = inspect.signature(push_gguf if besides else save_merged).parameters
+    refuse_others(method, others, {**_OTHERS, **besides}, known)
 
 
 def _push(repo_id: str, hub: Mapping[str, Any]) -> Push:

@@ -40,9 +40,11 @@ class Head:
     gives_way: bool = False
 
     def task_for(self, config: Any) -> Task:
-        """Return the task that was asked for, by name or Auto class, else the one that the model was saved for."""
-        asked = getattr(self.auto_model, "__name__", None)
+        """Return the task that was asked for, by name or class, else the one that the model was saved for."""
+        asked = getattr(self.auto_model, "__name__", "")
         by_class = next((name for name, task in TASKS.items() if task.auto == asked), None)
+        if asked and not asked.startswith("Auto"):
+            by_class = task_of(asked, config)
         return TASKS[self.task or by_class or _saved_for(config)]
 
     def arguments(self, config: Any) -> dict[str, Any]:

@@ -95,6 +95,7 @@ class ModelFacts:
         rows: of the vocabulary when it was loaded, None where another library loaded it.
         is_merged: whether an adapter was merged into the weights, which no files hold then.
         fast: the vLLM that answers for it (``evaluation/fast.py``), None without ``fast_inference``.
+        padding_side: of the tokenizer before ``for_inference``, which ``for_training`` gives back; None after that.
     """
 
     name: str
@@ -115,6 +116,7 @@ class ModelFacts:
     rows: int | None = None
     is_merged: bool = False
     fast: Any = None
+    padding_side: str | None = None
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -162,7 +164,8 @@ def load_model(
             ``max_seq_length`` is above what its window can be stretched to, the files are quantized in another
             ``width``, ``vocabulary`` is smaller than model or tokenizer need, or an embedding to offload is tied.
         SettingsError: a seed for new weights of a causal language model, which has none.
-        NotSupportedYetError: ``width`` or ``stretched`` for another task than causal language modelling.
+        NotSupportedYetError: ``width`` or ``stretched`` for another task than causal language modelling, or a model of
+            audio.
     """
     import transformers
 
@@ -172,6 +175,7 @@ def load_model(
     check_fp8(width)
     place = local_place(source)
     own = _config(source, hub)
+    _refuse_audio(source, own)
     task = head.task_for(own)
     is_other = task.name != CAUSAL_LM
     # The head of another task trains whole.
@@ -452,6 +456,16 @@ def _refuse_unrunnable(source: ModelSource, config: Any, choice: DtypeChoice) ->
 def local_place(source: ModelSource) -> str:
     """Return what transformers is told: a folder, the folder that a .gguf file was converted to, or a hub id."""
     return str(converted_gguf(Path(source.path))) if source.kind == "gguf" else source.path
+
+
+def _refuse_audio(source: ModelSource, config: Any) -> None:
+    from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+
+    if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING and not has_vision(config):
+        raise NotSupportedYetError(
+            f"{source.name} is a model of audio ({config.model_type}), and rows here hold text and images: train it "
+            "with transformers (AutoModelForSpeechSeq2Seq and its processor) and PEFT."
+        )
 
 
 def _refuse_for_task(task: str, config: Any, seed: int, width: Width | None, stretched: Stretch | None) -> None:

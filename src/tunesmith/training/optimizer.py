@@ -127,7 +127,8 @@ def _restore_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
 def give_embeddings_their_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float | None) -> None:
     """Put the trained weights of embedding and output head of ``model`` into groups of their own.
 
-    Their rate is ``rate``; None means a tenth of the others' beside an adapter, and the same where all weights train.
+    Their rate is ``rate``, also that of an adapter on them; None means a tenth of the others' where they train whole
+    beside an adapter, and the same where all weights train.
 
     Raises:
         SettingsError: a rate is given and neither of them trains.
@@ -136,23 +137,23 @@ def give_embeddings_their_rate(optimizer: torch.optim.Optimizer, model: Any, rat
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = [base.get_input_embeddings(), base.get_output_embeddings()]
-    chosen = {id(p) for module in modules if module is not None for p in module.parameters() if _is_whole(p, module)}
+    chosen = {
+        id(parameter)
+        for module in modules
+        if module is not None
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (rate is not None or "lora_" not in name)
+    }
     if rate is not None and not chosen:
         raise SettingsError(
             "embedding_learning_rate has no effect: neither embedding nor output head trains. Name them in "
-            "modules_to_save, or leave the rate out."
+            "modules_to_save, which trains them whole, or in target_modules, or leave the rate out."
         )
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in chosen]
         if own:
             group["params"] = [p for p in group["params"] if id(p) not in chosen]
             optimizer.add_param_group({**group, "params": own, "lr": group["lr"] / 10 if rate is None else rate})
-
-
-def _is_whole(parameter: torch.Tensor, module: Any) -> bool:
-    """Return whether a trained weight is that of the module itself, and not of an adapter on it."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    return parameter.requires_grad and "lora_" not in names[id(parameter)]
 
 
 def round_stochastically(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

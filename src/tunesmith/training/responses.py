@@ -22,25 +22,36 @@ def train_on_responses_only(
     trainer: SFTTrainer,
     instruction_part: str | None = None,
     response_part: str | None = None,
-    *,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
     num_proc: int | None = None,
+    last_response_only: bool = False,
 ) -> SFTTrainer:
     """Train ``trainer``'s rows on the answers only, found by the markers that open an instruction and a response.
 
     Both parts None derives them from the tokenizer's chat template. Rows without a response marker are dropped and
     counted; when that leaves nothing, the ledger raises. Rows that came as conversations already train on answers
-    only; for them the result is the same. ``num_proc`` is taken, and without use: one process does it.
+    only; for them the result is the same. ``last_response_only`` trains the last answer of a row alone. ``tokenizer``,
+    or a processor, is asked for the template in place of the trainer's. ``force_match`` and ``num_proc`` are taken, and
+    without use: a marker is always matched whole, and one process does it.
 
     Raises:
         DataError: no row trains on anything.
-        SettingsError: one part is given and the other is not, or the trainer is another library's.
+        SettingsError: one part is given and the other is not, the trainer is another library's, a function is to be
+            returned, or ``tokenizer`` has other tokens than the trainer's.
     """
     if not hasattr(trainer, "train_data"):
         raise SettingsError(f"a {type(trainer).__module__}.SFTTrainer was given: this masks rows of tunesmith's own.")
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    markers = resolve_markers(tokenizer, instruction_part, response_part)
-    train = _masked(trainer.train_data, tokenizer, markers)
-    held_out = None if trainer.eval_data is None else _masked(trainer.eval_data, tokenizer, markers)
+    if return_function:
+        raise SettingsError("return_function=True: the trainer's own rows are masked, by no function. Leave it out.")
+    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    asked = own if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
+    if asked is not own and asked.get_vocab() != own.get_vocab():
+        raise SettingsError("tokenizer has other tokens than the trainer's, which made the rows. Leave it out.")
+    markers = resolve_markers(asked, instruction_part, response_part)
+    train = _masked(trainer.train_data, own, markers, last_response_only)
+    held_out = None if trainer.eval_data is None else _masked(trainer.eval_data, own, markers, last_response_only)
     if held_out is not None and trainer.ledger.splits:
         _count_both_sides(train, held_out)
     if train.ledger.dropped != trainer.ledger.dropped:
@@ -62,7 +73,7 @@ def _count_both_sides(train: PreparedData, held_out: PreparedData) -> None:
         ledger.examples.setdefault(reason, places)
 
 
-def _masked(data: PreparedData, tokenizer: Any, markers: Markers) -> PreparedData:
+def _masked(data: PreparedData, tokenizer: Any, markers: Markers, last_only: bool) -> PreparedData:
     before = data.ledger
     ledger = Ledger(
         rows_in=before.rows_in,
@@ -73,7 +84,9 @@ def _masked(data: PreparedData, tokenizer: Any, markers: Markers) -> PreparedDat
     kept: list[KeptRow] = []
     for row in data.rows:
         try:
-            documents = tuple(_with_mask(document, tokenizer, markers) for document in row.documents)
+            # A row that was split by turn ends with the document of its last answer.
+            given = row.documents[-1:] if last_only else row.documents
+            documents = tuple(_with_mask(document, tokenizer, markers, last_only) for document in given)
         except RowRefusedError as refusal:
             ledger.drop(row.where, refusal.reason, str(refusal))
             continue
@@ -83,9 +96,9 @@ def _masked(data: PreparedData, tokenizer: Any, markers: Markers) -> PreparedDat
     return PreparedData(kept, ledger)
 
 
-def _with_mask(document: Document, tokenizer: Any, markers: Markers) -> Document:
+def _with_mask(document: Document, tokenizer: Any, markers: Markers, last_only: bool) -> Document:
     # What is not trained already stays so: flags on messages, older turns of rows that were split by turn.
-    trained = response_mask(document.input_ids, tokenizer, markers) & document.trained
+    trained = response_mask(document.input_ids, tokenizer, markers, last_only=last_only) & document.trained
     if not trained.any():
         raise RowRefusedError("nothing to train on", "no token of this row is to be trained.")
     return replace(document, trained=trained)

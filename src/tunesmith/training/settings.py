@@ -81,8 +81,8 @@ class TrainingSettings(Settings):
     embedding_learning_rate: Annotated[
         float | None, Field(gt=0, lt=1), Guide("a tenth of learning_rate", "new tokens stay strange", "words drift")
     ] = None
-    """Step size of embedding and output head where they train (modules_to_save, full_finetuning); none means a tenth of
-    learning_rate beside an adapter, and learning_rate where all weights train."""
+    """Step size of embedding and output head where they train (modules_to_save, target_modules, full_finetuning); none
+    means a tenth of learning_rate where they train whole beside an adapter, and learning_rate elsewhere."""
 
     lr_scheduler_type: Annotated[str, Guide("linear or cosine", "constant: no decay", "cosine: late, steep decay")] = (
         "linear"

@@ -6,9 +6,11 @@ Everything else - ledger, accumulation, checks, checkpoints, resume - is the sam
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from tunesmith.core.arguments import ANY, Idle, refuse_others
 from tunesmith.core.errors import DataError, ModelError, NotSupportedYetError, SettingsError
 from tunesmith.data.collate import IGNORED
 from tunesmith.data.formats import to_example
@@ -27,6 +29,17 @@ from tunesmith.training.loader import JOINED
 __all__ = ["VisionDataCollator", "collator_for", "encoder_for", "head_for"]
 
 
+_OTHERS: Idle = {
+    "ignore_index": ((None, IGNORED), f"labels without loss are {IGNORED}, as everywhere in transformers"),
+    "completion_only_loss": ((None, True), "train_on_responses_only=False trains every token"),
+    "formatting_func": ((None,), "give it to SFTTrainer"),
+    "force_match": (ANY, "markers are always matched whole"),
+    "num_proc": (lambda count: count is None or isinstance(count, int), "one process does it"),
+    "resize_dimension": ((None, 0), "resize is of the longest side"),
+    "snap_to_patch_size": ((None, False), "the processor does it where the model needs it"),
+}
+
+
 class VisionDataCollator:
     """Turns rows of messages with images into batches; see ``data/images.py`` for how rows hold images.
 
@@ -38,12 +51,13 @@ class VisionDataCollator:
         processor: the one that it was loaded with.
         max_seq_length: longest row in tokens; None takes the window that the model was loaded with.
         resize: the longest side in pixels that larger images are scaled down to, or an exact (width, height); None
-            leaves them to the processor.
+            (Unsloth's "min") leaves them to the processor.
         train_on_responses_only: train the answers; False trains every token but those of images.
         instruction_part, response_part: texts that open a question and an answer in the rendering, both or none;
             without them answers are found by the chat template itself.
         last_response_only: train the last answer alone.
         pad_to_multiple_of: round the width of a batch up to it.
+        others: arguments of Unsloth's that nothing here follows, with the values that ask for nothing.
 
     Raises:
         ModelError: the model does not see, or the processor knows no images.
@@ -57,13 +71,15 @@ class VisionDataCollator:
         processor: Any,
         max_seq_length: int | None = None,
         *,
-        resize: Resize = None,
+        resize: Resize | Literal["min"] = None,
         train_on_responses_only: bool = True,
         instruction_part: str | None = None,
         response_part: str | None = None,
         last_response_only: bool = False,
         pad_to_multiple_of: int | None = None,
+        **others: Any,
     ) -> None:
+        refuse_others("VisionDataCollator", others, _OTHERS, inspect.signature(VisionDataCollator).parameters)
         if not has_vision(model.config):
             raise ModelError(f"{type(model).__name__} is no vision-language model: leave data_collator out.")
         if not hasattr(processor, "image_processor"):
@@ -73,7 +89,7 @@ class VisionDataCollator:
             )
         if last_response_only and not train_on_responses_only:
             raise SettingsError("last_response_only=True trains one answer, train_on_responses_only=False every token.")
-        resize = check_resize(resize)
+        resize = check_resize(None if resize == "min" else resize)
         self.processor = processor
         self.max_seq_length = max_seq_length
         self.train_on: TrainOn = "last" if last_response_only else "assistant" if train_on_responses_only else "all"

@@ -97,7 +97,9 @@ def gguf_methods(asked: str | Sequence[str], *, dtype: str, imatrix: bool = Fals
         raise SettingsError("quantization_method is empty. Name at least one, such as 'q8_0'.")
     found: dict[str, Method] = {}
     for given in names:
-        name = str(given).lower()
+        if not isinstance(given, str):
+            raise SettingsError(f"quantization_method={asked!r}: a name or a list of names is needed, such as 'q8_0'.")
+        name = given.lower()
         if name == "not_quantized" and dtype == "bfloat16":
             name = "bf16"
         name = ALIASES.get(name, name)
