@@ -166,6 +166,27 @@ def test_spans_of_tags() -> None:
     assert span_f1(right, [["O"] * 3] * 2) == 0
 
 
+def test_spans_of_tags_that_mark_their_ends() -> None:
+    """BIOES and BILOU: a span of one word, and neighbours of one kind."""
+    assert tag_spans(["S-A", "S-A", "O", "B-A", "I-A", "E-A"]) == {(0, 1, "A"), (1, 2, "A"), (3, 6, "A")}
+    assert tag_spans(["U-A", "B-B", "L-B", "I-B", "O"]) == {(0, 1, "A"), (1, 3, "B"), (3, 4, "B")}
+    assert tag_spans(["E-A", "E-A", "B-A", "S-A"]) == {(0, 1, "A"), (1, 2, "A"), (2, 3, "A"), (3, 4, "A")}
+    right = [["S-A", "O", "B-B", "E-B"]]
+    assert span_f1(right, [["O", "S-A", "B-B", "E-B"]]) == 0.5
+    assert span_f1([["B-B", "I-B", "E-B", "O"]], [["B-B", "I-B", "O", "O"]]) == 0
+
+
+def test_tags_that_mark_no_spans_are_scored_as_labels(bases: Any) -> None:
+    model, tokenizer = load(bases, "TOKEN_CLS")
+    recipe = recipe_for(model, tokenizer)
+    for labels, figure in (
+        (("B-A", "I-A", "O"), "span_f1"), (("B-A", "L-A", "U-B", "O"), "span_f1"), (("B-A", "X", "O"), "macro_f1"),
+        (("B", "I", "O"), "macro_f1"), (("NOUN", "VERB"), "macro_f1"),
+    ):  # fmt: skip
+        recipe.labels = labels
+        assert list(recipe.score([], [])) == ["accuracy", figure]
+
+
 def test_macro_f1_counts_labels_alike() -> None:
     assert macro_f1([0, 0, 0, 1], [0, 0, 0, 0]) == pytest.approx((6 / 7) / 2)
     assert macro_f1([0, 1], [0, 1]) == 1

@@ -18,7 +18,7 @@ from tunesmith.data.tasks import IGNORED, TaskRow
 from tunesmith.models.embed import mean_pooled
 from tunesmith.models.heads import labels_of, reads
 from tunesmith.models.load import facts_of
-from tunesmith.training.tasks.scores import macro_f1, share, span_f1, text_f1
+from tunesmith.training.tasks.scores import are_span_tags, macro_f1, share, span_f1, text_f1
 
 __all__ = ["Recipe", "recipe_for"]
 
@@ -113,11 +113,11 @@ class Tagging(Recipe):
         ]
 
     def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
-        """Return the accuracy over words and the F1 of spans, or of tags where they are not BIO."""
+        """Return the accuracy over words and the F1 of spans, or of tags where they mark no spans."""
         right = self.answers(rows, [row.features["labels"] for row in rows])
         truths, guesses = ([tag for line in side for tag in line] for side in (right, answers))
         figures = {"accuracy": share([a == b for a, b in zip(truths, guesses, strict=True)])}
-        if any(label.startswith("B-") for label in self.labels):
+        if are_span_tags(self.labels):
             return {**figures, "span_f1": span_f1(right, answers)}
         return {**figures, "macro_f1": macro_f1(truths, guesses)}
 
