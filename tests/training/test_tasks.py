@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 from tunesmith import FastLanguageModel, SFTConfig, TaskTrainer
 from tunesmith.core.errors import CheckpointError, ModelError, OutputError, SettingsError, TrainingError
 from tunesmith.core.tasks import TASKS
-from tunesmith.data.tasks import IGNORED
 from tunesmith.training.tasks.recipes import recipe_for
 from tunesmith.training.tasks.scores import macro_f1, span_f1, tag_spans, text_f1
 
@@ -133,25 +132,6 @@ def test_the_loss_of_answers_is_that_of_transformers_without_padding(bases: Any,
         many = sum(made.recipe.loss(model, single)[0] for single in apart)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(one, many)
-
-
-def test_positives_that_are_equal_are_no_negatives(bases: Any, tmp_path: Path) -> None:
-    model, tokenizer = load(bases, "FEATURE_EXTRACTION")
-    rows = [{"anchor": "ann", "positive": "figs"}, {"anchor": "bob", "positive": "figs"},
-            {"anchor": "eve", "positive": "nuts", "negative": "limes"}]  # fmt: skip
-    made = trainer(tmp_path, model, tokenizer, "FEATURE_EXTRACTION", rows=rows)
-    batch = made.recipe.collate(made.train_data.rows)
-    x = IGNORED
-    assert batch["labels"].tolist() == [[1, x, 0, 0], [x, 1, 0, 0], [0, 0, 1, 0]]
-    model.eval()
-    with torch.no_grad():
-        loss, vectors = made.recipe.loss(model, batch)
-    logits = (vectors[:3] @ vectors[3:].T / 0.05).double()
-    wanted = sum(
-        -torch.log_softmax(logits[i, [j for j in range(4) if batch["labels"][i, j] != x]], 0)[own]
-        for i, own in ((0, 0), (1, 0), (2, 2))
-    )
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- scores ----
