@@ -12,6 +12,7 @@ from tests import tiny, tiny_tasks
 from tunesmith.core.errors import DataError
 from tunesmith.data.task_rows import collect_labels, label_number, read_records
 from tunesmith.data.tasks import IGNORED, TaskData, prepare_records, split_task_rows
+from tunesmith.training.tasks.recipes import recipe_for
 
 
 def prepare(rows: Any, task: str, *, mapping: Any = None, tokenizer: Any = None, **changes: Any) -> TaskData:
@@ -182,6 +183,24 @@ def test_a_target_ends_where_generation_stops() -> None:
     assert made.rows[0].features["labels"][-1] == tiny.tiny_tokenizer().eos_token_id
     twice = prepare([{"source": "ann has", "target": "red figs"}], "SEQ_2_SEQ_LM")
     assert twice.rows[0].features["labels"].count(tiny_tasks.tokenizer().eos_token_id) == 1
+
+
+def test_a_target_that_ends_with_its_language_gets_no_second_end() -> None:
+    """As mBART's tokenizer writes it; the decoder then starts with the language."""
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    tokenizer = tiny_tasks.language_tokenizer()
+    data = prepare([{"source": "ann has", "target": "red figs"}], "SEQ_2_SEQ_LM", tokenizer=tokenizer)
+    names = tokenizer.convert_ids_to_tokens(data.rows[0].features["labels"])
+    assert names == ["red", "figs", "[SEP]", "[xx]"]
+    cut = prepare([{"source": "ann has", "target": "red figs and nuts"}], "SEQ_2_SEQ_LM", tokenizer=tokenizer,
+                  max_length=4, on_too_long="truncate")  # fmt: skip
+    assert tokenizer.convert_ids_to_tokens(cut.rows[0].features["labels"]) == names
+    config = MBartConfig(vocab_size=len(tokenizer), d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+                         decoder_ffn_dim=8, encoder_attention_heads=1, decoder_attention_heads=1, pad_token_id=0,
+                         decoder_start_token_id=tokenizer.convert_tokens_to_ids("[xx]"))  # fmt: skip
+    batch = recipe_for(MBartForConditionalGeneration(config), tokenizer).collate(data.rows)
+    assert tokenizer.convert_ids_to_tokens(batch["decoder_input_ids"][0]) == ["[xx]", "red", "figs", "[SEP]"]
 
 
 def test_pairs_and_triples() -> None:

@@ -9,6 +9,7 @@ out or cut is counted in the :class:`TaskLedger`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -314,9 +315,7 @@ class _Maker:
             return self.tokenizer(**texts, verbose=False, return_offsets_mapping=offsets, **cut)
 
         encoded = run(truncation=False)
-        end = [self.tokenizer.eos_token_id] if is_target and self.tokenizer.eos_token_id is not None else []
-        if end and encoded["input_ids"][-1:] == end:
-            end = []
+        end = self._missing_end(encoded["input_ids"]) if is_target else []
         length = len(encoded["input_ids"]) + len(end)
         if length > self.max_length:
             refuse_too_long(where, length, self.max_length, self.on_too_long)
@@ -328,6 +327,12 @@ class _Maker:
             self.ledger.tokens_cut += length - len(encoded["input_ids"]) - len(end)
         encoded["input_ids"] += end
         return encoded
+
+    def _missing_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the end-of-text token, unless it is among the special tokens that end ``ids`` (mBART: </s> en_XX)."""
+        eos, specials = self.tokenizer.eos_token_id, set(self.tokenizer.all_special_ids)
+        ending = set(itertools.takewhile(specials.__contains__, reversed(ids)))
+        return [] if eos is None or eos in ending else [eos]
 
 
 def _inputs(encoded: Any) -> dict[str, list[int]]:
