@@ -33,7 +33,7 @@ from tunesmith.models.quantize import (
     width_of,
 )
 from tunesmith.models.readable import readable_errors, refuse_missing_weights
-from tunesmith.models.rope import Stretch, automatic, stretch
+from tunesmith.models.rope import Stretch, automatic, native_window, stretch
 from tunesmith.models.settings import Width, asked_by, check_fp8, is_float8
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 from tunesmith.models.vocabulary import check_vocabulary, grow_vocabulary
@@ -51,7 +51,6 @@ __all__ = [
     "load_tokenizer",
     "load_window",
     "local_place",
-    "native_window",
     "stored_bytes",
 ]
 
@@ -390,11 +389,6 @@ def _stretched_config(
     if how is not None:
         stretch(config, how)
     return config, how
-
-
-def native_window(config: Any) -> int | None:
-    """Return the number of positions a model was trained for, or None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _window(config: Any, asked: int | None) -> int:
