@@ -180,6 +180,18 @@ def test_an_image_that_cannot_be_read_names_its_row(value: Any, message: str) ->
         open_image(held, "rows:1")
 
 
+def test_an_image_that_the_processor_refuses_names_its_row(tmp_path: Path) -> None:
+    """Qwen's takes no image that is 200 times as wide as it is high."""
+    wide = image("red", size=(900, 3))
+    with pytest.raises(DataError, match=r"rows:1: the processor refuses an image: .*ratio.* Crop or resize it"):
+        encoded("qwen2-vl", row(shown(wide), text("a")))
+    image("red").save(tmp_path / "a.png")
+    rows = features("qwen2-vl", [row(shown(str(tmp_path / "a.png")), text("a"))])
+    wide.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"row 1.*: the processor refuses an image"):
+        ImageCollator(vision_processor("qwen2-vl"))(rows)
+
+
 def test_a_run_stops_at_an_image_that_cannot_be_read() -> None:
     rows = [row(shown(image("red")), text("a")), row(shown("gone.png"), text("a"))]
     with pytest.raises(DataError, match=r"row 2.*an image cannot be read|\[1\].*an image cannot be read"):

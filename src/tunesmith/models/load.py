@@ -51,6 +51,7 @@ __all__ = [
     "load_tokenizer",
     "load_window",
     "local_place",
+    "source_sees",
     "stored_bytes",
 ]
 
@@ -360,6 +361,11 @@ def load_tokenizer(
     if chat_template is not None:
         apply_template(tokenizer, chat_template)
     return tokenizer
+
+
+def source_sees(source: ModelSource, **hub: Any) -> bool:
+    """Say from its config alone whether a model is one from images and text to text."""
+    return has_vision(_config(source, hub))
 
 
 def load_window(
