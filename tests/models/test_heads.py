@@ -166,6 +166,11 @@ def test_weights_of_the_body_have_to_be_there(bert: Path, tmp_path: Path) -> Non
         load(tmp_path, task_type="SEQ_CLS")
 
 
+def test_a_class_that_looks_for_other_weights_than_its_base_has_cannot_be_used(llama: Path) -> None:
+    with pytest.raises(ModelError, match="LlamaForQuestionAnswering of transformers looks for its weights under other"):
+        load(llama, task_type="QUESTION_ANS")
+
+
 @pytest.mark.parametrize(("pad", "window"), [(1, 512), (0, 513)])
 def test_the_window_of_roberta_begins_behind_its_padding_token(tmp_path: Path, pad: int, window: int) -> None:
     base = tiny_tasks.save_base(tmp_path / "base", "roberta", pad_token_id=pad)

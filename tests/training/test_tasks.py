@@ -17,6 +17,7 @@ from tunesmith.core.errors import CheckpointError, ModelError, OutputError, Sett
 from tunesmith.core.tasks import TASKS
 from tunesmith.training.tasks.recipes import recipe_for
 from tunesmith.training.tasks.scores import macro_f1, span_f1, tag_spans, text_f1
+from tunesmith.training.tasks.trainer import score_rows
 
 OTHERS = [name for name in TASKS if name != "CAUSAL_LM"]
 _TIMES = ("runtime", "_per_second", "tokens_per_s", "peak_bytes", "total_flos")
@@ -242,6 +243,7 @@ def test_a_causal_model_with_a_head_trains_and_comes_back(tmp_path: Path, task: 
 
 def test_all_weights_train_and_come_back(bases: Any, tmp_path: Path) -> None:
     model, tokenizer = load(bases, "SEQ_CLS", adapter=False)
+    model.config.problem_type = "multi_label_classification"  # of what it was trained for before
     made = trainer(tmp_path, model, tokenizer, "SEQ_CLS", rows=200, num_train_epochs=4, learning_rate=5e-3)
     made.train()
     score = made.evaluate(tiny_tasks.colour_rows(50, seed=9))
@@ -249,6 +251,7 @@ def test_all_weights_train_and_come_back(bases: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "model"), dtype="float32")
     assert again.config.label2id == {"cold": 0, "warm": 1}
+    assert again.config.problem_type == "single_label_classification"
     assert torch.equal(again.classifier.weight, model.classifier.weight)
     assert score["eval_accuracy"] > 0.8
 
@@ -335,6 +338,14 @@ def test_what_does_not_fit_a_task_is_refused(
         return
     with pytest.raises(error, match=message):
         trainer(tmp_path, model, tokenizer, "QUESTION_ANS", **settings)
+
+
+def test_predictions_are_refused_with_what_gives_answers(bases: Any, tmp_path: Path) -> None:
+    model, tokenizer = load(bases, "SEQ_CLS")
+    made = trainer(tmp_path, model, tokenizer, "SEQ_CLS", rows=8)
+    with pytest.raises(SettingsError, match=r"trainer.evaluate\(rows\) gives the figures; score_rows\("):
+        made.predict(made.train_data)
+    assert len(score_rows(made.model, made.recipe, made.train_data.rows, batch_size=8)[1]) == 8
 
 
 def test_models_that_cannot_train_a_task(bases: Any, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def load_model(
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     keep_softcap(model, attn_implementation)
-    refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
+    refuse_missing_weights(source, type(model).__name__, info, {key for keys in new.values() for key in keys})
     own_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if vocabulary is not None:
         rows = model.get_input_embeddings().weight.shape[0]

@@ -317,6 +317,9 @@ def recipe_for(model: Any, tokenizer: Any) -> Recipe:
         raise ModelError(
             f"{type(model).__name__} has one label (a head for one number), so there is nothing to tell apart."
         )
+    if task == "SEQ_CLS":
+        # Pipelines would otherwise read a base for several labels a row as one still.
+        model.config.problem_type = "single_label_classification"
     return _RECIPES[task](model, tokenizer)
 
 

@@ -203,6 +203,18 @@ class TaskTrainer(RunTrainer):
         self.report_evaluation(metrics, began)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' own would take logits from batches of its own, and knows no rows that are left out.
+
+        Raises:
+            SettingsError: with what to do instead.
+        """
+        raise SettingsError(
+            "trainer.predict is not there for tasks. trainer.evaluate(rows) gives the figures; score_rows("
+            "trainer.model, trainer.recipe, rows, batch_size=8) of tunesmith.training.tasks.trainer also an answer for "
+            "each row of trainer.train_data or eval_data, as `tunesmith evaluate --output FILE` writes them."
+        )
+
     # ---- checkpoints ----
 
     def run_fingerprint(self) -> dict[str, Any]:
