@@ -11,7 +11,7 @@ token ids must be those that were masked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,7 +93,7 @@ class _ImageTokens:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def _named(where: str) -> Generator[None]:
     """Name the rows whose images a processor refuses."""
     try:
         yield
