@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,20 @@ def tokenizer() -> Any:
         tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
         eos_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
+
+
+def language_tokenizer() -> Any:
+    """Return the same with texts that end in the end token and a language, as mBART's do."""
+    from tokenizers import processors
+
+    made = copy.deepcopy(tokenizer())
+    made.add_tokens(["[xx]"], special_tokens=True)
+    made.extra_special_tokens = ["[xx]"]
+    ids = [(name, made.convert_tokens_to_ids(name)) for name in ("[SEP]", "[xx]")]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP] [xx]", pair="$A $B [SEP] [xx]", special_tokens=ids
+    )
+    return made
 
 
 def save_base(folder: Path, family: str = "bert", *, seed: int = 0, **changes: Any) -> Path:

@@ -31,6 +31,35 @@ def test_models_without_usual_names_adapt_every_linear_layer() -> None:
     assert resolve_targets(model, None) == linear_names(model) == ["in_proj", "x_proj", "dt_proj", "out_proj"]
 
 
+_SIZE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "names"),
+    [
+        ("Bert", _SIZE, ["query", "key", "value", "dense"]),
+        ("ModernBert", _SIZE, ["Wqkv", "Wo", "Wi"]),
+        ("MPNet", _SIZE, ["q", "k", "v", "o", "dense"]),
+        ("DebertaV2", {**_SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+         ["query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj", "dense"]),
+        ("Albert", {**_SIZE, "embedding_size": 16}, ["query", "key", "value", "dense", "ffn", "ffn_output"]),
+        ("T5", _T5, ["q", "k", "v", "o", "wi", "wo"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_encoders_adapt_their_attention_whatever_its_names_and_the_head_are(
+    family: str, sizes: dict[str, Any], names: list[str], head: str
+) -> None:
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}{head}")(config)
+    assert resolve_targets(model, None) == names
+
+
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.HYBRIDS])
 def test_all_linear_is_everything_but_the_head(family: str) -> None:
     model = tiny.tiny_model(family)

@@ -47,6 +47,20 @@ def test_a_run_on_images_leaves_an_adapter_with_its_processor(run, base, rows, t
     assert json.loads((folder / "result.json").read_text())["predicted_peak_bytes"] is None
 
 
+def test_rows_are_inspected_as_they_are_trained_on(run, base, rows, tmp_path):
+    outcome = run("inspect", rows, "--model", base, "--json", "--rows", 1)
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["inference_agreement"] == {"conversations": 24, "differences": []}
+    (row,) = report["rows"]
+    assert any("<image_soft_token>" in piece["text"] for piece in row["pieces"])
+    assert run("train", "--model", base, "--data", rows, "--output-dir", tmp_path / "run", *FLAGS,
+               "--eval-split", 0).code == 0  # fmt: skip
+    assert report["ledger"] == json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
+    # The adapter has the processor that it was trained with.
+    assert run("inspect", rows, "--model", tmp_path / "run", "--rows", 0).code == 0
+
+
 def test_rows_with_images_need_a_model_that_sees(run, model_folder, rows, tmp_path):
     outcome = run("train", "--model", model_folder, "--data", rows, "--output-dir", tmp_path / "run", *FLAGS)
     assert outcome.code == 2

@@ -12,6 +12,7 @@ from tests import tiny, tiny_tasks
 from tunesmith.core.errors import DataError
 from tunesmith.data.task_rows import collect_labels, label_number, read_records
 from tunesmith.data.tasks import IGNORED, TaskData, prepare_records, split_task_rows
+from tunesmith.training.tasks.recipes import recipe_for
 
 
 def prepare(rows: Any, task: str, *, mapping: Any = None, tokenizer: Any = None, **changes: Any) -> TaskData:
@@ -38,7 +39,8 @@ def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
     ("task", "row", "message"),
     [
         ("SEQ_CLS", {"txet": "a", "label": "warm"}, r"row 1: SEQ_CLS rows need text, label, .*no text.*mean 'txet'"),
-        ("SEQ_CLS", {"text": "a", "label": None}, "row 1: SEQ_CLS rows need text, label, and this one has no label"),
+        ("SEQ_CLS", {"text": "a", "label": None}, "row 1: 'label' is null, and SEQ_CLS rows need it. Fill it in"),
+        ("SEQ_CLS", {"text": "a"}, "row 1: SEQ_CLS rows need text, label, and this one has no label"),
         ("SEQ_CLS", {"text": " ", "label": "warm"}, "row 1: 'text' is empty; a text is needed"),
         ("SEQ_CLS", {"text": 3, "label": "warm"}, "row 1: 'text' is a number; a text is needed"),
         ("SEQ_CLS", {"text": "a", "label": [1]}, "row 1: 'label' is a list; a label is a text or a whole number"),
@@ -65,6 +67,17 @@ def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
 def test_a_row_that_does_not_fit_is_named_with_what_is_wrong(task: str, row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepare([row], task)
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_optional_cell_that_is_empty_is_none(tmp_path: Path, empty: Any) -> None:
+    pair = {"text": "ann", "text_pair": empty, "label": "warm"}
+    alone = {"text": "ann", "label": "warm"}
+    assert prepare([pair], "SEQ_CLS").rows[0].features == prepare([alone], "SEQ_CLS").rows[0].features
+    rows = [{"anchor": "ann", "positive": "bob", "negative": empty}]
+    assert sorted(prepare(rows, "FEATURE_EXTRACTION").rows[0].features) == ["anchor", "positive"]
+    asked = {"question": "a", "context": "ann", "answer": "ann", "answer_start": empty}
+    assert len(prepare([asked], "QUESTION_ANS")) == 1
 
 
 def test_a_file_is_named_with_its_line(tmp_path: Path) -> None:
@@ -184,6 +197,24 @@ def test_a_target_ends_where_generation_stops() -> None:
     assert twice.rows[0].features["labels"].count(tiny_tasks.tokenizer().eos_token_id) == 1
 
 
+def test_a_target_that_ends_with_its_language_gets_no_second_end() -> None:
+    """As mBART's tokenizer writes it; the decoder then starts with the language."""
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    tokenizer = tiny_tasks.language_tokenizer()
+    data = prepare([{"source": "ann has", "target": "red figs"}], "SEQ_2_SEQ_LM", tokenizer=tokenizer)
+    names = tokenizer.convert_ids_to_tokens(data.rows[0].features["labels"])
+    assert names == ["red", "figs", "[SEP]", "[xx]"]
+    cut = prepare([{"source": "ann has", "target": "red figs and nuts"}], "SEQ_2_SEQ_LM", tokenizer=tokenizer,
+                  max_length=4, on_too_long="truncate")  # fmt: skip
+    assert tokenizer.convert_ids_to_tokens(cut.rows[0].features["labels"]) == names
+    config = MBartConfig(vocab_size=len(tokenizer), d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+                         decoder_ffn_dim=8, encoder_attention_heads=1, decoder_attention_heads=1, pad_token_id=0,
+                         decoder_start_token_id=tokenizer.convert_tokens_to_ids("[xx]"))  # fmt: skip
+    batch = recipe_for(MBartForConditionalGeneration(config), tokenizer).collate(data.rows)
+    assert tokenizer.convert_ids_to_tokens(batch["decoder_input_ids"][0]) == ["[xx]", "red", "figs", "[SEP]"]
+
+
 def test_pairs_and_triples() -> None:
     rows = [{"query": "ann", "answer": "bob", "negative": "eve"}, {"query": "ann", "answer": "bob", "negative": None}]
     data = prepare(rows, "FEATURE_EXTRACTION")
@@ -240,6 +271,14 @@ def test_a_row_whose_answer_is_cut_off_is_left_out() -> None:
     asked = prepare([{**row, "question": "what " * 9}], "QUESTION_ANS", max_length=7, on_too_long="truncate")
     assert asked.ledger.dropped == {"question longer than 7 tokens": 1}
     assert (data.ledger.rows_cut, data.ledger.tokens_cut) == (0, 0)
+
+
+@pytest.mark.parametrize(("answer", "context"), [("\u200d", "ann \u200d has"), ("figs\u200d", "ann has figs\u200d")])
+def test_an_answer_without_tokens_is_not_called_cut_off(answer: str, context: str) -> None:
+    row = {"question": "what", "context": context, "answer": answer}
+    assert prepare([row], "QUESTION_ANS").ledger.dropped == {"answer without a token of its own": 1}
+    cut = prepare([{**row, "context": f"{context} and the nuts"}], "QUESTION_ANS", max_length=8, on_too_long="truncate")
+    assert cut.ledger.dropped == {"answer without a token of its own": 1}
 
 
 # ---- ledger and split ----

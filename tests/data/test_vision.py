@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests import tiny, tiny_vision
 from tests.tiny_vision import colour_rows, image, vision_processor
 
@@ -78,9 +79,28 @@ def test_images_of_the_row_come_first_where_no_message_shows_them() -> None:
     assert found.messages[0]["content"] == [PLACE, text("which colour")]
 
 
+def test_markers_in_texts_are_the_places_of_the_images_of_the_row() -> None:
+    """As LLaVA's rows have them; a text that says so beside a part with an image, or without images, is text."""
+    pair = {"conversations": [{"from": "human", "value": "<image>\nthe colour"}, {"from": "gpt", "value": "red"}]}
+    assert example({**pair, "image": "a.png"}).messages[0]["content"] == [PLACE, text("\nthe colour")]
+    value = {"messages": [{"role": "user", "content": "first <image> second<image>"}, ANSWER,
+                          {"role": "user", "content": "and <image>?"}, ANSWER], "images": ["a", "b", "c"]}  # fmt: skip
+    found = example(value)
+    assert found.images == ("a", "b", "c")
+    assert found.messages[0]["content"] == [text("first "), PLACE, text(" second"), PLACE]
+    assert found.messages[2]["content"] == [text("and "), PLACE, text("?")]
+    assert found.messages[1]["content"] == "red"
+    own = example(row(shown("a.png"), text("an <image> tag")))
+    assert own.messages[0]["content"] == [PLACE, text("an <image> tag")]
+    plain = example({"messages": [{"role": "user", "content": "an <image> tag"}, ANSWER]})
+    assert (plain.messages[0]["content"], plain.images) == ("an <image> tag", ())
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
+        (row(text("<image> <image>"), image="a.png"), "images do not match"),
+        (row(text("<image>"), images=["a.png", "b.png"]), "images do not match"),
         (row(PLACE, text("a")), "images do not match"),
         (row(PLACE, text("a"), images=["a.png", "b.png"]), "images do not match"),
         (row({"type": "video", "video": "a.mp4"}), "content is not text"),
@@ -111,25 +131,65 @@ def test_images_are_opened_from_all_that_rows_hold(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(raw)
     data_url = "data:image/png;base64," + base64.b64encode(raw).decode()
     path = str(tmp_path / "red.png")
-    ways = [image("red"), path, tmp_path / "red.png", raw, {"bytes": raw, "path": None}, {"path": path}, data_url]
+    ways = [image("red"), path, tmp_path / "red.png", raw, {"bytes": raw, "path": None}, {"path": path}, data_url,
+            (tmp_path / "red.png").as_uri()]  # fmt: skip
+    parts = [{"base64": data_url}, {"base64": data_url.partition(",")[2]}, {"image": image("red")}]
+    ways += [example(row({"type": "image", **part}, text("a"))).images[0] for part in parts]
     opened = [open_image(way, "rows:1") for way in ways]
     assert {one.tobytes() for one in opened} == {image("red").tobytes()}
     assert {one.mode for one in opened} == {"RGB"}
 
 
+def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    wide = image("red", size=(32, 16))
+    turned = wide.getexif()
+    turned[0x0112] = 6  # orientation: turn by 90 degrees
+    wide.save(tmp_path / "a.png", exif=turned)
+    found = open_image(str(tmp_path / "a.png"), "rows:1")
+    assert found.size == (16, 32)
+    assert found.tobytes() == wide.rotate(-90, expand=True).tobytes()
+
+
+def test_pixels_of_more_than_8_bits_are_scaled_or_refused(tmp_path: Path) -> None:
+    deep = np.array([[0, 257, 256, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    for value in (Image.fromarray(deep), tmp_path / "a.png"):
+        assert np.asarray(open_image(value, ""))[0, :, 0].tolist() == [0, 1, 0, 128, 255]
+    for kind in (np.float32, np.int32):
+        with pytest.raises(DataError, match=r"rows:1: an image has pixels of 32 bits .*Scale them to 8 or 16 bits"):
+            open_image(Image.fromarray(np.ones((4, 4), kind)), "rows:1")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("https://example.org/a.png", "rows:1: the image 'https://example.org/a.png' is a URL, and nothing is fetched"),
+        (
+            "https://example.org/a.png",
+            r"^rows:1: the image 'https://example.org/a.png' is a URL, and nothing is fetched\. Give a PIL [^.]*\.$",
+        ),
         ("no/such.png", r"rows:1: an image cannot be read: .*No such file"),
         (b"nothing", "rows:1: an image cannot be read: it is no image of a known format. Give a PIL image"),
         ("data:image/png;base64,*", "rows:1: an image cannot be read"),
+        (np.zeros((4, 4, 3), np.uint8), "rows:1: an image is a ndarray. Give a PIL image"),
         (3, "rows:1: an image is a number. Give a PIL image, the path of a file, or the bytes of one"),
     ],
 )
 def test_an_image_that_cannot_be_read_names_its_row(value: Any, message: str) -> None:
+    (held,) = example(row(shown(value), text("a"))).images
     with pytest.raises(DataError, match=message):
-        open_image(value, "rows:1")
+        open_image(held, "rows:1")
+
+
+def test_an_image_that_the_processor_refuses_names_its_row(tmp_path: Path) -> None:
+    """Qwen's takes no image that is 200 times as wide as it is high."""
+    wide = image("red", size=(900, 3))
+    with pytest.raises(DataError, match=r"rows:1: the processor refuses an image: .*ratio.* Crop or resize it"):
+        encoded("qwen2-vl", row(shown(wide), text("a")))
+    image("red").save(tmp_path / "a.png")
+    rows = features("qwen2-vl", [row(shown(str(tmp_path / "a.png")), text("a"))])
+    wide.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"row 1.*: the processor refuses an image"):
+        ImageCollator(vision_processor("qwen2-vl"))(rows)
 
 
 def test_a_run_stops_at_an_image_that_cannot_be_read() -> None:

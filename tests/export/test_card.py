@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import yaml
+from tests import tiny_tasks
 
-from tunesmith.export.card import About, export_card
+from tunesmith import FastLanguageModel
+from tunesmith.export.card import About, export_card, model_card
 from tunesmith.export.report import ExportReport
 from tunesmith.export.verify import Comparison
 
@@ -40,6 +44,20 @@ def test_no_licence_and_no_path_is_told(tmp_path: Path) -> None:
     assert head(card) == {"library_name": "peft", "tags": ["lora", "tunesmith"]}
     assert f"# LoRA adapter for {tmp_path.name}" in card and str(tmp_path) not in card
     assert "icense" not in card and "untuned" not in card
+
+
+def test_an_adapter_with_labels_says_how_its_base_gets_them(tmp_path: Path) -> None:
+    labels = ("cold", "it's", "warm")
+    settings = {"task_type": "SEQ_CLS", "id2label": dict(enumerate(labels)), "dtype": "float32"}
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_tasks.save_base(tmp_path / "base")), **settings)
+    FastLanguageModel.get_peft_model(model, r=2).save_pretrained(tmp_path / "adapter")
+    about = {"base": "b", "task": "SEQ_CLS", "settings": {}, "ledger": {}, "result": {}, "versions": {}}
+    (code,) = re.findall(r"or with PEFT:\n\n```python\n(.*?)```", model_card(labels=labels, **about), re.DOTALL)
+    scope = {"peft": peft, "folder": str(tmp_path / "adapter")}
+    exec(code, scope)
+    assert scope["model"].config.id2label == dict(enumerate(labels))
+    whole = model_card(labels=labels, is_adapter=False, **about)
+    assert "`transformers.AutoModelForSequenceClassification.from_pretrained(folder)`." in whole
 
 
 def test_what_is_known_of_the_training_is_told(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import tiny
+from tests import tiny, tiny_tasks
 from tests.export.support import adapt, disturb, loaded, logits
 from transformers import AutoModelForCausalLM
 
-from tunesmith.core.errors import AdapterError, ExportError, OutputError
+from tunesmith.core.errors import AdapterError, ExportError, ModelError, OutputError
 from tunesmith.export.adapter import export_adapter
 from tunesmith.export.verify import _rounding
 from tunesmith.training.probes import probes_of_run
@@ -47,6 +47,21 @@ def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path
     model, _ = loaded(saved, full_finetuning=True)
     model.save_pretrained_merged(tmp_path / "out", save_method="merged_32bit")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_a_model_for_another_task_is_refused_with_what_saves_it(tmp_path: Path, has_adapter: bool) -> None:
+    base = tiny_tasks.save_base(tmp_path / "base")
+    model, tokenizer = loaded(base, task_type="SEQ_CLS", num_labels=2, full_finetuning=not has_adapter)
+    model = adapt(model) if has_adapter else model
+    merged = r"model\.merge_and_unload\(\)" if has_adapter else "model"
+    message = rf"base is a model for SEQ_CLS, .* Save it with {merged}\.save_pretrained\(folder\)"
+    for write in (model.save_pretrained_merged, model.save_pretrained_torchao, model.save_pretrained_gguf):
+        with pytest.raises(ModelError, match=message):
+            write(str(tmp_path / "out"), tokenizer)
+    assert not (tmp_path / "out").exists()
+    (model.merge_and_unload() if has_adapter else model).save_pretrained(tmp_path / "out")
+    assert loaded(tmp_path / "out")[0].config.num_labels == 2
 
 
 @pytest.mark.usefixtures("exports_load_here")

@@ -15,7 +15,7 @@ from tunesmith.core.errors import AdapterError, ModelError, NotSupportedYetError
 from tunesmith.core.tasks import TASKS, find_task, task_of
 from tunesmith.models.embed import embed_texts
 from tunesmith.models.heads import read_labels, reads
-from tunesmith.models.load import facts_of
+from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 
 OTHERS = [name for name in TASKS if name != "CAUSAL_LM"]
 
@@ -164,6 +164,49 @@ def test_weights_of_the_body_have_to_be_there(bert: Path, tmp_path: Path) -> Non
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights are missing .*layer\.1\.output\.dense"):
         load(tmp_path, task_type="SEQ_CLS")
+
+
+def test_a_class_that_looks_for_other_weights_than_its_base_has_cannot_be_used(llama: Path) -> None:
+    with pytest.raises(ModelError, match="LlamaForQuestionAnswering of transformers looks for its weights under other"):
+        load(llama, task_type="QUESTION_ANS")
+
+
+@pytest.mark.parametrize(("pad", "window"), [(1, 512), (0, 513)])
+def test_the_window_of_roberta_begins_behind_its_padding_token(tmp_path: Path, pad: int, window: int) -> None:
+    base = tiny_tasks.save_base(tmp_path / "base", "roberta", pad_token_id=pad)
+    model, tokenizer = load(base, task_type="FEATURE_EXTRACTION")
+    assert facts_of(model).window == window
+    assert embed_texts(model, tokenizer, ["a " * 600]).shape == (1, 32)
+    with pytest.raises(ModelError, match=f"max_seq_length=514 is above .* window of {window} positions"):
+        load(base, task_type="FEATURE_EXTRACTION", max_seq_length=514)
+
+
+@pytest.fixture
+def xlnet(tmp_path: Path) -> Path:
+    """Write a base that has no longest position, and whose layers transformers cannot compute again."""
+    import transformers
+
+    config = transformers.XLNetConfig(vocab_size=200, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=0)
+    transformers.XLNetModel(config).save_pretrained(tmp_path / "xlnet")
+    tiny_tasks.tokenizer().save_pretrained(tmp_path / "xlnet")
+    return tmp_path / "xlnet"
+
+
+def test_a_model_without_a_longest_position_has_the_window_that_is_asked_for(xlnet: Path) -> None:
+    own = {"task_type": "FEATURE_EXTRACTION"}
+    assert facts_of(load(xlnet, **own)[0]).window == DEFAULT_WINDOW
+    assert facts_of(load(xlnet, max_seq_length=700, **own)[0]).window == 700
+
+
+def test_layers_that_cannot_be_computed_again_keep_everything_unless_that_was_asked_for(xlnet: Path) -> None:
+    model = FastLanguageModel.get_peft_model(load(xlnet, task_type="FEATURE_EXTRACTION")[0], r=2)
+    facts = facts_of(model)
+    assert facts.checkpointing is False
+    assert [note for note in facts.notes if "layers of XLNetModel cannot be computed again" in note] == facts.notes[1:]
+    with pytest.raises(SettingsError, match=r"use_gradient_checkpointing=True: .* XLNetModel .* Leave it out"):
+        FastLanguageModel.get_peft_model(
+            load(xlnet, task_type="FEATURE_EXTRACTION")[0], use_gradient_checkpointing=True
+        )
 
 
 def test_a_model_of_someone_else_says_its_task() -> None:

@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from tunesmith import FastLanguageModel, SFTConfig, TaskTrainer
 from tunesmith.core.errors import CheckpointError, ModelError, OutputError, SettingsError, TrainingError
 from tunesmith.core.tasks import TASKS
-from tunesmith.data.tasks import IGNORED
 from tunesmith.training.tasks.recipes import recipe_for
 from tunesmith.training.tasks.scores import macro_f1, span_f1, tag_spans, text_f1
+from tunesmith.training.tasks.trainer import score_rows
 
 OTHERS = [name for name in TASKS if name != "CAUSAL_LM"]
 _TIMES = ("runtime", "_per_second", "tokens_per_s", "peak_bytes", "total_flos")
@@ -135,25 +135,6 @@ def test_the_loss_of_answers_is_that_of_transformers_without_padding(bases: Any,
     torch.testing.assert_close(one, many)
 
 
-def test_positives_that_are_equal_are_no_negatives(bases: Any, tmp_path: Path) -> None:
-    model, tokenizer = load(bases, "FEATURE_EXTRACTION")
-    rows = [{"anchor": "ann", "positive": "figs"}, {"anchor": "bob", "positive": "figs"},
-            {"anchor": "eve", "positive": "nuts", "negative": "limes"}]  # fmt: skip
-    made = trainer(tmp_path, model, tokenizer, "FEATURE_EXTRACTION", rows=rows)
-    batch = made.recipe.collate(made.train_data.rows)
-    x = IGNORED
-    assert batch["labels"].tolist() == [[1, x, 0, 0], [x, 1, 0, 0], [0, 0, 1, 0]]
-    model.eval()
-    with torch.no_grad():
-        loss, vectors = made.recipe.loss(model, batch)
-    logits = (vectors[:3] @ vectors[3:].T / 0.05).double()
-    wanted = sum(
-        -torch.log_softmax(logits[i, [j for j in range(4) if batch["labels"][i, j] != x]], 0)[own]
-        for i, own in ((0, 0), (1, 0), (2, 2))
-    )
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-4)
-
-
 # ---- scores ----
 
 
@@ -164,6 +145,27 @@ def test_spans_of_tags() -> None:
     assert span_f1(right, right) == 1
     assert span_f1(right, [["B-A", "O", "O"], ["B-B", "O", "O"]]) == 0.5
     assert span_f1(right, [["O"] * 3] * 2) == 0
+
+
+def test_spans_of_tags_that_mark_their_ends() -> None:
+    """BIOES and BILOU: a span of one word, and neighbours of one kind."""
+    assert tag_spans(["S-A", "S-A", "O", "B-A", "I-A", "E-A"]) == {(0, 1, "A"), (1, 2, "A"), (3, 6, "A")}
+    assert tag_spans(["U-A", "B-B", "L-B", "I-B", "O"]) == {(0, 1, "A"), (1, 3, "B"), (3, 4, "B")}
+    assert tag_spans(["E-A", "E-A", "B-A", "S-A"]) == {(0, 1, "A"), (1, 2, "A"), (2, 3, "A"), (3, 4, "A")}
+    right = [["S-A", "O", "B-B", "E-B"]]
+    assert span_f1(right, [["O", "S-A", "B-B", "E-B"]]) == 0.5
+    assert span_f1([["B-B", "I-B", "E-B", "O"]], [["B-B", "I-B", "O", "O"]]) == 0
+
+
+def test_tags_that_mark_no_spans_are_scored_as_labels(bases: Any) -> None:
+    model, tokenizer = load(bases, "TOKEN_CLS")
+    recipe = recipe_for(model, tokenizer)
+    for labels, figure in (
+        (("B-A", "I-A", "O"), "span_f1"), (("B-A", "L-A", "U-B", "O"), "span_f1"), (("B-A", "X", "O"), "macro_f1"),
+        (("B", "I", "O"), "macro_f1"), (("NOUN", "VERB"), "macro_f1"),
+    ):  # fmt: skip
+        recipe.labels = labels
+        assert list(recipe.score([], [])) == ["accuracy", figure]
 
 
 def test_macro_f1_counts_labels_alike() -> None:
@@ -241,6 +243,7 @@ def test_a_causal_model_with_a_head_trains_and_comes_back(tmp_path: Path, task: 
 
 def test_all_weights_train_and_come_back(bases: Any, tmp_path: Path) -> None:
     model, tokenizer = load(bases, "SEQ_CLS", adapter=False)
+    model.config.problem_type = "multi_label_classification"  # of what it was trained for before
     made = trainer(tmp_path, model, tokenizer, "SEQ_CLS", rows=200, num_train_epochs=4, learning_rate=5e-3)
     made.train()
     score = made.evaluate(tiny_tasks.colour_rows(50, seed=9))
@@ -248,6 +251,7 @@ def test_all_weights_train_and_come_back(bases: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "model"), dtype="float32")
     assert again.config.label2id == {"cold": 0, "warm": 1}
+    assert again.config.problem_type == "single_label_classification"
     assert torch.equal(again.classifier.weight, model.classifier.weight)
     assert score["eval_accuracy"] > 0.8
 
@@ -334,6 +338,14 @@ def test_what_does_not_fit_a_task_is_refused(
         return
     with pytest.raises(error, match=message):
         trainer(tmp_path, model, tokenizer, "QUESTION_ANS", **settings)
+
+
+def test_predictions_are_refused_with_what_gives_answers(bases: Any, tmp_path: Path) -> None:
+    model, tokenizer = load(bases, "SEQ_CLS")
+    made = trainer(tmp_path, model, tokenizer, "SEQ_CLS", rows=8)
+    with pytest.raises(SettingsError, match=r"trainer.evaluate\(rows\) gives the figures; score_rows\("):
+        made.predict(made.train_data)
+    assert len(score_rows(made.model, made.recipe, made.train_data.rows, batch_size=8)[1]) == 8
 
 
 def test_models_that_cannot_train_a_task(bases: Any, tmp_path: Path) -> None:

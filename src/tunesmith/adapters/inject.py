@@ -240,10 +240,12 @@ def check_checkpointing(mode: bool | str) -> None:
 def set_checkpointing(model: Any, mode: bool | str) -> None:
     """Choose what each decoder layer keeps for the backward pass; ``mode`` False keeps everything.
 
-    Layers that the engine does not know recompute all or nothing, as transformers does.
+    Layers that the engine does not know recompute all or nothing, as transformers does. Where they cannot, "unsloth"
+    and "auto" keep everything, which is noted.
 
     Raises:
-        SettingsError: see :func:`check_checkpointing`; or the mode needs the engine and it knows no layer of the model.
+        SettingsError: see :func:`check_checkpointing`; the mode needs the engine and it knows no layer of the model, or
+            it is True and no layer can recompute.
     """
     check_checkpointing(mode)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -253,6 +255,16 @@ def set_checkpointing(model: Any, mode: bool | str) -> None:
         raise SettingsError(
             f"use_gradient_checkpointing={mode!r} needs fused decoder layers ({why}). Use True, False or 'unsloth'."
         )
+    if mode is not False and not base.supports_gradient_checkpointing:
+        kind = type(base).__name__
+        if mode is True:
+            raise SettingsError(
+                f"use_gradient_checkpointing=True: transformers has {kind} keep everything for the backward pass, and "
+                "cannot compute its layers again. Leave it out."
+            )
+        note = f"layers of {kind} cannot be computed again: all is kept for the backward pass"
+        facts_of(model).notes += [] if note in facts_of(model).notes else [note]
+        mode = False
     checkpoint_layers(base, mode is not False)
     if engine is not None:
         engine.set_policy(_POLICIES[mode])

@@ -25,6 +25,7 @@ from tunesmith.models.load import (
     load_model,
     load_tokenizer,
     load_window,
+    source_sees,
 )
 from tunesmith.models.prompts import set_ends
 from tunesmith.models.qat import prepare, scheme_of
@@ -193,12 +194,15 @@ def load_source_tokenizer(
     max_seq_length: int | None = DEFAULT_WINDOW,
     stretched: Stretch | None = None,
     chat_template: str | None = None,
+    with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """Return the tokenizer and the window that :func:`load_source` would give ``name``, without loading weights."""
     base, folder = _parts(name, None)
-    owner = folder if folder is not None and _has_tokenizer(folder) else base
-    tokenizer = load_tokenizer(owner, chat_template=chat_template, **hub)
+    sees = with_processor and source_sees(base, **hub)
+    has_own = _has_processor if sees else _has_tokenizer
+    owner = folder if folder is not None and has_own(folder) else base
+    tokenizer = load_tokenizer(owner, chat_template=chat_template, with_processor=sees, **hub)
     _, stretched, max_seq_length = _as_trained(folder, None, True, stretched, max_seq_length)
     return tokenizer, load_window(base, max_seq_length, stretched=stretched, **hub)
 

@@ -28,8 +28,10 @@ _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 # Fused projections of families that have no separate ones: phi-3, the plain MLP of phi and gpt-neox; BERT's names.
 _EQUIVALENTS = (
     "qkv_proj", "gate_up_proj", "query_key_value", "query", "key", "value", "dense", "dense_h_to_4h", "dense_4h_to_h",
-    "fc1", "fc2",
+    "fc1", "fc2", "ffn", "ffn_output",
 )  # fmt: skip
+# One of these is the query's projection: without it the names that are usual say nothing of a family's attention.
+_QUERIES = {"q_proj", "qkv_proj", "query_key_value", "query"}
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -59,14 +61,16 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def usual_names(existing: Iterable[str]) -> list[str]:
-    """Return those of the ``existing`` last name parts that get an adapter when nothing is said; all if none is usual.
+    """Return those of the ``existing`` last name parts that get an adapter when nothing is said.
 
-    The seven projections of llama-like models, or the family's equivalents.
+    The seven projections of llama-like models, or the family's equivalents; all where attention has other names.
     """
     there = list(dict.fromkeys(existing))
+    if _QUERIES.isdisjoint(there):
+        return there
     # Where there is a q_proj, BART and OPT call the o_proj so; elsewhere it is something else.
     output = ("out_proj",) if "q_proj" in there else ()
-    return [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in there] or there
+    return [name for name in (*_SEVEN, *output, *_EQUIVALENTS) if name in there]
 
 
 def matching_names(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
@@ -80,7 +84,8 @@ def matching_names(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
 def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str:
     """Return what PEFT gets as ``target_modules``: a list of names, or a regular expression as given.
 
-    None means the seven projections of llama-like models, else the family's equivalents, else every linear layer.
+    None means the seven projections of llama-like models, else the family's equivalents, else every linear layer, of
+    those that the model repeats: heads, poolers and projections between parts have names of their own.
 
     Raises:
         AdapterError: a name or expression matches no layer that can carry an adapter; the message lists those that
@@ -90,7 +95,9 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
     if not existing:
         raise AdapterError(f"{type(model).__name__} has no linear layers that LoRA could adapt.")
     if asked is None:
-        return usual_names(existing)
+        # A repeated layer has a number in its name.
+        repeated = [name for name in linear_layers(model) if re.search(r"\.\d+\.", name)]
+        return usual_names(name.rpartition(".")[2] for name in repeated) or existing
     if asked == "all-linear":
         return existing
     if isinstance(asked, str):

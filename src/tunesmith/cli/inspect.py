@@ -38,7 +38,7 @@ def command(
     """Show the data ledger and the first rows with their trained tokens, as training would have them.
 
     Also checks, on the first 100 conversations, that the training text is the inference prompt followed by the answer.
-    Loads the tokenizer only.
+    Loads the tokenizer or processor only.
     """
     if rows < 0:
         raise SettingsError(f"--rows {rows}: 0 or more is needed.")
@@ -97,8 +97,8 @@ class _Agreement:
 
 def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
     from tunesmith.adapters.state import load_source_tokenizer
-    from tunesmith.data.masks import ExampleEncoder
     from tunesmith.data.prepare import prepare
+    from tunesmith.data.vision import encoder_of
     from tunesmith.models.load import DEFAULT_WINDOW
 
     tokenizer, window = load_source_tokenizer(
@@ -106,8 +106,9 @@ def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
         max_seq_length=settings.max_seq_length or settings.max_length or DEFAULT_WINDOW,
         stretched=settings.stretched(settings.max_seq_length or settings.max_length),
         chat_template=settings.chat_template,
+        with_processor=True,
     )
-    encoder = ExampleEncoder(tokenizer, train_on=settings.train_on)
+    encoder = encoder_of(tokenizer, settings.train_on)
     prepared = prepare(
         settings.data,
         encoder,
@@ -116,7 +117,7 @@ def _prepare(settings: RunSettings) -> tuple[PreparedData, Any, ExampleEncoder]:
         mapping=settings.map,
         limit=settings.limit,
     )
-    return prepared, tokenizer, encoder
+    return prepared, getattr(tokenizer, "tokenizer", tokenizer), encoder
 
 
 def _check_agreement(settings: RunSettings, encoder: ExampleEncoder) -> _Agreement:

@@ -2,8 +2,9 @@
 
 An image is a PIL image, the path of a file, the bytes of one, or what ``datasets`` makes of its Image feature
 (``{"bytes", "path"}``). A message shows it as a part of its content, ``{"type": "image", "image": ...}``; a part
-without one marks the place of the next image of the row's column ``images`` (a list) or ``image``. Nothing is ever
-fetched: a URL is refused.
+without one marks the place of the next image of the row's column ``images`` (a list) or ``image``. Where no part shows
+an image, ``<image>`` in a text marks such a place, as in LLaVA's and ShareGPT's rows. Nothing is ever fetched: a URL is
+refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
 
 from tunesmith.core.errors import DataError, SettingsError
 from tunesmith.data.readers import kind_of
@@ -29,11 +34,15 @@ Resize = int | tuple[int, int] | None
 """A longest side in pixels that larger images are scaled down to, an exact (width, height), or as they are."""
 
 _ACCEPTED = "Give a PIL image, the path of a file, or the bytes of one."
+_MARKER = "<image>"
+_PLACE: dict[str, Any] = {"type": "image", "image": None}
 
 
 def image_in(part: Mapping[str, Any]) -> Any:
     """Return the image of a content part of type image or image_url, None where the part only marks its place."""
-    found = next((part[key] for key in ("image", "image_url", "url", "path", "base64") if part.get(key)), None)
+    found = next((part[key] for key in ("image", "image_url", "url", "path") if _is_given(part.get(key))), None)
+    if found is None and part.get("base64"):
+        return part["base64"] if part["base64"].startswith("data:") else f"data:;base64,{part['base64']}"
     return found.get("url") if isinstance(found, Mapping) and "url" in found else found
 
 
@@ -42,27 +51,29 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     several = row.get("images")
     several = list(several) if isinstance(several, (list, tuple)) else [several]
     given = [*several, row.get("image")]
-    return [image for image in given if image is not None and not (isinstance(image, str) and not image)]
+    return [image for image in given if _is_given(image)]
+
+
+def _is_given(image: Any) -> bool:
+    return image is not None and not (isinstance(image, str) and not image)
 
 
 def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     """Return the messages with bare ``{"type": "image"}`` parts, and the images in the order of these parts.
 
-    ``given`` are the images of the row, for the parts that have none of their own. Where no part shows an image, they
-    come first in the first user message; where all parts have their own, the messages speak for themselves.
+    ``given`` are the images of the row, for the parts that have none of their own. Where no part shows an image, their
+    places are the ``<image>`` of the texts, without any the start of the first user message; where all parts have their
+    own, the messages speak for themselves.
 
     Raises:
         RowRefusedError: there are more or fewer of them than such places.
     """
+    rest = list(given)
+    if rest and not any(part["type"] == "image" for message in messages for part in _parts(message)):
+        messages = _with_places(messages, len(rest))
     own = [part["image"] for message in messages for part in _parts(message) if part["type"] == "image"]
-    marked, rest = own.count(None), list(given)
-    if rest and not own:
-        first = next((at for at, message in enumerate(messages) if message["role"] == "user"), 0)
-        text = [{"type": "text", "text": messages[first]["content"] or ""}]
-        shows = [{"type": "image", "image": image} for image in rest]
-        messages = [*messages[:first], {**messages[first], "content": [*shows, *text]}, *messages[first + 1 :]]
-        own = rest
-    elif marked and len(rest) != marked:
+    marked = sum(image is None for image in own)
+    if marked and len(rest) != marked:
         raise RowRefusedError(
             "images do not match", f"the messages mark {marked} places for images, and the row has {len(rest)} images"
         )
@@ -75,16 +86,38 @@ def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[
     return bare, tuple(rest.pop(0) if image is None else image for image in own)
 
 
+def _with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return messages of text with a place at each ``<image>``, or with ``count`` of them before the first question."""
+    texts = [message["content"] or "" for message in messages]
+    if any(_MARKER in text for text in texts):
+        contents = [_cut_at_markers(text) if _MARKER in text else None for text in texts]
+    else:
+        first = next((at for at, message in enumerate(messages) if message["role"] == "user"), 0)
+        contents: list[Any] = [None] * len(messages)
+        contents[first] = [_PLACE] * count + [{"type": "text", "text": texts[first]}]
+    return [
+        message if content is None else {**message, "content": content}
+        for message, content in zip(messages, contents, strict=True)
+    ]
+
+
+def _cut_at_markers(text: str) -> list[dict[str, Any]]:
+    parts = [part for piece in text.split(_MARKER) for part in (_PLACE, {"type": "text", "text": piece})]
+    return [part for part in parts[1:] if part.get("text") != ""]
+
+
 def open_image(value: Any, where: str, *, resize: Resize = None) -> Image:
-    """Return an image in RGB.
+    """Return an image in RGB, turned as its camera says.
 
     Raises:
-        DataError: it cannot be read, or is a URL; the message names ``where``.
+        DataError: it cannot be read, is a URL, or has pixels of no known range; the message names ``where``.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image = _opened(value, where).convert("RGB")
+        image = _eight_bits(ImageOps.exif_transpose(_opened(value, where)), where).convert("RGB")
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
         why = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(f"{where}: an image cannot be read: {why}. {_ACCEPTED}") from error
@@ -133,8 +166,24 @@ def _opened(value: Any, where: str) -> Image:
         return Image.open(io.BytesIO(value))
     if isinstance(value, str) and value.startswith("data:"):
         return Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2], validate=True)))
+    if isinstance(value, str) and value.startswith("file://"):
+        value = url2pathname(urlsplit(value).path)
     if isinstance(value, str) and "://" in value[:10]:
         raise DataError(f"{where}: the image {value[:80]!r} is a URL, and nothing is fetched. {_ACCEPTED}")
     if isinstance(value, (str, os.PathLike)):
         return Image.open(value)
     raise DataError(f"{where}: an image is {kind_of(value)}. {_ACCEPTED}")
+
+
+def _eight_bits(image: Image, where: str) -> Image:
+    """Return ``image`` with at most 8 bits a channel: PIL would cut at 255 where it should scale."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{where}: an image has pixels of 32 bits (mode {image.mode!r}), which may lie in any range. Scale them to "
+            "8 or 16 bits before training."
+        )
+    return image

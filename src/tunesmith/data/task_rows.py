@@ -62,11 +62,14 @@ def read_records(
         value: dict[str, Any] = {}
         for role, usual in roles.items():
             name = role.rstrip("?")
-            column = _column(row, name, usual, mapping or {})
-            if column is not None and row.value[column] is not None:
-                value[name] = _CHECKS.get(name, _text)(row.value[column], f"{row.where}: {column!r}")
-            elif not role.endswith("?"):
-                raise _missing(row, task, name, mapping)
+            column, is_optional = _column(row, name, usual, mapping or {}), role.endswith("?")
+            held = None if column is None else row.value[column]
+            if is_optional and isinstance(held, str) and not held.strip():
+                continue  # a cell of a table that is left empty
+            if held is not None:
+                value[name] = _CHECKS.get(name, _text)(held, f"{row.where}: {column!r}")
+            elif not is_optional:
+                raise _missing(row, task, name, column, mapping)
         yield Record(value, row.where)
 
 
@@ -144,7 +147,9 @@ def _column(row: SourceRow, role: str, usual: tuple[str, ...], mapping: Mapping[
     return next((name for name in names if name in row.value), None)
 
 
-def _missing(row: SourceRow, task: str, role: str, mapping: Mapping[str, str] | None) -> DataError:
+def _missing(row: SourceRow, task: str, role: str, column: str | None, mapping: Mapping[str, str] | None) -> DataError:
+    if column is not None:
+        return DataError(f"{row.where}: {column!r} is null, and {task} rows need it. Fill it in, or remove the row.")
     needed = ", ".join(name for name in ROLES[task] if not name.endswith("?"))
     hint = did_you_mean(role, row.value)
     return DataError(

@@ -9,6 +9,7 @@ out or cut is counted in the :class:`TaskLedger`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -273,6 +274,7 @@ class _Maker:
     def answered(self, record: Record) -> TaskRow:
         """Labels are the first and the last token of the answer in the context; both 0 where there is none."""
         context, answers = record.value["context"], answers_of(record)
+        cut_before = self.ledger.tokens_cut
         encoded = self._encode(record.where, record.value["question"], context, offsets=True)
         sides = encoded.sequence_ids()
         spans = [tuple(at) if side == 1 else None for at, side in zip(encoded["offset_mapping"], sides, strict=True)]
@@ -282,7 +284,14 @@ class _Maker:
             end = start + len(context[start:end].rstrip())  # a space before what follows belongs to no token of it
             inside = [i for i, span in enumerate(spans) if span is not None and span[0] < end and span[1] > start]
             if not inside or spans[inside[-1]][1] < end:  # type: ignore[index]
-                raise RowRefusedError("answer cut off", f"the answer ends after {self.max_length} tokens.")
+                seen = max((span[1] for span in spans if span is not None), default=0)
+                if self.ledger.tokens_cut > cut_before and seen < end:
+                    raise RowRefusedError("answer cut off", f"the answer ends after {self.max_length} tokens.")
+                shown = repr(answers[0][0][:60])
+                raise RowRefusedError(
+                    "answer without a token of its own",
+                    f"the tokenizer makes no token of the answer {shown}, or its end.",
+                )
             first, last = inside[0], inside[-1]
         self._count(len(spans))
         reference = {"context": context, "spans": spans, "answers": [text for text, _ in answers] or [""]}
@@ -314,9 +323,7 @@ class _Maker:
             return self.tokenizer(**texts, verbose=False, return_offsets_mapping=offsets, **cut)
 
         encoded = run(truncation=False)
-        end = [self.tokenizer.eos_token_id] if is_target and self.tokenizer.eos_token_id is not None else []
-        if end and encoded["input_ids"][-1:] == end:
-            end = []
+        end = self._missing_end(encoded["input_ids"]) if is_target else []
         length = len(encoded["input_ids"]) + len(end)
         if length > self.max_length:
             refuse_too_long(where, length, self.max_length, self.on_too_long)
@@ -328,6 +335,12 @@ class _Maker:
             self.ledger.tokens_cut += length - len(encoded["input_ids"]) - len(end)
         encoded["input_ids"] += end
         return encoded
+
+    def _missing_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the end-of-text token, unless it is among the special tokens that end ``ids`` (mBART: </s> en_XX)."""
+        eos, specials = self.tokenizer.eos_token_id, set(self.tokenizer.all_special_ids)
+        ending = set(itertools.takewhile(specials.__contains__, reversed(ids)))
+        return [] if eos is None or eos in ending else [eos]
 
 
 def _inputs(encoded: Any) -> dict[str, list[int]]:

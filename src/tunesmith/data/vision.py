@@ -11,7 +11,8 @@ token ids must be those that were masked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,16 +53,17 @@ class _ImageTokens:
                 "does (image_token), and transformers 5.23 or newer."
             )
 
-    def show(self, images: Sequence[Any]) -> None:
-        """Ask the processor what a placeholder becomes for each of the opened ``images`` of a row."""
+    def show(self, images: Sequence[Any], where: str = "") -> None:
+        """Ask the processor what a placeholder becomes for each of the opened ``images`` of the row at ``where``."""
         self._replacements = []
         if images:
-            made = self._processor(
-                text=[self.placeholder * len(images)],
-                images=[list(images)],
-                add_special_tokens=False,
-                return_text_replacement_offsets=True,
-            )
+            with _named(where):
+                made = self._processor(
+                    text=[self.placeholder * len(images)],
+                    images=[list(images)],
+                    add_special_tokens=False,
+                    return_text_replacement_offsets=True,
+                )
             self._replacements = [found["replacement"] for found in made["text_replacement_offsets"][0]]
 
     def tokenize(self, text: str) -> TokenSpans:
@@ -88,6 +90,17 @@ class _ImageTokens:
     def with_default_start(self, tokens: TokenSpans) -> TokenSpans:
         """See :meth:`SpanTokenizer.with_default_start`; a rendering with images has what its template writes."""
         return tokens if isinstance(tokens, _ImageSpans) else self._plain.with_default_start(tokens)
+
+
+@contextmanager
+def _named(where: str) -> Generator[None]:
+    """Name the rows whose images a processor refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(
+            f"{where}: the processor refuses an image: {error}. Crop or resize it, or leave the row out."
+        ) from error
 
 
 def _places(pieces: Sequence[str], between: Sequence[str]) -> list[tuple[int, int]]:
@@ -141,25 +154,32 @@ class VisionEncoder(ExampleEncoder):
         """Return the documents of one row; at least one. As :meth:`ExampleEncoder.encode`, and
 
         Raises:
-            DataError: an image of the row cannot be read.
+            DataError: an image of the row cannot be read, or the processor refuses it.
         """
         if not isinstance(example, Conversation):
             self._images.show(())
             return super().encode(example)
-        opened = [open_image(image, example.where, resize=self._resize) for image in example.images]
-        self._images.show(opened)
-        self._row = (example.images, digest_of(opened))
-        example = replace(example, messages=[self._as_template_wants(m) for m in example.messages], images=())
+        count, example = len(example.images), self._show(example)
         whole = self._checked_rendering(example)
         places = whole.count(self._images.placeholder)
-        if places != len(opened):
+        if places != count:
             raise RowRefusedError(
-                "images do not match",
-                f"the chat template writes {places} places for the {len(opened)} images of the row",
+                "images do not match", f"the chat template writes {places} places for the {count} images of the row"
             )
         if self._given_parts != (None, None):
             return [self._encode_rendered_text(Text(whole, example.where))]
         return super().encode(example)
+
+    def check_inference_agreement(self, conversation: Conversation) -> list[str]:
+        """See :meth:`ExampleEncoder.check_inference_agreement`."""
+        return super().check_inference_agreement(self._show(conversation))
+
+    def _show(self, conversation: Conversation) -> Conversation:
+        """Open the images of a row for what is tokenized next, and return its messages as the template takes them."""
+        opened = [open_image(image, conversation.where, resize=self._resize) for image in conversation.images]
+        self._images.show(opened, conversation.where)
+        self._row = (conversation.images, digest_of(opened))
+        return replace(conversation, messages=[self._as_template_wants(m) for m in conversation.messages], images=())
 
     def _as_template_wants(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with its text as a part, which templates of vision models want, if this one takes it."""
@@ -222,7 +242,7 @@ class ImageCollator:
         """Join ``features``; see the class.
 
         Raises:
-            DataError: an image cannot be read any more, or is another than the one that was masked.
+            DataError: an image cannot be read any more, is refused, or is another than the one that was masked.
         """
         import torch
 
@@ -260,14 +280,15 @@ class ImageCollator:
             [open_image(image, features[row]["where"][0], resize=self._resize) for image in images.values]
             for row, images in zip(rows, shown, strict=True)
         ]
-        made = self._processor(
-            text=[images.text for images in shown],
-            images=opened,
-            add_special_tokens=False,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
+        with _named(", ".join(features[row]["where"][0] for row in rows)):
+            made = self._processor(
+                text=[images.text for images in shown],
+                images=opened,
+                add_special_tokens=False,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
         found = {name: value for name, value in made.items() if name not in ("input_ids", "attention_mask")}
         for at, row in enumerate(rows):
             expected = np.asarray(features[row]["input_ids"])

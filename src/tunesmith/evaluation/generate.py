@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import EvaluationError
 from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import evaluation_mode
-from tunesmith.models.load import native_window
 from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
+from tunesmith.models.rope import native_window
 from tunesmith.models.sampling import Sampling
 
 if TYPE_CHECKING:

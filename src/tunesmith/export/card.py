@@ -6,7 +6,7 @@ They name no licence: that is for who publishes to say, from the base model's an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def model_card(
     base: str,
     is_adapter: bool = True,
     task: str = CAUSAL_LM,
+    labels: Sequence[str] = (),
     settings: Mapping[str, Any],
     ledger: Mapping[str, Any],
     result: Mapping[str, Any],
@@ -59,6 +60,7 @@ def model_card(
         base: the name of the base model.
         is_adapter: whether the folder holds an adapter, and not all weights.
         task: what the model is for, a name of :data:`tunesmith.core.tasks.TASKS`.
+        labels: of its head, in the order of their numbers.
         settings: the resolved settings of the run.
         ledger: counts of the data, plain values.
         result: final numbers (steps, losses, seconds), plain values.
@@ -68,22 +70,31 @@ def model_card(
 
     library, tags = ("peft", ["lora", "sft"]) if is_adapter else ("transformers", ["sft"])
     head = yaml.safe_dump({"base_model": base, "library_name": library, "tags": [*tags, "tunesmith"]}, sort_keys=False)
-    auto = TASKS[task].auto
-    theirs = "ForFeatureExtraction" if auto == "AutoModel" else auto.removeprefix("AutoModel")
-    other = f"peft.AutoPeftModel{theirs}" if is_adapter else f"transformers.{auto}"
     parts = [
         f"---\n{head}---",
         f"# LoRA adapter for {base}" if is_adapter else f"# {base}, all weights trained",
-        (
-            "Trained with tunesmith. Load it with `FastLanguageModel.from_pretrained(folder)`, or with "
-            f"`{other}.from_pretrained(folder)`."
-        ),
+        "Trained with tunesmith. Load it with `FastLanguageModel.from_pretrained(folder)`, or with "
+        + _other_way(task, labels if is_adapter else (), is_adapter=is_adapter),
         "## Result\n\n" + _table(result),
         "## Data\n\n" + _table({key: value for key, value in ledger.items() if isinstance(value, (int, float, str))}),
         "## Settings\n\n```yaml\n" + yaml.safe_dump(dict(settings), sort_keys=False).rstrip() + "\n```",
         "## Versions\n\n" + _table(versions),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _other_way(task: str, labels: Sequence[str], *, is_adapter: bool) -> str:
+    """Return how a model is loaded without this library; an adapter's base gets a head of ``labels`` first."""
+    auto = TASKS[task].auto
+    theirs = "ForFeatureExtraction" if auto == "AutoModel" else auto.removeprefix("AutoModel")
+    call = f"peft.AutoPeftModel{theirs}.from_pretrained" if is_adapter else f"transformers.{auto}.from_pretrained"
+    if not labels:
+        return f"`{call}(folder)`."
+    return (
+        f"PEFT:\n\n```python\nlabels = {list(labels)}\nmodel = {call}(\n    folder,\n"
+        "    id2label=dict(enumerate(labels)),\n    label2id={label: number for number, label in enumerate(labels)},\n"
+        ")\n```"
+    )
 
 
 def export_card(report: ExportReport, base: str, about: About) -> str:

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.arguments import Idle, refuse_others
-from tunesmith.core.errors import OutputError, SettingsError
+from tunesmith.core.errors import ModelError, OutputError, SettingsError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.export.adapter import export_adapter
 from tunesmith.export.card import About
 from tunesmith.export.form import MERGE_METHODS
@@ -23,6 +24,7 @@ from tunesmith.export.hub import Push, checked, upload
 from tunesmith.export.merge import merge_model
 from tunesmith.export.report import ExportReport
 from tunesmith.export.torchao import TORCHAO_METHODS, export_torchao
+from tunesmith.models.load import facts_of
 
 if TYPE_CHECKING:
     from tunesmith.export.gguf.save import GgufReport
@@ -100,7 +102,9 @@ def export_model(
     Raises:
         SettingsError: no such method, or ``adapters`` or ``max_shard_size`` for one that merges nothing or writes one
             file.
+        ModelError: it is no language model.
     """
+    _refuse_other_tasks(model)
     if not isinstance(method, str) or method == GGUF_LORA:
         return _export_gguf(model, folder, tokenizer, method, adapters, max_shard_size, **how)
     name = check_method(method)
@@ -114,6 +118,17 @@ def export_model(
     if name == "lora":
         return export_adapter(model, folder, tokenizer, **how)
     return export_torchao(model, folder, tokenizer, TORCHAO_METHODS[name], **how)
+
+
+def _refuse_other_tasks(model: Any) -> None:
+    """Refuse a model that does not write text, by which an export is compared with it."""
+    task = facts_of(model).task
+    if task != CAUSAL_LM:
+        merged = "model.merge_and_unload()" if hasattr(model, "peft_config") else "model"
+        raise ModelError(
+            f"{facts_of(model).name} is a model for {task}, and exports compare the text that language models write. "
+            f"Save it with {merged}.save_pretrained(folder), and its tokenizer with tokenizer.save_pretrained(folder)."
+        )
 
 
 def _export_gguf(
@@ -305,6 +320,7 @@ def save_quantized(
     """
     if token and not push_to_hub:
         raise SettingsError("token is for uploads: give push_to_hub=True too, or leave it out.")
+    _refuse_other_tasks(model)
     push = checked(Push(_repository(save_directory), token=token or None)) if push_to_hub else None
     folder = Path(save_directory).expanduser()
     report = export_torchao(model, folder, tokenizer, torchao_config, prompts=prompts)

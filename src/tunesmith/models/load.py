@@ -33,7 +33,7 @@ from tunesmith.models.quantize import (
     width_of,
 )
 from tunesmith.models.readable import readable_errors, refuse_missing_weights
-from tunesmith.models.rope import Stretch, automatic, stretch
+from tunesmith.models.rope import Stretch, automatic, native_window, stretch
 from tunesmith.models.settings import Width, asked_by, check_fp8, is_float8
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
 from tunesmith.models.vocabulary import check_vocabulary, grow_vocabulary
@@ -51,7 +51,7 @@ __all__ = [
     "load_tokenizer",
     "load_window",
     "local_place",
-    "native_window",
+    "source_sees",
     "stored_bytes",
 ]
 
@@ -213,7 +213,7 @@ def load_model(
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     new = head.new_modules(model, own, set(info.get("missing_keys", ())))
     keep_softcap(model, attn_implementation)
-    refuse_missing_weights(source, info, {key for keys in new.values() for key in keys})
+    refuse_missing_weights(source, type(model).__name__, info, {key for keys in new.values() for key in keys})
     own_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if vocabulary is not None:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -368,6 +368,11 @@ def load_tokenizer(
     return tokenizer
 
 
+def source_sees(source: ModelSource, **hub: Any) -> bool:
+    """Say from its config alone whether a model is one from images and text to text."""
+    return has_vision(_config(source, hub))
+
+
 def load_window(
     source: ModelSource, asked: int | None = DEFAULT_WINDOW, *, stretched: Stretch | None = None, **hub: Any
 ) -> int:
@@ -395,11 +400,6 @@ def _stretched_config(
     if how is not None:
         stretch(config, how)
     return config, how
-
-
-def native_window(config: Any) -> int | None:
-    """Return the number of positions a model was trained for, or None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _window(config: Any, asked: int | None) -> int:

@@ -42,14 +42,20 @@ def readable_errors(source: ModelSource) -> Iterator[None]:
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 
-def refuse_missing_weights(source: ModelSource, info: dict[str, Any], new: set[str]) -> None:
+def refuse_missing_weights(source: ModelSource, kind: str, info: dict[str, Any], new: set[str]) -> None:
     """Transformers fills missing weights with random numbers and only warns: such a model must not train.
 
-    ``new`` are those of a head that is to be trained.
+    ``kind`` is the class of the model; ``new`` are the weights of a head that is to be trained.
     """
     missing = sorted(set(info.get("missing_keys", ())) - new)
     mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
     broken = missing + mismatched
+    there = {key.partition(".")[2] for key in info.get("unexpected_keys", ())}
+    if missing and there.issuperset(key.partition(".")[2] for key in missing):
+        raise ModelError(
+            f"model {source.name}: {kind} of transformers looks for its weights under other names than its base has "
+            f"({missing[0]}, ...), so it cannot be used for this task. Use another base, such as one of BERT's kin."
+        )
     if broken:
         raise ModelError(
             f"model {source.name}: {len(broken)} weights are missing or have another shape than config.json says "

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.names import did_you_mean
 
-__all__ = ["AUTOMATIC", "SCHEMES", "Stretch", "automatic", "stretch"]
+__all__ = ["AUTOMATIC", "SCHEMES", "Stretch", "automatic", "native_window", "stretch"]
 
 SCHEMES = ("linear", "dynamic", "yarn", "llama3")
 
@@ -22,6 +22,12 @@ AUTOMATIC = "yarn"
 """The scheme of a longer window when none is asked for; chosen by ``python -m benchmarks.rope`` (docs/training.md)."""
 
 _LONGEST = 4  # times the model's own window that a scheme is chosen for unasked
+
+# Models whose first position is the one behind the id of the padding token: RoBERTa's table of 514 holds 512.
+_BEHIND_PADDING = (
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 
 _FULL = "full_attention"
 _KEYS = (
@@ -42,6 +48,15 @@ class Stretch:
 
     scaling: str | dict[str, Any]
     window: int | None
+
+
+def native_window(config: Any) -> int | None:
+    """Return the number of positions a model was trained for, or None where its config names no limit."""
+    text = config.get_text_config()
+    native = getattr(text, "max_position_embeddings", None)
+    if native is None or native < 0:  # XLNet: -1
+        return None
+    return native - (text.pad_token_id or 0) - 1 if text.model_type in _BEHIND_PADDING else native
 
 
 def stretch(config: Any, how: Stretch) -> None:
@@ -96,8 +111,7 @@ def automatic(config: Any, window: int | None) -> Stretch | None:
     Raises:
         ModelError: the window is above four times the model's own, or cannot be stretched.
     """
-    text = config.get_text_config()
-    native, whole = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    native, whole = native_window(config), getattr(config.get_text_config(), "rope_parameters", None)
     if window is None or native is None or window <= native:
         return None
     own = (whole or {}).get(_FULL, whole) or {}

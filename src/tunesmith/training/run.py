@@ -32,14 +32,14 @@ from tunesmith.adapters.inject import trainable_share
 from tunesmith.core.errors import DataError, OutputError
 from tunesmith.core.files import as_output_error, lock, require_writable, whole_folder, write_text
 from tunesmith.core.memory import peak_bytes
-from tunesmith.core.tasks import CAUSAL_LM
+from tunesmith.core.tasks import CAUSAL_LM, TASKS
 from tunesmith.core.versions import stack_versions
 from tunesmith.data.files import has_valid
 from tunesmith.data.prepare import PreparedData, prepare, split_documents
 from tunesmith.data.vision import encoder_of
 from tunesmith.export.card import model_card
 from tunesmith.export.torchao import save_torchao, why_not
-from tunesmith.models.heads import Head
+from tunesmith.models.heads import Head, labels_of
 from tunesmith.models.load import facts_of
 from tunesmith.training.callbacks import loss_plot
 from tunesmith.training.checkpoint import checkpoints_in, require_disk_space
@@ -278,6 +278,7 @@ def _save(trained: Path, settings: RunSettings, trainer: SFTTrainer | TaskTraine
             base=settings.model,
             is_adapter=not settings.full_finetuning,
             task=settings.task,
+            labels=labels_of(trainer.model.config) if TASKS[settings.task].has_labels else (),
             settings=settings.resolved(),
             ledger=trainer.ledger.as_dict(),
             result=numbers,

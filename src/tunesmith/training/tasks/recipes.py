@@ -6,19 +6,20 @@ on the left. What is padding is known by lengths, never by an id.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import DataError, ModelError, SettingsError
 from tunesmith.core.tasks import TASKS
 from tunesmith.data.tasks import IGNORED, TaskRow
 from tunesmith.models.embed import mean_pooled
 from tunesmith.models.heads import labels_of, reads
 from tunesmith.models.load import facts_of
-from tunesmith.training.tasks.scores import macro_f1, share, span_f1, text_f1
+from tunesmith.training.tasks.scores import are_span_tags, macro_f1, share, span_f1, text_f1
 
 __all__ = ["Recipe", "recipe_for"]
 
@@ -77,6 +78,18 @@ class Recipe:
         """Return how many things :attr:`best` is a share of."""
         return len(rows)
 
+    def needs_others(self, rows: Sequence[TaskRow]) -> bool:
+        """Return whether a row that is alone in its batch may teach nothing."""
+        return False
+
+    def check(self, rows: Sequence[TaskRow], batch_size: int) -> None:
+        """Refuse rows that teach nothing, and have no loss, in batches of ``batch_size``.
+
+        Raises:
+            SettingsError: they would in larger ones.
+            DataError: they never do.
+        """
+
     def padded(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and what else ``features`` hold, (B, T)."""
         longest = max(len(feature["input_ids"]) for feature in features)
@@ -113,11 +126,11 @@ class Tagging(Recipe):
         ]
 
     def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
-        """Return the accuracy over words and the F1 of spans, or of tags where they are not BIO."""
+        """Return the accuracy over words and the F1 of spans, or of tags where they mark no spans."""
         right = self.answers(rows, [row.features["labels"] for row in rows])
         truths, guesses = ([tag for line in side for tag in line] for side in (right, answers))
         figures = {"accuracy": share([a == b for a, b in zip(truths, guesses, strict=True)])}
-        if any(label.startswith("B-") for label in self.labels):
+        if are_span_tags(self.labels):
             return {**figures, "span_f1": span_f1(right, answers)}
         return {**figures, "macro_f1": macro_f1(truths, guesses)}
 
@@ -203,8 +216,9 @@ class Embedding(Recipe):
     """FEATURE_EXTRACTION: anchors near their positives, away from those of the other rows of the batch.
 
     The loss is the cross entropy of the anchor's own positive among all positives and negatives of the batch, on the
-    cosine of mean-pooled vectors over a temperature of 0.05 (Henderson et al. 2017, arXiv:1705.00652). A positive that
-    equals the anchor's own is no negative. More rows a batch are more negatives; accumulation adds none.
+    cosine of mean-pooled vectors over a temperature of 0.05 (Henderson et al. 2017, arXiv:1705.00652). Neither the
+    anchor's own text nor a positive of an equal anchor is a negative; texts are equal whose token ids are. More rows a
+    batch are more negatives; accumulation adds none.
     """
 
     best = "retrieval_at_1"
@@ -214,13 +228,13 @@ class Embedding(Recipe):
     def collate(self, rows: Sequence[TaskRow]) -> Batch:
         """Return all texts in one batch, (2 B or more, T), anchors first; ``labels`` (B, N) mark the own positives.
 
-        1 is the own positive, 0 another text, IGNORED a text that equals it.
+        1 is the own positive, 0 a negative, IGNORED neither.
         """
         others = [row.features["positive"] for row in rows]
         others += [row.features["negative"] for row in rows if "negative" in row.features]
         batch = self.padded([row.features["anchor"] for row in rows] + others)
-        ids = [other["input_ids"] for other in others]
-        equal = torch.tensor([[own == other for other in ids] for own in ids[: len(rows)]])
+        allowed, ids = _no_negatives(rows), [tuple(other["input_ids"]) for other in others]
+        equal = torch.tensor([[other in allowed[_ids(row, "anchor")] for other in ids] for row in rows])
         own = torch.eye(len(rows), len(others), dtype=torch.bool)
         batch["labels"] = torch.where(own, 1, torch.where(equal, IGNORED, 0))
         return batch
@@ -234,8 +248,8 @@ class Embedding(Recipe):
         return _summed(logits, torch.arange(len(anchors), device=logits.device), smoothing), vectors
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
-        """Return the number of anchors."""
-        return len(batch["labels"])
+        """Return the number of anchors that have a negative."""
+        return int((batch["labels"] == 0).any(1).sum())
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any) -> list[torch.Tensor]:
         """Return the vectors of anchor and positive of each row, (2, D)."""
@@ -243,13 +257,39 @@ class Embedding(Recipe):
         return list(torch.stack([outputs[:count], outputs[count : 2 * count]], 1).cpu())
 
     def answers(self, rows: Sequence[TaskRow], predicted: Sequence[Any]) -> list[str]:
-        """Return the positive, of all rows, that is nearest to each anchor."""
+        """Return the positive, of all rows, that is nearest to each anchor; its own text is none."""
         anchors, positives = torch.stack(list(predicted)).unbind(1)
-        return [rows[at].reference for at in (anchors @ positives.T).argmax(1).tolist()]
+        nearness, places = anchors @ positives.T, defaultdict[tuple[int, ...], list[int]](list)
+        for at, row in enumerate(rows):
+            places[_ids(row, "positive")].append(at)
+        for at, row in enumerate(rows):
+            nearness[at, [other for other in places.get(_ids(row, "anchor"), ()) if other != at]] = float("-inf")
+        return [rows[at].reference for at in nearness.argmax(1).tolist()]
 
     def score(self, rows: Sequence[TaskRow], answers: Sequence[Any]) -> dict[str, float]:
-        """Return the share of anchors that are nearest to their own positive, or one that equals it."""
-        return {"retrieval_at_1": share([row.reference == text for row, text in zip(rows, answers, strict=True)])}
+        """Return the share of anchors whose nearest text is a positive of theirs, or of an equal anchor."""
+        allowed, ids = _no_negatives(rows), {row.reference: _ids(row, "positive") for row in rows}
+        hits = [ids[text] in allowed[_ids(row, "anchor")] for row, text in zip(rows, answers, strict=True)]
+        return {"retrieval_at_1": share(hits)}
+
+    def needs_others(self, rows: Sequence[TaskRow]) -> bool:
+        """Return whether some row has no negative of its own."""
+        return any("negative" not in row.features for row in rows)
+
+    def check(self, rows: Sequence[TaskRow], batch_size: int) -> None:
+        """See :meth:`Recipe.check`."""
+        if batch_size == 1 and self.needs_others(rows):
+            raise SettingsError(
+                "FEATURE_EXTRACTION with a batch size of 1: a row without a negative would have nothing that its "
+                "positive is told apart from. Use 2 or more (per_device_train_batch_size and, to evaluate, "
+                "per_device_eval_batch_size), or give every row a negative."
+            )
+        texts = {_ids(row, side) for row in rows for side in ("positive", "negative") if side in row.features}
+        if all(texts <= allowed for allowed in _no_negatives(rows).values()):
+            raise DataError(
+                f"FEATURE_EXTRACTION: {len(rows):,} rows hold no text that an anchor's positive could be told apart "
+                "from. Give rows with other positives, or with negatives."
+            )
 
 
 _RECIPES: dict[str, type[Recipe]] = {
@@ -277,7 +317,23 @@ def recipe_for(model: Any, tokenizer: Any) -> Recipe:
         raise ModelError(
             f"{type(model).__name__} has one label (a head for one number), so there is nothing to tell apart."
         )
+    if task == "SEQ_CLS":
+        # Pipelines would otherwise read a base for several labels a row as one still.
+        model.config.problem_type = "single_label_classification"
     return _RECIPES[task](model, tokenizer)
+
+
+def _ids(row: TaskRow, side: str) -> tuple[int, ...]:
+    return tuple(row.features[side]["input_ids"])
+
+
+def _no_negatives(rows: Sequence[TaskRow]) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+    """Return, as token ids, anchor -> the texts that are no negatives of it: itself, and the positives of its rows."""
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for row in rows:
+        anchor = _ids(row, "anchor")
+        found.setdefault(anchor, {anchor}).add(_ids(row, "positive"))
+    return found
 
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-__all__ = ["macro_f1", "share", "span_f1", "tag_spans", "text_f1"]
+__all__ = ["are_span_tags", "macro_f1", "share", "span_f1", "tag_spans", "text_f1"]
+
+# What stands before a span's kind in BIO, BIOES and BILOU tags: S and U its only word, B its first, E and L its last.
+_ONLY = ("S", "U")
+_FIRST = ("B", *_ONLY)
+_LAST = ("E", "L", *_ONLY)
+_MARKS = {"I", *_FIRST, *_LAST}
 
 
 def share(hits: Sequence[bool]) -> float:
@@ -25,20 +31,30 @@ def macro_f1(right: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:
     return sum(2 * hits[label] / total[label] for label in labels) / len(labels) if labels else 0.0
 
 
-def tag_spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """Return the spans of a row of BIO tags as (first, behind the last, kind).
+def are_span_tags(labels: Sequence[str]) -> bool:
+    """Return whether ``labels`` are BIO, BIOES or BILOU tags, of which :func:`tag_spans` reads every one."""
+    marks = [mark if name else "" for mark, _, name in (label.partition("-") for label in labels if label != "O")]
+    return _MARKS.issuperset(marks) and not set(marks).isdisjoint(_FIRST)
 
-    ``I-`` after another kind or after ``O`` begins a span, as the conlleval script reads it.
+
+def tag_spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """Return the spans of a row of BIO, BIOES or BILOU tags as (first, behind the last, kind).
+
+    A tag that should go on with a span and stands after another kind or after ``O`` begins one, as the conlleval
+    script reads it.
     """
     spans: set[tuple[int, int, str]] = set()
     start, kind = 0, ""
     for index, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
-        goes_on = mark == "I" and name == kind
+        goes_on = mark in _MARKS and mark not in _FIRST and name == kind
         if kind and not goes_on:
             spans.add((start, index, kind))
         if not goes_on:
-            start, kind = index, name if mark in ("B", "I") else ""
+            start, kind = index, name if mark in _MARKS else ""
+        if kind and mark in _LAST:
+            spans.add((start, index + 1, kind))
+            kind = ""
     return spans
 
 

@@ -66,6 +66,7 @@ class TaskTrainer(RunTrainer):
     """
 
     plan = None
+    _has_labels = False
 
     def __init__(
         self,
@@ -104,7 +105,11 @@ class TaskTrainer(RunTrainer):
             eval_data.ledger.check()
         self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
         has_eval = eval_data is not None and args.evaluates
-        try_out(args, model, choose_cadence(args, len(train_data), has_eval=has_eval))
+        self.recipe.check(train_data.rows, args.per_device_train_batch_size)
+        if has_eval:
+            self.recipe.check(eval_data.rows, args.per_device_eval_batch_size)
+        count = len(train_data) - self._leave_out_alone(args)
+        try_out(args, model, choose_cadence(args, count, has_eval=has_eval))
         make_folder(Path(args.output_dir))
         self._interrupts = InterruptWatch()
         # Old checkpoints are ours to remove: the Trainer's own sweep at the end would take the newest one too.
@@ -134,7 +139,23 @@ class TaskTrainer(RunTrainer):
         say_losses(data.ledger, args)
         return data
 
+    def _leave_out_alone(self, args: SFTConfig) -> bool:
+        """Leave out, and say, a last batch of one row where such a row teaches nothing; return whether there is one."""
+        rows, size = self.train_data.rows, args.per_device_train_batch_size
+        is_alone = len(rows) % size == 1 < size and self.recipe.needs_others(rows)
+        if is_alone:
+            args.dataloader_drop_last = True
+            _log.warning(
+                "%s rows in batches of %d leave one row of each epoch alone, with nothing to be told apart from: it is "
+                "left out", f"{len(rows):,}", size,
+            )  # fmt: skip
+        return is_alone
+
     # ---- one step ----
+
+    def reaches(self, name: str) -> bool:
+        """Return whether some batch so far had a label: without any there is no gradient."""
+        return self._has_labels
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -142,14 +163,16 @@ class TaskTrainer(RunTrainer):
         """Return the micro-batches of one optimizer step and the number of labels in them."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._tokens_since_log += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return batches, max(1, sum(self.recipe.items(batch) for batch in batches))
+        items = sum(self.recipe.items(batch) for batch in batches)
+        self._has_labels |= items > 0
+        return batches, max(1, items)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the summed loss of a micro-batch over ``num_items_in_batch`` (its own labels if None)."""
         total, outputs = self.recipe.loss(model, inputs, self._smoothing)
-        loss = total / (self.recipe.items(inputs) if num_items_in_batch is None else num_items_in_batch)
+        loss = total / (max(1, self.recipe.items(inputs)) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     # ---- logging and evaluation ----
@@ -171,6 +194,18 @@ class TaskTrainer(RunTrainer):
         self.report_evaluation(metrics, began)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' own would take logits from batches of its own, and knows no rows that are left out.
+
+        Raises:
+            SettingsError: with what to do instead.
+        """
+        raise SettingsError(
+            "trainer.predict is not there for tasks. trainer.evaluate(rows) gives the figures; score_rows("
+            "trainer.model, trainer.recipe, rows, batch_size=8) of tunesmith.training.tasks.trainer also an answer for "
+            "each row of trainer.train_data or eval_data, as `tunesmith evaluate --output FILE` writes them."
+        )
+
     # ---- checkpoints ----
 
     def run_fingerprint(self) -> dict[str, Any]:
@@ -190,6 +225,7 @@ def score_rows(
     ``progress`` is called with (rows done, all rows).
     """
     total, items, predicted = 0.0, 0, []
+    recipe.check(rows, batch_size)
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
             made = recipe.collate(rows[start : start + batch_size])
