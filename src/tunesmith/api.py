@@ -106,7 +106,7 @@ class FastLanguageModel:
         label2id: Mapping[str, int] | None = None,
         auto_model: Any = None,
         torch_dtype: str | torch.dtype | None = None,
-        **others: Any,
+        **unknown: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Return ``(model, tokenizer)`` of a folder, .gguf file, hub id, adapter folder or built-in name.
 
@@ -128,18 +128,18 @@ class FastLanguageModel:
         FEATURE_EXTRACTION; long names too). None takes what an adapter or a saved head is for, else CAUSAL_LM.
         ``num_labels``, ``id2label`` or ``label2id`` say how wide the head of a classifier is; ``random_state`` seeds
         weights that the files do not hold. ``auto_model`` is a class of transformers in place of the task's own,
-        ``torch_dtype`` the older name of ``dtype``. ``others`` are arguments of Unsloth's that nothing here follows,
-        with the values that ask for nothing.
+        ``torch_dtype`` the older name of ``dtype``. ``unknown`` may hold arguments of Unsloth's that nothing here
+        follows, with the values that ask for nothing.
 
         Raises:
-            SettingsError: a value out of range, or one of ``others`` that asks for something.
+            SettingsError: a value out of range, or one of ``unknown`` that asks for something.
             ModelError: the model is not found, its files are corrupt, or its window cannot be stretched so far.
             NotSupportedYetError: an argument together with a task for which it is not written yet.
             TypeError: an unknown argument; the message names the nearest.
         """
         given = dict(locals())
         known = inspect.signature(FastLanguageModel.from_pretrained).parameters
-        refuse_others("from_pretrained", others, _OTHERS, known)
+        refuse_others("from_pretrained", unknown, _OTHERS, known)
         chosen = {name: given[name] for name in LoadingArguments.model_fields}
         validate(LoadingArguments, chosen, source="from_pretrained")
         options = vllm_options(

@@ -320,7 +320,7 @@ LOADING: dict[str, Row] = {
         {"torch_dtype": "bfloat16", "dtype": "float32"},
         "dtype and torch_dtype are the same setting",
     ),
-    "others": Row(
+    "unknown": Row(
         lambda saved: load(saved, unsloth_force_compile=True, fix_tokenizer=True, fullgraph=False, text_only=False),
         {"max_seq_lenght": 64},
         "Did you mean 'max_seq_length'",

@@ -138,6 +138,9 @@ class LoadingArguments(Settings):
     auto_model: Any = None
     """A model class of transformers in place of the one that the task and the config choose."""
 
+    torch_dtype: Any = None
+    """The older name of dtype."""
+
 
 class ModelSettings(Settings):
     """Which model, in which precision, with which window."""
