@@ -62,7 +62,7 @@ def command(
         what = "perplexity, which generates nothing and takes one row at a time"
         _refuse_idle({**generating, "--batch-size": batch_size != 32}, what)
     silence_libraries()  # the imports below have something to say of this machine
-    from tunesmith.cli.loading import load_for_answers
+    from tunesmith.cli.loading import load_for_answers, mapping_of_run
     from tunesmith.cli.task_scores import print_scores, score_task
     from tunesmith.evaluation import evaluate
     from tunesmith.evaluation.metrics import METRICS, get_metric
@@ -72,11 +72,14 @@ def command(
         get_metric(metric)
     loading = {name: value for name, value in given.items() if name != "map"}
     loaded, tokenizer = load_for_answers(model, adapter, any_task=True, **loading)
+    mapping = given.get("map") or mapping_of_run(adapter or model, data)
+    if mapping is not None and "map" not in given:
+        print_lines([f"columns are read as in the run: --map {','.join(f'{c}={r}' for c, r in mapping.items())}"])
     if facts_of(loaded).task != CAUSAL_LM:
         _refuse_idle({"--metric": metric, **generating}, facts_of(loaded).task)
         with AnswerProgress() as progress:
             scores = score_task(
-                loaded, tokenizer, data, given.get("map"), limit=limit, batch_size=batch_size, base=base,
+                loaded, tokenizer, data, mapping, limit=limit, batch_size=batch_size, base=base,
                 progress=progress,
             )  # fmt: skip
         print_scores(scores)
@@ -92,7 +95,7 @@ def command(
             tokenizer,
             data,
             metric,
-            mapping=given.get("map"),
+            mapping=mapping,
             limit=limit,
             with_base=base,
             max_new_tokens=max_new_tokens,
