@@ -51,7 +51,9 @@ def test_the_two_commands_are_targets_of_the_makefile():
     assert set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE)) <= targets
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
 def test_extras_come_from_the_checkout_and_are_there(page):
     text = page.read_text(encoding="utf-8")
     assert "tunesmith[" not in text  # nothing is published

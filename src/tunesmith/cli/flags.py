@@ -75,7 +75,7 @@ def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) ->
 
 def _flag(setting: Setting) -> inspect.Parameter:
     choices = f" One of {', '.join(setting.choices)}." if setting.choices else ""
-    default = "" if setting.default in ("none", "required") else f" (default: {setting.default})"
+    default = {"none": "", "required": " (required)"}.get(setting.default, f" (default: {setting.default})")
     words: dict[str, Any] = {
         "help": escape(f"{setting.summary}.{choices}{default}"),
         "rich_help_panel": setting.group,

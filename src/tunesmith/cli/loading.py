@@ -110,7 +110,9 @@ def mapping_of_run(name: str, data: str) -> dict[str, str] | None:
     Rows whose columns have the usual names need none, whatever those of the training were called.
     """
     folder = Path(find_model(name).path)
-    file = next((path / "settings.yaml" for path in (folder, folder.parent) if (path / "settings.yaml").is_file()), None)
+    file = next(
+        (path / "settings.yaml" for path in (folder, folder.parent) if (path / "settings.yaml").is_file()), None
+    )
     mapping = None if file is None else read_yaml(file).get("map")
     if not mapping:
         return None

@@ -20,7 +20,17 @@ from pydantic.fields import FieldInfo
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
 
-__all__ = ["Guide", "Settings", "check", "complaint", "guide_of", "parse_assignment", "read_yaml", "validate"]
+__all__ = [
+    "Guide",
+    "Settings",
+    "check",
+    "complaint",
+    "first_clause",
+    "guide_of",
+    "parse_assignment",
+    "read_yaml",
+    "validate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,7 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     if not name:
         return message
     if problem["type"] == "missing":
-        return f"{name} is missing: {_first_line(kind.model_fields[name].description)}"
+        return f"{name} is missing: {first_clause(kind.model_fields[name].description or '')}."
     allowed = describe_type(kind.model_fields[name].annotation)
     value = problem["input"]
     shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
@@ -128,8 +138,15 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
+def first_clause(text: str) -> str:
+    """Return ``text`` on one line up to the first full stop or semicolon outside of brackets that ends a clause."""
+    line, depth = " ".join(text.split()), 0
+    for place, letter in enumerate(line):
+        depth += (letter in "([{") - (letter in ")]}")
+        is_end = letter == ";" or (letter == "." and line[place - 1] not in " .")  # three dots end nothing
+        if depth == 0 and is_end and line[place + 1 : place + 2] in ("", " "):
+            return line[:place]
+    return line
 
 
 _TYPE_WORDS: dict[Any, str] = {
@@ -140,6 +157,7 @@ _TYPE_WORDS: dict[Any, str] = {
     list: "a list",
     dict: "a mapping",
     Path: "a path",
+    Any: "what transformers takes",
     type(None): "nothing",
 }
 
