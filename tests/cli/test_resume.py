@@ -25,6 +25,10 @@ def test_a_run_that_is_done_has_no_step_left(run, tmp_path, model_folder, rows_f
     assert outcome.code == 0 and "7/6" not in outcome.out
     assert adapter(folder) == before and json.loads((folder / "result.json").read_text())["steps"] == 6
     assert not (folder / ".lock").exists()
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = run("train", folder / "settings.yaml", "--resume")
+    assert "the run was finished: 6 of 6 steps; nothing was left to do" in again.out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_that_was_stopped_early_stays_stopped(run, tmp_path, model_folder, rows_file):

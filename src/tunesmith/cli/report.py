@@ -78,6 +78,9 @@ def _peaks(numbers: dict[str, Any]) -> str:
     measured, predicted = numbers["peak_bytes"], numbers["predicted_peak_bytes"]
     if predicted is None:
         return bytes_in_words(measured)
+    if numbers.get("peak_while_loading"):
+        steps = bytes_in_words(numbers["predicted_step_bytes"])
+        return f"{bytes_in_words(measured)}, reached while loading; the steps were predicted to need {steps}"
     difference = 100 * (predicted / measured - 1)
     return f"{bytes_in_words(measured)}; {bytes_in_words(predicted)} were predicted ({difference:+.0f} %)"
 

@@ -44,6 +44,9 @@ def command(
     result = train_and_show(settings, resume=resume)
     from tunesmith.cli.report import print_result
 
+    if result.was_finished:
+        state = result.trainer.state
+        print_lines([f"the run was finished: {state.global_step} of {state.max_steps} steps; nothing was left to do"])
     print_result(result, _next_commands(settings, result))
 
 
