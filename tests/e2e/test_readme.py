@@ -46,6 +46,17 @@ def test_every_link_leads_somewhere():
         assert (ROOT / target).is_file(), target
 
 
+def test_the_rows_that_it_shows_are_recognised():
+    import json
+
+    from tunesmith.data.files import read_rows
+    from tunesmith.data.formats import to_example
+
+    (rows,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
+    examples = [to_example(row) for row in read_rows([json.loads(line) for line in rows.splitlines()])]
+    assert [type(example).__name__ for example in examples] == [*["Conversation"] * 3, "Completion", "Text"]
+
+
 def test_the_two_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE)) <= targets
