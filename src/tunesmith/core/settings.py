@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -54,6 +54,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_assignment=True, frozen=True, allow_inf_nan=False
     )
+
+    other_names: ClassVar[Sequence[str]] = ()
+    """Names under which settings are read too, for the nearest one to a mistyped key."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -122,7 +125,7 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     # For a union pydantic reports one problem a member, with the member's name behind the field's.
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {name!r}.{did_you_mean(name, kind.model_fields)}"
+        return f"unknown key {name!r}.{did_you_mean(name, [*kind.model_fields, *kind.other_names])}"
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
@@ -131,6 +134,8 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     allowed = describe_type(kind.model_fields[name].annotation)
     value = problem["input"]
     shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+    if problem["type"] == "value_error" and message.startswith(f"{name} {shown} "):
+        return message
     if problem["type"] == "value_error":
         return f"{name} = {shown}: {message}"
     if len(problem["loc"]) > 1 or problem["type"].endswith(("_type", "_parsing")):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tunesmith.core.device import choose_device, computes_float8, parse_dtype
+from tunesmith.core.device import check_dtype_name, choose_device, computes_float8, parse_dtype
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Guide, Settings
 from tunesmith.core.tasks import CAUSAL_LM, find_task
@@ -246,6 +246,15 @@ class ModelSettings(Settings):
     @classmethod
     def _a_known_task(cls, value: str) -> str:
         return find_task(value).name
+
+    @field_validator("dtype")
+    @classmethod
+    def _a_known_dtype(cls, value: str | None) -> str | None:
+        try:
+            check_dtype_name(value or "float32")
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @property
     def width(self) -> Width | None:
