@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,7 @@ from tunesmith.core.errors import SettingsError
 from tunesmith.core.settings import parse_assignment
 from tunesmith.training.aliases import ALIASES
 
-__all__ = ["given_settings", "settings_flags"]
+__all__ = ["check_config", "given_settings", "settings_flags"]
 
 _OFF = "no_"
 
@@ -71,6 +72,20 @@ def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) ->
             raise SettingsError(f"{key} is given twice: {values[key]!r} and, with --set, {value!r}. Give one of them.")
         values[key] = value
     return values
+
+
+def check_config(config: Path | None) -> None:
+    """Refuse what stands in the place of a YAML file and is none: the value of a switch, or a file of rows.
+
+    Raises:
+        SettingsError: with the flag that was meant.
+    """
+    if config is None:
+        return
+    if config.name.lower() in ("true", "false", "yes", "no", "on", "off") and not config.exists():
+        raise SettingsError(f"{config}: switches take no value. Write --NAME or --no-NAME, for example --no-packing.")
+    if config.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"):
+        raise SettingsError(f"{config} is a file of rows, and the settings of a run are YAML. Give it as --data {config}.")
 
 
 def _flag(setting: Setting) -> inspect.Parameter:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.console import console, print_lines, silence_libraries
-from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.flags import check_config, given_settings, settings_flags
 from tunesmith.cli.words import amount, bytes_in_words, duration
 from tunesmith.core.errors import NotSupportedYetError
 from tunesmith.core.memory import parse_bytes
@@ -41,7 +41,7 @@ _MEANING = {
 @settings_flags()
 def command(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file with settings; flags go before what it says.", show_default=False)
+        Path | None, typer.Argument(help="YAML file with settings; flags override it.", show_default=False)
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -60,6 +60,7 @@ def command(
     Takes the settings of `train`. Reads the rows and the headers of the weight files; loads no weights.
     """
     size = None if memory is None else parse_bytes(memory)
+    check_config(config)
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
     if settings.task != CAUSAL_LM:
         raise NotSupportedYetError(f"a plan for {settings.task} is not supported yet: memory is planned for CAUSAL_LM.")
