@@ -121,7 +121,9 @@ def test_gguf_is_written_and_told(method: str, names: list[str], run_folder: Pat
     assert max(map(len, lines)) <= 80, lines
 
 
-@pytest.mark.parametrize(("method", "near"), [("gguf", ""), ("q9_0", " Did you mean 'q"), ("merged", " Did you mean 'm")])
+@pytest.mark.parametrize(
+    ("method", "near"), [("gguf", ""), ("q9_0", " Did you mean 'q"), ("merged", " Did you mean 'm")]
+)
 def test_an_unknown_method_names_those_of_the_command_line(
     run_folder: Path, tmp_path: Path, run: Any, method: str, near: str
 ) -> None:

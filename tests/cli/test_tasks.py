@@ -123,6 +123,12 @@ def test_commands_that_write_text_refuse_other_models(run, tmp_path, bases, file
     assert outcome.code == 2 and "limit is 0. Use 1 or more" in outcome.err
 
 
+def test_an_encoder_without_a_task_is_refused_with_those_it_takes(run, tmp_path, bases, rows_file):
+    outcome = run("train", "--model", bases["bert"], "--data", rows_file, "--output-dir", tmp_path / "run")
+    assert outcome.code == 2 and not (tmp_path / "run").exists()
+    assert "is an encoder (bert) and writes no text" in outcome.err and "--task SEQ_CLS, TOKEN_CLS" in outcome.err
+
+
 def test_a_language_model_needs_a_metric(run, model_folder, rows_file):
     outcome = run("evaluate", "--model", model_folder, "--data", rows_file)
     assert outcome.code == 2 and "--metric is missing. Metrics are: exact_match" in " ".join(outcome.err.split())

@@ -85,7 +85,9 @@ def check_config(config: Path | None) -> None:
     if config.name.lower() in ("true", "false", "yes", "no", "on", "off") and not config.exists():
         raise SettingsError(f"{config}: switches take no value. Write --NAME or --no-NAME, for example --no-packing.")
     if config.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"):
-        raise SettingsError(f"{config} is a file of rows, and the settings of a run are YAML. Give it as --data {config}.")
+        raise SettingsError(
+            f"{config} is a file of rows, and the settings of a run are YAML. Give it as --data {config}."
+        )
 
 
 def _flag(setting: Setting) -> inspect.Parameter:

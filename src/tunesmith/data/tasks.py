@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.core.errors import DataError, ModelError
-from tunesmith.data.ledger import refuse_too_long
+from tunesmith.data.ledger import refuse_too_long, wrapped
 from tunesmith.data.prepare import split_rows
 from tunesmith.data.task_rows import Record, answers_of, label_number
 from tunesmith.data.types import RowRefusedError
@@ -130,8 +130,7 @@ class TaskLedger:
         rows += [(name, f"{count:,} rows") for name, count in self.splits.items()]
         longest = max(self.lengths, default=0)
         known = f"median {self.length_at(0.5):,}, 95 % up to {self.length_at(0.95):,}, longest {longest:,} tokens"
-        lines = [_printable(f"{title:<12}{text}") for title, text in [*rows, ("lengths", known)]]
-        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+        return wrapped([_printable(f"{title:<12}{text}") for title, text in [*rows, ("lengths", known)]], width)
 
 
 def _printable(line: str) -> str:

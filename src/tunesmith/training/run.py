@@ -94,7 +94,10 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
         if processes > 1:
             raise OutputError("several processes write one folder, and each would date its own: give output_dir.")
         if resume:
-            raise OutputError("--resume needs the folder of the run: give output_dir.")
+            raise OutputError(
+                "--resume needs the folder of the run: give --output-dir runs/NAME, or tunesmith train "
+                "runs/NAME/settings.yaml --resume."
+            )
         model = Path(settings.model).name.replace(":", "-")
         return dated_folder(model)
     folder = Path(settings.output_dir).expanduser()
