@@ -42,6 +42,12 @@ def test_local_paths_win_over_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_model("smollm2-135m").kind == "folder"
 
 
+def test_a_folder_of_a_script_with_its_adapter_in_it(tmp_path: Path) -> None:
+    make(tmp_path / "sums" / "adapter", "adapter_config.json")
+    source = find_model(str(tmp_path / "sums"))
+    assert (source.kind, source.path) == ("adapter", str(tmp_path / "sums" / "adapter"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tunesmith.cli.console import console, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.words import amount
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.files import write_text
 from tunesmith.core.tasks import CAUSAL_LM
@@ -176,7 +177,7 @@ def _side(side: Side, *, is_share: bool) -> list[str]:
     score = side.score
     interval = f"{_figure(score.low, is_share)} to {_figure(score.high, is_share)}"
     right = [f"{sum(score.per_row):,.0f} of {score.count:,}"] if is_share else []
-    speed = f"{side.tokens / side.seconds:,.0f}" if side.seconds > 0 else ""
+    speed = amount(side.tokens / side.seconds) if side.seconds > 0 and side.tokens else ""
     return [_figure(score.value, is_share), interval, *right, speed, f"{side.seconds:,.1f}"]
 
 

@@ -47,7 +47,7 @@ def command(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest file of a merged model, like 5GB.", show_default=False)
+        str | None, typer.Option(help="Largest file of a merged model (default: 5GB).", show_default=False)
     ] = None,
     push_to: Annotated[
         str | None, typer.Option(help="Upload the export to the hub: OWNER/NAME.", show_default=False)

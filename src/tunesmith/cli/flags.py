@@ -18,9 +18,10 @@ from rich.markup import escape
 from tunesmith.cli.reference import Setting, settings_reference
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.settings import parse_assignment
+from tunesmith.models.sampling import Sampling
 from tunesmith.training.aliases import ALIASES
 
-__all__ = ["check_config", "given_settings", "settings_flags"]
+__all__ = ["check_config", "check_sampling", "given_settings", "settings_flags"]
 
 _OFF = "no_"
 
@@ -88,6 +89,20 @@ def check_config(config: Path | None) -> None:
         raise SettingsError(
             f"{config} is a file of rows, and the settings of a run are YAML. Give it as --data {config}."
         )
+
+
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    """Refuse values with which no token can be chosen, before a model is loaded.
+
+    Raises:
+        SettingsError: with the range of the first one.
+    """
+    faults = Sampling(temperature, top_p).faults()
+    if max_new_tokens < 1:
+        faults.append(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if faults:
+        name, _, rest = faults[0].partition("=")
+        raise SettingsError(f"--{name.replace('_', '-')} {rest}.")
 
 
 def _flag(setting: Setting) -> inspect.Parameter:

@@ -37,6 +37,12 @@ _MEANING = {
     "head": "hidden states and logits of one chunk",
 }
 
+_MOMENTS = {
+    "load": "while the model is loaded",
+    "save": "while a checkpoint is written",
+    "evaluation": "while it evaluates",
+}
+
 
 @settings_flags()
 def command(
@@ -112,7 +118,7 @@ def _parts_table(plan: TrainingPlan) -> Table:
         table.add_row(name, bytes_in_words(size), _MEANING[name])
     table.add_row("a step", bytes_in_words(sum(plan.parts.values())), "their sum", end_section=True)
     for name, size in plan.phases.items():
-        table.add_row(name, bytes_in_words(size), "another moment of the run")
+        table.add_row(name, bytes_in_words(size), _MOMENTS[name])
     table.add_row("peak", bytes_in_words(plan.peak), "the largest of these moments")
     return table
 
@@ -137,7 +143,7 @@ def _facts(found: Preview, *, is_asked: bool) -> list[tuple[str, str]]:
 
 def _alternatives_table(plan: TrainingPlan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("also looked at", no_wrap=True)
+    table.add_column("also looked at", overflow="fold")
     table.add_column("tokens together", justify="right")
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)

@@ -182,7 +182,9 @@ def _adapters(model: Any) -> list[tuple[str, str]]:
 def _row_counts(trainer: SFTTrainer | TaskTrainer) -> str:
     evaluated = "none for evaluation"
     if trainer.eval_data is not None:
-        evaluated = f"{len(trainer.eval_data.rows):,} for evaluation every {trainer.args.eval_steps:,} steps"
+        every = trainer.args.eval_steps
+        steps = "step" if every == 1 else f"{every:,} steps"
+        evaluated = f"{len(trainer.eval_data.rows):,} for evaluation every {steps}"
     return f"{len(trainer.train_data.rows):,} to train on, {evaluated}"
 
 

@@ -22,7 +22,17 @@ from tunesmith.core.errors import DataError
 from tunesmith.data.packing import packing_efficiency
 from tunesmith.data.types import Document, RowRefusedError
 
-__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "losses", "refuse_too_long", "summary", "wrapped"]
+__all__ = [
+    "CUT_NOTE",
+    "KeptRow",
+    "Ledger",
+    "count_trained",
+    "counted",
+    "losses",
+    "refuse_too_long",
+    "summary",
+    "wrapped",
+]
 
 CUT_NOTE = "cut to max_length"
 _EXAMPLES = 3
@@ -212,7 +222,7 @@ class Ledger:
                 turn is not trained, so that the model would not learn to stop.
         """
         if not self.trained_tokens:
-            raise DataError(f"nothing to train on: {self.rows_in:,} rows came in, none is left.{self._why()}")
+            raise DataError(f"nothing to train on: {counted(self.rows_in, 'row')} came in, none is left.{self._why()}")
         if self.untrained_ends and self.untrained_ends >= _MOST_UNTRAINED_ENDS * self.answer_documents:
             raise DataError(
                 f"in {self.untrained_ends:,} of {self.answer_documents:,} documents with answers the token that ends "
@@ -340,6 +350,11 @@ def summary(rows: Sequence[KeptRow]) -> dict[str, int]:
         "tokens": sum(map(len, documents)),
         "trained_tokens": sum(map(count_trained, documents)),
     }
+
+
+def counted(count: int, unit: str) -> str:
+    """Return ``"1 row"`` or ``"2 rows"``."""
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 def wrapped(lines: Iterable[str], width: int) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.core.errors import DataError, ModelError
-from tunesmith.data.ledger import refuse_too_long, wrapped
+from tunesmith.data.ledger import counted, refuse_too_long, wrapped
 from tunesmith.data.prepare import split_rows
 from tunesmith.data.task_rows import Record, answers_of, label_number
 from tunesmith.data.types import RowRefusedError
@@ -87,7 +87,7 @@ class TaskLedger:
                 f"\n  {count:,} x {reason}, first {self.examples[reason][0][0]}: {self.examples[reason][0][1]}"
                 for reason, count in self.dropped.most_common(5)
             )
-            raise DataError(f"nothing to train on: {self.rows_in:,} rows came in, none is left.{why}")
+            raise DataError(f"nothing to train on: {counted(self.rows_in, 'row')} came in, none is left.{why}")
 
     def length_at(self, share: float) -> int:
         """Return the length that ``share`` of the rows do not exceed; 0 without rows."""

@@ -62,6 +62,13 @@ _DISK_GBPS, _HOST_GBPS = 0.5, 50.0
 _LAUNCH_S = 0.15 / 30
 _MOST_HOST_BOUND = 2**16
 _LADDER = (Policy.NONE, Policy.SEL_MLP, Policy.SEL_MIN, Policy.FULL)
+_WORDS = {
+    Policy.NONE: "keep everything",
+    Policy.SEL_MLP: "compute gate and up again",
+    Policy.SEL_MIN: "compute all but attention again",
+    Policy.FULL: "compute everything again",
+    Policy.OFFLOAD: "compute everything again, from inputs that wait elsewhere",
+}
 _FIXED = {False: Policy.NONE, True: Policy.FULL, "selective": Policy.SEL_MIN, "offload": Policy.OFFLOAD}
 _CPU_TOKENS = (512, 1024, 2048, 4096)
 _GPU_TOKENS = (16384, 8192, 4096, 2048, 1024)
@@ -120,7 +127,7 @@ class TrainingPlan:
         return self.advice is None
 
     def describe(self) -> str:
-        """Return in words what is kept: ``"12 layers none, 18 layers sel_mlp"``."""
+        """Return in words what is kept: ``"12 layers keep everything, 18 layers compute gate and up again"``."""
         whole = self.dense == len(self.policies)
         layers = "all layers" if whole else f"{self.dense} layers"
         dense = f", and the quantized weights of {layers} written out" if self.dense else ""
@@ -150,11 +157,13 @@ class TrainingPlan:
 
 
 def describe_policies(policies: Sequence[Policy]) -> str:
-    """Return how many layers have which policy."""
+    """Return in words how many layers have which policy."""
     counted = [(policy, len(list(same))) for policy, same in groupby(policies)]
     if len(counted) == 1:
-        return f"all layers {counted[0][0]}"
-    return ", ".join(f"{count} layers {policy}" for policy, count in counted)
+        return f"all layers {_WORDS[counted[0][0]]}"
+    return ", ".join(
+        f"{count} layers {_WORDS[policy]}" if count > 1 else f"1 layer: {_WORDS[policy]}" for policy, count in counted
+    )
 
 
 def plan_training(
@@ -414,7 +423,7 @@ def _alternatives(tried: list[_Choice], fastest: float, budget: int | None) -> I
     for choice in tried:
         if len(set(choice.policies)) == 1:
             fits = budget is None or choice.estimate.peak <= budget
-            name = str(choice.policies[0])
+            name = _WORDS[choice.policies[0]]
             yield Alternative(name, choice.tokens, choice.estimate.peak, choice.time / fastest, fits)
 
 
@@ -436,6 +445,12 @@ def _cheapest_change(shape: MemoryShape, work: Work, mode: bool | str, limit: in
     if not shape.layers and mode is False and fits((Policy.FULL,) * shape.count):
         return "use_gradient_checkpointing=True fits: layers are computed again in the backward pass."
     leanest = mixes[-1]
+    libraries = planner.try_out(leanest, tokens[0]).estimate.parts.get("libraries", 0)
+    if libraries > limit:
+        return (
+            f"no setting fits: Python, the libraries and the data alone take {libraries / 2**20:,.0f} MiB. Give the run "
+            "more memory."
+        )
     length = _largest(lambda count: fits(leanest, work=_cut(work, count)), work.longest)
     if length >= 128:
         return f"max_length={length} with use_gradient_checkpointing='auto' fits: longer rows are dropped or cut."

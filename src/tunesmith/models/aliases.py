@@ -108,6 +108,8 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         return ModelSource("adapter", str(path / "adapter"), name)
     if (path / "settings.yaml").is_file() and (path / "model" / "config.json").is_file():
         return ModelSource("folder", str(path / "model"), name)
+    if (path / "adapter" / "adapter_config.json").is_file():  # as a script of a trainer saves it
+        return ModelSource("adapter", str(path / "adapter"), name)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelSource("gguf", str(ggufs[0]), name)
