@@ -57,9 +57,12 @@ def test_paragraphs_of_help_are_filled(run):
 @pytest.mark.parametrize("command", ["chat", "generate"])
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
-    [("--temperature", -1, "--temperature -1.0 must be 0 (greedy) or more"), ("--top-p", 0, "--top-p 0.0 must be above"),
-     ("--max-new-tokens", 0, "--max-new-tokens 0 must be 1 or more")],
-)  # fmt: skip
+    [
+        ("--temperature", -1, "--temperature -1.0 must be 0 (greedy) or more"),
+        ("--top-p", 0, "--top-p 0.0 must be above 0"),
+        ("--max-new-tokens", 0, "--max-new-tokens 0 must be 1 or more"),
+    ],
+)
 def test_sampling_that_cannot_be_is_refused_before_a_model_is_loaded(run, command, flag, value, said):
     words = ("x",) if command == "chat" else ("hello", "--model", "x")
     outcome = run(command, *words, flag, value)

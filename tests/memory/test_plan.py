@@ -13,7 +13,8 @@ from tunesmith.data.parts import share_documents
 from tunesmith.engine.policies import Policy
 from tunesmith.memory import TrainingPlan, Work, plan_training
 from tunesmith.memory.estimate import LIBRARIES_BYTES, MemoryShape, transformers_peak
-from tunesmith.memory.plan import UNSLOTH_SHARE, check_fits, describe_policies
+from tunesmith.memory.plan import UNSLOTH_SHARE, check_fits
+from tunesmith.memory.words import describe_policies
 
 GIB = 2**30
 

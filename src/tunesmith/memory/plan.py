@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 from tunesmith.core.errors import SettingsError
@@ -28,9 +28,10 @@ from tunesmith.memory.estimate import (
     kept_bytes,
     transformers_peak,
 )
+from tunesmith.memory.words import KEEPING, describe_policies
 from tunesmith.memory.work import Work
 
-__all__ = ["Alternative", "TrainingPlan", "check_fits", "describe_policies", "plan_training", "unpredicted_plan"]
+__all__ = ["Alternative", "TrainingPlan", "check_fits", "plan_training", "unpredicted_plan"]
 
 UNSLOTH_SHARE = 0.7
 """``use_gradient_checkpointing="unsloth"``: at most this share of the peak of transformers' own checkpointing."""
@@ -62,13 +63,6 @@ _DISK_GBPS, _HOST_GBPS = 0.5, 50.0
 _LAUNCH_S = 0.15 / 30
 _MOST_HOST_BOUND = 2**16
 _LADDER = (Policy.NONE, Policy.SEL_MLP, Policy.SEL_MIN, Policy.FULL)
-_WORDS = {
-    Policy.NONE: "keep everything",
-    Policy.SEL_MLP: "compute gate and up again",
-    Policy.SEL_MIN: "compute all but attention again",
-    Policy.FULL: "compute everything again",
-    Policy.OFFLOAD: "compute everything again, from inputs that wait elsewhere",
-}
 _FIXED = {False: Policy.NONE, True: Policy.FULL, "selective": Policy.SEL_MIN, "offload": Policy.OFFLOAD}
 _CPU_TOKENS = (512, 1024, 2048, 4096)
 _GPU_TOKENS = (16384, 8192, 4096, 2048, 1024)
@@ -154,16 +148,6 @@ class TrainingPlan:
             return self
         same = {name: record[name] for name in (*names, "parts", "phases", "peak", "reason", "tokens")}
         return replace(self, policies=chosen, alternatives=(), advice=None, **same)
-
-
-def describe_policies(policies: Sequence[Policy]) -> str:
-    """Return in words how many layers have which policy."""
-    counted = [(policy, len(list(same))) for policy, same in groupby(policies)]
-    if len(counted) == 1:
-        return f"all layers {_WORDS[counted[0][0]]}"
-    return ", ".join(
-        f"{count} layers {_WORDS[policy]}" if count > 1 else f"1 layer: {_WORDS[policy]}" for policy, count in counted
-    )
 
 
 def plan_training(
@@ -423,7 +407,7 @@ def _alternatives(tried: list[_Choice], fastest: float, budget: int | None) -> I
     for choice in tried:
         if len(set(choice.policies)) == 1:
             fits = budget is None or choice.estimate.peak <= budget
-            name = _WORDS[choice.policies[0]]
+            name = KEEPING[choice.policies[0]]
             yield Alternative(name, choice.tokens, choice.estimate.peak, choice.time / fastest, fits)
 
 
@@ -448,8 +432,8 @@ def _cheapest_change(shape: MemoryShape, work: Work, mode: bool | str, limit: in
     libraries = planner.try_out(leanest, tokens[0]).estimate.parts.get("libraries", 0)
     if libraries > limit:
         return (
-            f"no setting fits: Python, the libraries and the data alone take {libraries / 2**20:,.0f} MiB. Give the run "
-            "more memory."
+            f"no setting fits: Python, the libraries and the data alone take {libraries / 2**20:,.0f} MiB. Give the "
+            "run more memory."
         )
     length = _largest(lambda count: fits(leanest, work=_cut(work, count)), work.longest)
     if length >= 128:
