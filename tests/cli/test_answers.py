@@ -302,3 +302,12 @@ def test_evaluate_refuses(run, model_folder, rows_file, words, message):
     assert outcome.code == 2
     assert message in outcome.err
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_slow_answers_have_a_speed_too():
+    from types import SimpleNamespace
+
+    from tunesmith.cli.evaluate import _side
+
+    score = SimpleNamespace(value=1.0, low=0.5, high=1.0, per_row=[1], count=1)
+    assert _side(SimpleNamespace(score=score, tokens=2, seconds=10.0), is_share=True)[-2] == "0.2"

@@ -135,6 +135,13 @@ def test_a_settings_file_that_is_no_settings_file(run, tmp_path, text, message):
     assert_refused(run("train", config), message)
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_what_is_no_settings_file_names_the_flag_that_was_meant(run, model_folder, rows_file, command):
+    outcome = run(command, "--model", model_folder, "--data", rows_file, "--packing", "false")
+    assert_refused(outcome, "false: switches take no value. Write --NAME or --no-NAME")
+    assert_refused(run(command, rows_file, "--model", model_folder), f"Give it as --data {rows_file}")
+
+
 def test_a_settings_file_that_is_not_there(run, tmp_path):
     assert_refused(run("train", tmp_path / "run.yaml"), "no such file")
 

@@ -67,8 +67,28 @@ def test_a_summary_does_not_end_inside_a_citation():
     assert find_setting("neftune_noise_alpha")[0].summary.endswith("arXiv:2310.05914)")
 
 
+def test_no_summary_is_cut_inside_brackets():
+    summaries = [setting.summary for setting in settings_reference(in_scripts=True)]
+    assert [text for text in summaries if text.count("(") != text.count(")") or "\n" in text] == []
+
+
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "none"), (True, "true"), (2e-4, "2e-4"), (0.05, "0.05"), (0.0, "0"), (16, "16")]
+    ("name", "titles"),
+    [("packing", {"off", "on"}), ("r", {"too low", "too high"}), ("on_too_long", {"choices"}), ("bias", {"choices"})],
+)
+def test_advice_is_headed_by_what_a_setting_can_be(run, name, titles):
+    shown = run("explain", name).out
+    heads = {"off", "on", "too low", "too high", "choices"}
+    assert {head for head in heads if f"\n{head}  " in shown} == titles
+
+
+def test_a_default_that_is_the_word_none_is_quoted():
+    assert (find_setting("bias")[0].default, find_setting("max_steps")[0].default) == ('"none"', "none")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "none"), ("none", '"none"'), (True, "true"), (2e-4, "2e-4"), (0.05, "0.05"), (0.0, "0"), (16, "16")],
 )
 def test_values_are_written_as_people_type_them(value, text):
     assert written(value) == text

@@ -119,3 +119,14 @@ def test_gguf_is_written_and_told(method: str, names: list[str], run_folder: Pat
         assert "14 Q8_0, 5 F32, 2 F16" in shown and "(4 training rows)" in shown and "KL divergence" in shown
     lines = [line for line in outcome.out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, lines)) <= 80, lines
+
+
+@pytest.mark.parametrize(
+    ("method", "near"), [("gguf", ""), ("q9_0", " Did you mean 'q"), ("merged", " Did you mean 'm")]
+)
+def test_an_unknown_method_names_those_of_the_command_line(
+    run_folder: Path, tmp_path: Path, run: Any, method: str, near: str
+) -> None:
+    outcome = run("export", run_folder, "--output", tmp_path / "x", "--method", method)
+    assert outcome.code == 2 and outcome.err.startswith(f"error: --method {method}: use merged_16bit")
+    assert f"or gguf_lora for the adapter alone.{near}" in outcome.err and "q8_0, q4_k_m, f16" in outcome.err

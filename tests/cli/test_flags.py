@@ -18,6 +18,11 @@ def test_there_is_a_flag_for_every_setting(run):
     assert [setting.flag for setting in settings_reference() if setting.flag not in shown] == []
 
 
+def test_what_a_run_cannot_do_without_is_marked(run):
+    shown = " ".join(run("train", "--help").out.replace("│", " ").split())
+    assert shown.count("(required)") == 2
+
+
 @pytest.mark.parametrize(
     ("name", "typed", "value"),
     [

@@ -49,6 +49,26 @@ def test_an_installed_command_runs_as_a_process(tmp_path: Path):
     assert "Traceback" not in ended.stderr
 
 
+def test_paragraphs_of_help_are_filled(run):
+    shown = run("train", "--help").out
+    assert "checkpoints and the result." in " ".join(shown.split()) and "\n and the result." not in shown
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--temperature", -1, "--temperature -1.0 must be 0 (greedy) or more"),
+        ("--top-p", 0, "--top-p 0.0 must be above 0"),
+        ("--max-new-tokens", 0, "--max-new-tokens 0 must be 1 or more"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_a_model_is_loaded(run, command, flag, value, said):
+    words = ("x",) if command == "chat" else ("hello", "--model", "x")
+    outcome = run(command, *words, flag, value)
+    assert outcome.code == 2 and said in outcome.err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(run, name):
     outcome = run(name, "--help")

@@ -25,6 +25,10 @@ def test_a_run_that_is_done_has_no_step_left(run, tmp_path, model_folder, rows_f
     assert outcome.code == 0 and "7/6" not in outcome.out
     assert adapter(folder) == before and json.loads((folder / "result.json").read_text())["steps"] == 6
     assert not (folder / ".lock").exists()
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = run("train", folder / "settings.yaml", "--resume")
+    assert "the run was finished: 6 of 6 steps; nothing was left to do" in again.out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_that_was_stopped_early_stays_stopped(run, tmp_path, model_folder, rows_file):
@@ -37,6 +41,19 @@ def test_a_run_that_was_stopped_early_stays_stopped(run, tmp_path, model_folder,
     for _ in range(2):
         assert run("train", folder / "settings.yaml", "--resume").code == 0
         assert json.loads((folder / "result.json").read_text())["steps"] == steps and adapter(folder) == before
+
+
+def test_resume_without_a_folder_says_how_to_name_it(run, model_folder, rows_file):
+    outcome = run("train", "--model", model_folder, "--data", rows_file, "--resume")
+    assert (
+        outcome.code == 2 and "give --output-dir runs/NAME, or tunesmith train runs/NAME/settings.yaml" in outcome.err
+    )
+
+
+def test_early_stopping_where_too_few_rows_are_set_apart(run, tmp_path, model_folder, rows_file):
+    words = ("--model", model_folder, "--data", rows_file, "--output-dir", tmp_path / "run", "--limit", 16)
+    outcome = run("train", *words, "--early-stopping-patience", 2)
+    assert outcome.code == 2 and "no row is set apart for one" in outcome.err and "of 20 rows or more" in outcome.err
 
 
 def test_where_nothing_is_nothing_is_resumed(run, tmp_path, model_folder, rows_file):

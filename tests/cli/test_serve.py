@@ -100,7 +100,7 @@ def test_a_missing_package_is_named_with_its_remedy(run, model_folder, monkeypat
         "importlib.util.find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest)
     )
     outcome = run("serve", model_folder)
-    assert outcome.code == 2 and "uvicorn not installed: pip install 'tunesmith[serve]'" in outcome.err
+    assert outcome.code == 2 and "uvicorn not installed: pip install -e '.[serve]' in the checkout" in outcome.err
 
 
 @pytest.mark.slow

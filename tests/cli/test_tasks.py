@@ -76,6 +76,11 @@ def test_a_settings_file_with_a_mapping_and_rows_for_evaluation(run, tmp_path, b
     assert "40 to train on, 20 for evaluation" in shown
     model, _ = FastLanguageModel.from_pretrained(str(tmp_path / "run"))
     assert model.config.id2label == {0: "cold", 1: "warm"}
+    # Rows with the columns of the run need no --map, and those with the usual names none either.
+    for file in (held_out, write_rows(tmp_path / "usual.jsonl", tiny_tasks.colour_rows(60)[40:])):
+        scored = run("evaluate", "--model", tmp_path / "run", "--data", file)
+        assert scored.code == 0, scored.err
+        assert ("read as in the run: --map headline=text,kind=label" in scored.out) == (file == held_out)
     # A head that is there keeps its labels, whichever the rows have.
     more = write_rows(tmp_path / "c.jsonl", [{"text": "ann", "label": "cold"}, {"text": "bob", "label": "hot"}] * 20)
     words = ("--task", "seq_cls", "--model", tmp_path / "run", "--data", more, *SHORT, "--output-dir", tmp_path / "x")
@@ -90,7 +95,7 @@ def test_a_settings_file_with_a_mapping_and_rows_for_evaluation(run, tmp_path, b
         (("train", "--task", "tagging"), "task 'tagging' is not known"),
         (("train", "--task", "SEQ_CLS", "--packing"), "packing: for CAUSAL_LM only"),
         (("train", "--task", "SEQ_CLS", "--load-in-4bit"), "load_in_4bit: for CAUSAL_LM only"),
-        (("train", "--task", "TOKEN_CLS"), "TOKEN_CLS rows need tokens, tags"),
+        (("train", "--task", "TOKEN_CLS"), "for example --map text=tokens (in Python mapping={'text': 'tokens'})"),
         (("plan", "--task", "SEQ_CLS"), "a plan for SEQ_CLS is not supported yet"),
     ],
 )
@@ -116,6 +121,12 @@ def test_commands_that_write_text_refuse_other_models(run, tmp_path, bases, file
     assert outcome.code == 2 and "--metric: without effect on FEATURE_EXTRACTION" in outcome.err
     outcome = run("evaluate", "--model", folder, *data, "--limit", 0)
     assert outcome.code == 2 and "limit is 0. Use 1 or more" in outcome.err
+
+
+def test_an_encoder_without_a_task_is_refused_with_those_it_takes(run, tmp_path, bases, rows_file):
+    outcome = run("train", "--model", bases["bert"], "--data", rows_file, "--output-dir", tmp_path / "run")
+    assert outcome.code == 2 and not (tmp_path / "run").exists()
+    assert "is an encoder (bert) and writes no text" in outcome.err and "--task SEQ_CLS, TOKEN_CLS" in outcome.err
 
 
 def test_a_language_model_needs_a_metric(run, model_folder, rows_file):

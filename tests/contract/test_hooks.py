@@ -94,3 +94,13 @@ def test_attention_can_be_registered_beside_the_others():
     after = dict(AttentionInterface._global_mapping)
     assert set(after) - {ATTENTION} == set(before) - {ATTENTION}
     assert all(after[name] is before[name] for name in before if name != ATTENTION)
+
+
+def test_the_settings_know_every_optimizer_and_schedule_of_transformers():
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    from tunesmith.training.aliases import KNOWN
+
+    assert {entry.value for entry in OptimizerNames} <= set(KNOWN["optim"])
+    assert {entry.value for entry in SchedulerType} <= set(KNOWN["lr_scheduler_type"])

@@ -7,7 +7,16 @@ import pytest
 from pydantic import Field
 
 from tunesmith.core.errors import SettingsError
-from tunesmith.core.settings import Guide, Settings, describe_type, guide_of, parse_assignment, read_yaml, validate
+from tunesmith.core.settings import (
+    Guide,
+    Settings,
+    describe_type,
+    first_clause,
+    guide_of,
+    parse_assignment,
+    read_yaml,
+    validate,
+)
 
 
 class Example(Settings):
@@ -80,10 +89,23 @@ def test_long_values_are_cut_in_messages() -> None:
     ("annotation", "words"),
     [(int, "a whole number"), (int | None, "a whole number or nothing"), (list[str] | str, "a list or a text"),
      (Literal["a", "b"], "one of a, b"), (dict[str, int], "a mapping"), (Annotated[float, 1], "a number"),
-     (Path, "a path")],
+     (Path, "a path"), (Any, "what transformers takes")],
 )  # fmt: skip
 def test_types_in_words(annotation: Any, words: str) -> None:
     assert describe_type(annotation) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "clause"),
+    [
+        ("A folder,\nor a name (a,\nb). More.", "A folder, or a name (a, b)"),
+        ("Directions (of each; fast), more; none: off.", "Directions (of each; fast), more"),
+        ("By number, 0, 1, 2 ... and on. More", "By number, 0, 1, 2 ... and on"),
+        ("A .jsonl file at 0.5", "A .jsonl file at 0.5"),
+    ],
+)
+def test_the_first_clause_of_a_docstring(text: str, clause: str) -> None:
+    assert first_clause(text) == clause
 
 
 def write(folder: Path, content: bytes) -> Path:

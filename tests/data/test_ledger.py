@@ -128,6 +128,15 @@ def test_lines_stay_few_with_many_reasons():
         ledger.check()
 
 
+def test_a_reason_that_does_not_fit_goes_on_in_the_next_line():
+    ledger = Ledger(rows_in=1)
+    detail = "there is no column 'qestion'; the row has the keys question, answer, source and " + "x" * 100
+    ledger.drop("rows.jsonl:1", "mapped column missing", detail)
+    lines = ledger.lines(80)
+    assert max(map(len, lines)) <= 80 and all(line.startswith(" " * 12) for line in lines[2:4])
+    assert detail.replace(" ", "") in "".join(lines).replace(" ", "")
+
+
 def test_lines_hold_no_control_characters():
     ledger = Ledger(rows_in=1)
     ledger.drop("a.jsonl:1", "unknown role", "has\x1b[31m a role\r\n")

@@ -121,7 +121,7 @@ def test_source_split_and_errors_reach_the_caller(tmp_path):
 def test_a_conversation_that_trains_nothing_at_all_stops_the_check():
     data = run([chat("q", "a", train=False)])
     with pytest.raises(
-        DataError, match=r"nothing to train on: 1 rows came in, none is left.\n  1 x nothing to train on"
+        DataError, match=r"nothing to train on: 1 row came in, none is left.\n  1 x nothing to train on"
     ):
         data.ledger.check()
 

@@ -239,7 +239,7 @@ def test_rows_that_are_too_long_are_dropped_or_cut_or_an_error_and_counted(task:
     dropped = prepare(rows, task, max_length=7)
     assert (len(dropped), dropped.ledger.rows_in) == (0, 1)
     assert dropped.ledger.dropped == {"longer than 7 tokens": 1}
-    with pytest.raises(DataError, match=r"1 rows came in, none is left.\n  1 x longer than 7 tokens, first row 1: "):
+    with pytest.raises(DataError, match=r"1 row came in, none is left.\n  1 x longer than 7 tokens, first row 1: "):
         dropped.ledger.check()
     with pytest.raises(DataError, match=r"row 1: .* tokens, max_length is 7. Raise max_length"):
         prepare(rows, task, max_length=7, on_too_long="error")

@@ -46,6 +46,31 @@ def test_every_link_leads_somewhere():
         assert (ROOT / target).is_file(), target
 
 
+def test_the_rows_that_it_shows_are_recognised():
+    import json
+
+    from tunesmith.data.files import read_rows
+    from tunesmith.data.formats import to_example
+
+    (rows,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
+    examples = [to_example(row) for row in read_rows([json.loads(line) for line in rows.splitlines()])]
+    assert [type(example).__name__ for example in examples] == [*["Conversation"] * 3, "Completion", "Text"]
+
+
 def test_the_two_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_extras_come_from_the_checkout_and_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    assert "tunesmith[" not in text  # nothing is published
+    known = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"'\.\[(\w+)\]'", text)) <= known
+
+
+def test_the_commands_are_on_the_path_before_they_are_typed():
+    assert README.index("source .venv/bin/activate") < README.index("tunesmith inspect")

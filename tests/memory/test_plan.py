@@ -13,7 +13,8 @@ from tunesmith.data.parts import share_documents
 from tunesmith.engine.policies import Policy
 from tunesmith.memory import TrainingPlan, Work, plan_training
 from tunesmith.memory.estimate import LIBRARIES_BYTES, MemoryShape, transformers_peak
-from tunesmith.memory.plan import UNSLOTH_SHARE, check_fits, describe_policies
+from tunesmith.memory.plan import UNSLOTH_SHARE, check_fits
+from tunesmith.memory.words import describe_policies
 
 GIB = 2**30
 
@@ -161,8 +162,11 @@ def test_a_plan_can_be_written_and_followed_again() -> None:
 
 
 def test_policies_in_words() -> None:
-    assert describe_policies([Policy.NONE] * 3) == "all layers none"
-    assert describe_policies([Policy.FULL, Policy.FULL, Policy.NONE]) == "2 layers full, 1 layers none"
+    assert describe_policies([Policy.NONE] * 3) == "all layers keep everything"
+    assert (
+        describe_policies([Policy.FULL, Policy.FULL, Policy.NONE])
+        == "2 layers compute everything again, 1 layer: keep everything"
+    )
 
 
 def test_lanes_cost_memory_and_are_left_out_where_it_is_short() -> None:
@@ -201,7 +205,7 @@ def test_quantized_weights_stay_written_out_in_half_of_the_memory_that_is_left()
     layer = shape.quantized * shape.itemsize
     whole = planned("auto", 80 * GIB, shape=shape)
     assert whole.dense == 32 and whole.parts["dense"] == 32 * layer
-    assert whole.describe() == "all layers none, and the quantized weights of all layers written out"
+    assert whole.describe() == "all layers keep everything, and the quantized weights of all layers written out"
     # With nothing left to write out in a step, its buffer is not needed.
     without = planned("auto", 80 * GIB, shape=replace(shape, quantized=0))
     assert without.parts["scratch"] - whole.parts["scratch"] == shape.written_out * shape.itemsize

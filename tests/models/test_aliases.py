@@ -42,6 +42,12 @@ def test_local_paths_win_over_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_model("smollm2-135m").kind == "folder"
 
 
+def test_a_folder_of_a_script_with_its_adapter_in_it(tmp_path: Path) -> None:
+    make(tmp_path / "sums" / "adapter", "adapter_config.json")
+    source = find_model(str(tmp_path / "sums"))
+    assert (source.kind, source.path) == ("adapter", str(tmp_path / "sums" / "adapter"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -55,6 +61,10 @@ def test_local_paths_win_over_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("model/notes.txt", "is a file but no .gguf file"),
         ("empty", "the folder holds neither config.json nor adapter_config.json"),
         ("outer", "Did you mean outer/inner?"),
+        ("runs/nothere", "there is no such run. In runs are: second."),
+        ("runs/secnd", "there is no such run. Did you mean 'second'"),
+        ("./hiden", "no such file or folder. Check the path."),
+        ("written", "the folder holds neither config.json nor adapter_config.json.$"),
         ("two", r"2 .gguf files there. Name one, for example two/a.gguf"),
     ],
 )
@@ -63,6 +73,9 @@ def test_names_that_lead_nowhere(name: str, message: str, tmp_path: Path, monkey
     make(tmp_path / "model", "config.json", "notes.txt")
     make(tmp_path / "outer" / "inner", "config.json")
     make(tmp_path / "two", "a.gguf", "b.gguf")
+    make(tmp_path / "runs" / "second", "settings.yaml")
+    make(tmp_path / ".hidden", "config.json")
+    make(tmp_path / "written" / ".merged.partial-1", "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=message):
         find_model(name)

@@ -69,13 +69,16 @@ class AdapterSettings(Settings):
     """Dropout on the adapter's input; 0 is fastest."""
 
     bias: Annotated[
-        Literal["none", "lora_only", "all"], Guide("none", "nothing is lost", "more parameters for little gain")
+        Literal["none", "lora_only", "all"],
+        Guide("none", '"none": nothing is lost', "others: more parameters for little gain"),
     ] = "none"
     """Which biases train beside the adapter."""
 
     use_gradient_checkpointing: Annotated[
         bool | Literal["unsloth", "auto", "selective", "offload"],
-        Guide("unsloth", "off: fastest, most memory", "on: recomputes each layer, about a third slower, little memory"),
+        Guide(
+            "unsloth", "false: fastest, most memory", "true: recomputes each layer, about a third slower, little memory"
+        ),
     ] = "unsloth"
     """What layers keep for the backward pass: False all of it, True their inputs, "selective" what is costly to compute
     again, "offload" nothing (inputs go to host memory, on a CPU to a file). "unsloth" is the fastest mix with a

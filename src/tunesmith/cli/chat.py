@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.console import console, not_utf8, print_beside, print_lines, silence_libraries
-from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.flags import check_sampling, given_settings, settings_flags
 from tunesmith.cli.voices import BASE, Voices, load_voices
 from tunesmith.core.names import did_you_mean
 
@@ -47,6 +47,7 @@ def command(
     **flags: Any,
 ) -> None:
     """Talk to a model. Lines that begin with / are commands; /help lists them."""
+    check_sampling(temperature, top_p, max_new_tokens)
     silence_libraries()  # the imports below have something to say of this machine
     from tunesmith.data.templates import require_chat_template
 

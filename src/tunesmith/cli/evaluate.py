@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tunesmith.cli.console import console, print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.words import amount
 from tunesmith.core.errors import OutputError, SettingsError
 from tunesmith.core.files import write_text
 from tunesmith.core.tasks import CAUSAL_LM
@@ -62,7 +63,7 @@ def command(
         what = "perplexity, which generates nothing and takes one row at a time"
         _refuse_idle({**generating, "--batch-size": batch_size != 32}, what)
     silence_libraries()  # the imports below have something to say of this machine
-    from tunesmith.cli.loading import load_for_answers
+    from tunesmith.cli.loading import load_for_answers, mapping_of_run
     from tunesmith.cli.task_scores import print_scores, score_task
     from tunesmith.evaluation import evaluate
     from tunesmith.evaluation.metrics import METRICS, get_metric
@@ -72,11 +73,14 @@ def command(
         get_metric(metric)
     loading = {name: value for name, value in given.items() if name != "map"}
     loaded, tokenizer = load_for_answers(model, adapter, any_task=True, **loading)
+    mapping = given.get("map") or mapping_of_run(adapter or model, data)
+    if mapping is not None and "map" not in given:
+        print_lines([f"columns are read as in the run: --map {','.join(f'{c}={r}' for c, r in mapping.items())}"])
     if facts_of(loaded).task != CAUSAL_LM:
         _refuse_idle({"--metric": metric, **generating}, facts_of(loaded).task)
         with AnswerProgress() as progress:
             scores = score_task(
-                loaded, tokenizer, data, given.get("map"), limit=limit, batch_size=batch_size, base=base,
+                loaded, tokenizer, data, mapping, limit=limit, batch_size=batch_size, base=base,
                 progress=progress,
             )  # fmt: skip
         print_scores(scores)
@@ -92,7 +96,7 @@ def command(
             tokenizer,
             data,
             metric,
-            mapping=given.get("map"),
+            mapping=mapping,
             limit=limit,
             with_base=base,
             max_new_tokens=max_new_tokens,
@@ -173,7 +177,7 @@ def _side(side: Side, *, is_share: bool) -> list[str]:
     score = side.score
     interval = f"{_figure(score.low, is_share)} to {_figure(score.high, is_share)}"
     right = [f"{sum(score.per_row):,.0f} of {score.count:,}"] if is_share else []
-    speed = f"{side.tokens / side.seconds:,.0f}" if side.seconds > 0 else ""
+    speed = amount(side.tokens / side.seconds) if side.seconds > 0 and side.tokens else ""
     return [_figure(score.value, is_share), interval, *right, speed, f"{side.seconds:,.1f}"]
 
 

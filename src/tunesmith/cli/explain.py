@@ -49,11 +49,20 @@ def _facts(setting: Setting) -> list[tuple[str, str]]:
         ("allowed", setting.allowed),
         ("default", setting.default),
         ("typical", setting.guide.typical),
-        ("low or off", setting.guide.low),
-        ("high or on", setting.guide.high),
+        *_advice(setting),
         ("aliases", ", ".join(setting.aliases)),
     ]
     return [(title, text) for title, text in facts if text]
+
+
+def _advice(setting: Setting) -> list[tuple[str, str]]:
+    """Return what too little and too much does; of a switch what off and on do, of choices what each does."""
+    low, high = setting.guide.low, setting.guide.high
+    if setting.kinds == {bool}:
+        return [("off", low), ("on", high)]
+    if setting.kinds & {int, float}:
+        return [("too low", low), ("too high", high)]
+    return [("choices", "; ".join(filter(None, (low, high))))]
 
 
 def _print_all() -> None:

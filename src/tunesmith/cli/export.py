@@ -47,7 +47,7 @@ def command(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest file of a merged model, like 5GB.", show_default=False)
+        str | None, typer.Option(help="Largest file of a merged model (default: 5GB).", show_default=False)
     ] = None,
     push_to: Annotated[
         str | None, typer.Option(help="Upload the export to the hub: OWNER/NAME.", show_default=False)
@@ -97,7 +97,7 @@ def _check(names: list[str], imatrix: Path | None) -> bool:
     """
     from tunesmith.export.gguf.methods import ALIASES, gguf_methods, is_gguf_method
     from tunesmith.export.gguf.methods import METHODS as GGUF
-    from tunesmith.export.methods import GGUF_LORA, check_method
+    from tunesmith.export.methods import GGUF_LORA, METHODS, check_method
 
     is_gguf = any(map(is_gguf_method, names))
     if is_gguf:
@@ -111,7 +111,15 @@ def _check(names: list[str], imatrix: Path | None) -> bool:
     elif imatrix is not None:
         raise SettingsError(f"--imatrix has no meaning for --method {','.join(names)}. Leave it out.")
     elif names != [GGUF_LORA]:
-        check_method(",".join(names))
+        name = ",".join(names)
+        try:
+            check_method(name)
+        except SettingsError:
+            near = "" if name == "gguf" else did_you_mean(name, (*METHODS, GGUF_LORA, *GGUF, *ALIASES))
+            raise SettingsError(
+                f"--method {name}: use {', '.join(METHODS)}; for GGUF a quantization (q8_0, q4_k_m, f16 ..., all in "
+                f"docs/gguf.md), or {GGUF_LORA} for the adapter alone.{near}"
+            ) from None
     return is_gguf
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,9 +18,10 @@ from rich.markup import escape
 from tunesmith.cli.reference import Setting, settings_reference
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.settings import parse_assignment
+from tunesmith.models.sampling import Sampling
 from tunesmith.training.aliases import ALIASES
 
-__all__ = ["given_settings", "settings_flags"]
+__all__ = ["check_config", "check_sampling", "given_settings", "settings_flags"]
 
 _OFF = "no_"
 
@@ -73,9 +75,39 @@ def given_settings(flags: Mapping[str, Any], assignments: Iterable[str] = ()) ->
     return values
 
 
+def check_config(config: Path | None) -> None:
+    """Refuse what stands in the place of a YAML file and is none: the value of a switch, or a file of rows.
+
+    Raises:
+        SettingsError: with the flag that was meant.
+    """
+    if config is None:
+        return
+    if config.name.lower() in ("true", "false", "yes", "no", "on", "off") and not config.exists():
+        raise SettingsError(f"{config}: switches take no value. Write --NAME or --no-NAME, for example --no-packing.")
+    if config.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"):
+        raise SettingsError(
+            f"{config} is a file of rows, and the settings of a run are YAML. Give it as --data {config}."
+        )
+
+
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    """Refuse values with which no token can be chosen, before a model is loaded.
+
+    Raises:
+        SettingsError: with the range of the first one.
+    """
+    faults = Sampling(temperature, top_p).faults()
+    if max_new_tokens < 1:
+        faults.append(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if faults:
+        name, _, rest = faults[0].partition("=")
+        raise SettingsError(f"--{name.replace('_', '-')} {rest}.")
+
+
 def _flag(setting: Setting) -> inspect.Parameter:
     choices = f" One of {', '.join(setting.choices)}." if setting.choices else ""
-    default = "" if setting.default in ("none", "required") else f" (default: {setting.default})"
+    default = {"none": "", "required": " (required)"}.get(setting.default, f" (default: {setting.default})")
     words: dict[str, Any] = {
         "help": escape(f"{setting.summary}.{choices}{default}"),
         "rich_help_panel": setting.group,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.console import not_utf8, silence_libraries
-from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.flags import check_sampling, given_settings, settings_flags
 from tunesmith.core.errors import DataError, SettingsError
 
 __all__ = ["command", "stream_answer"]
@@ -39,6 +39,7 @@ def command(
     """Answer one prompt. Only the answer goes to stdout, token by token."""
     if raw and (system is not None or chat_template is not None):
         raise SettingsError("--raw uses no chat template, so --system and --chat-template have no place. Drop them.")
+    check_sampling(temperature, top_p, max_new_tokens)
     text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty. Give some text, or - to read it from stdin.")

@@ -11,12 +11,14 @@ from tunesmith.adapters.state import load_beside, load_source
 from tunesmith.api import FastLanguageModel
 from tunesmith.cli.console import silence_libraries
 from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.core.settings import read_yaml
 from tunesmith.core.tasks import CAUSAL_LM
+from tunesmith.data.files import list_splits, read_rows
 from tunesmith.models.aliases import find_model
 from tunesmith.models.load import facts_of
 from tunesmith.models.settings import choose_width
 
-__all__ = ["adapter_folder", "add_adapters", "load_for_answers"]
+__all__ = ["adapter_folder", "add_adapters", "load_for_answers", "mapping_of_run"]
 
 
 def load_for_answers(
@@ -101,6 +103,22 @@ def add_adapters(model: Any, mix: Sequence[tuple[str, float]]) -> dict[str, floa
         load_beside(model, f"adapter-{index}", folder)
         shares[f"adapter-{index}"] = share
     return shares
+
+
+def mapping_of_run(name: str, data: str) -> dict[str, str] | None:
+    """Return the ``map`` that the run ``name`` was trained with, where ``data`` has all columns that it names.
+
+    Rows whose columns have the usual names need none, whatever those of the training were called.
+    """
+    folder = Path(find_model(name).path)
+    file = next(
+        (path / "settings.yaml" for path in (folder, folder.parent) if (path / "settings.yaml").is_file()), None
+    )
+    mapping = None if file is None else read_yaml(file).get("map")
+    if not mapping:
+        return None
+    first = next(read_rows(data, split=list_splits(data)[0]))
+    return dict(mapping) if set(mapping) <= set(first.value) else None
 
 
 def _base_of(adapter: Path) -> tuple[object, ...]:

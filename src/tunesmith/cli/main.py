@@ -65,9 +65,14 @@ def _parser_for(words: Sequence[str]) -> Callable[..., None]:
     wanted = next((word for word in words if not word.startswith("-")), None)
     for name, (module, line) in COMMANDS.items():
         function = importlib.import_module(module).command if name == wanted else _not_wanted
-        app.command(name, short_help=line)(function)
+        app.command(name, short_help=line, help=_unwrapped(function.__doc__))(function)
     # Typer's own call would also replace sys.excepthook.
     return typer.main.get_command(app).main
+
+
+def _unwrapped(docstring: str | None) -> str:
+    """Return a docstring with each paragraph on one line, for a terminal to break where it ends."""
+    return "\n\n".join(" ".join(part.split()) for part in (docstring or "").split("\n\n"))
 
 
 def _print_version(is_asked: bool) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.console import console, print_lines, silence_libraries
-from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.flags import check_config, given_settings, settings_flags
 from tunesmith.cli.words import amount, bytes_in_words, duration
 from tunesmith.core.errors import NotSupportedYetError
 from tunesmith.core.memory import parse_bytes
@@ -37,11 +37,17 @@ _MEANING = {
     "head": "hidden states and logits of one chunk",
 }
 
+_MOMENTS = {
+    "load": "while the model is loaded",
+    "save": "while a checkpoint is written",
+    "evaluation": "while it evaluates",
+}
+
 
 @settings_flags()
 def command(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file with settings; flags go before what it says.", show_default=False)
+        Path | None, typer.Argument(help="YAML file with settings; flags override it.", show_default=False)
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -60,6 +66,7 @@ def command(
     Takes the settings of `train`. Reads the rows and the headers of the weight files; loads no weights.
     """
     size = None if memory is None else parse_bytes(memory)
+    check_config(config)
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
     if settings.task != CAUSAL_LM:
         raise NotSupportedYetError(f"a plan for {settings.task} is not supported yet: memory is planned for CAUSAL_LM.")
@@ -111,7 +118,7 @@ def _parts_table(plan: TrainingPlan) -> Table:
         table.add_row(name, bytes_in_words(size), _MEANING[name])
     table.add_row("a step", bytes_in_words(sum(plan.parts.values())), "their sum", end_section=True)
     for name, size in plan.phases.items():
-        table.add_row(name, bytes_in_words(size), "another moment of the run")
+        table.add_row(name, bytes_in_words(size), _MOMENTS[name])
     table.add_row("peak", bytes_in_words(plan.peak), "the largest of these moments")
     return table
 
@@ -136,7 +143,7 @@ def _facts(found: Preview, *, is_asked: bool) -> list[tuple[str, str]]:
 
 def _alternatives_table(plan: TrainingPlan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("also looked at", no_wrap=True)
+    table.add_column("also looked at", overflow="fold")
     table.add_column("tokens together", justify="right")
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)

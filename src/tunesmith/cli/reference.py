@@ -6,7 +6,6 @@ Name, type, default and help come from :class:`~tunesmith.training.settings.RunS
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import nearest
-from tunesmith.core.settings import Guide, Settings, describe_type, guide_of
+from tunesmith.core.settings import Guide, Settings, describe_type, first_clause, guide_of
 from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import LoadingArguments, ModelSettings
 from tunesmith.training.aliases import ALIASES
@@ -60,7 +59,7 @@ class Setting:
     @property
     def summary(self) -> str:
         """The meaning up to the first full stop or semicolon that ends a clause."""
-        return re.split(r"(?<! al)\. |; ", self.meaning)[0].rstrip(".")
+        return first_clause(self.meaning)
 
     @property
     def flag(self) -> str:
@@ -109,9 +108,11 @@ def _describe(name: str, group: str, kind: type[Settings]) -> Setting:
 
 
 def written(value: Any) -> str:
-    """Return a value as YAML writes it: ``none`` for None, ``true``, ``2e-4``."""
+    """Return a value as YAML writes it: ``none`` for None, ``"none"`` for the word, ``true``, ``2e-4``."""
     if value is None:
         return "none"
+    if value == "none":
+        return '"none"'
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

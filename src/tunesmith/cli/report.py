@@ -78,6 +78,9 @@ def _peaks(numbers: dict[str, Any]) -> str:
     measured, predicted = numbers["peak_bytes"], numbers["predicted_peak_bytes"]
     if predicted is None:
         return bytes_in_words(measured)
+    if numbers.get("peak_while_loading"):
+        steps = bytes_in_words(numbers["predicted_step_bytes"])
+        return f"{bytes_in_words(measured)}, reached while loading; the steps were predicted to need {steps}"
     difference = 100 * (predicted / measured - 1)
     return f"{bytes_in_words(measured)}; {bytes_in_words(predicted)} were predicted ({difference:+.0f} %)"
 
@@ -179,7 +182,9 @@ def _adapters(model: Any) -> list[tuple[str, str]]:
 def _row_counts(trainer: SFTTrainer | TaskTrainer) -> str:
     evaluated = "none for evaluation"
     if trainer.eval_data is not None:
-        evaluated = f"{len(trainer.eval_data.rows):,} for evaluation every {trainer.args.eval_steps:,} steps"
+        every = trainer.args.eval_steps
+        steps = "step" if every == 1 else f"{every:,} steps"
+        evaluated = f"{len(trainer.eval_data.rows):,} for evaluation every {steps}"
     return f"{len(trainer.train_data.rows):,} to train on, {evaluated}"
 
 

@@ -169,7 +169,7 @@ def _base_name(source: ModelSource) -> str:
 def _require_packages() -> None:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise SettingsError(f"{' and '.join(missing)} not installed: pip install 'tunesmith[serve]'")
+        raise SettingsError(f"{' and '.join(missing)} not installed: pip install -e '.[serve]' in the checkout")
 
 
 def _greet(engine: Engine, names: _Names, bound: socket.socket, has_key: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.console import print_lines, silence_libraries
-from tunesmith.cli.flags import given_settings, settings_flags
+from tunesmith.cli.flags import check_config, given_settings, settings_flags
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.models.aliases import find_model
 from tunesmith.training.settings import RunSettings, load_run_settings
@@ -23,7 +23,7 @@ __all__ = ["command", "train_and_show"]
 @settings_flags()
 def command(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file with settings; flags go before what it says.", show_default=False)
+        Path | None, typer.Argument(help="YAML file with settings; flags override it.", show_default=False)
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -39,11 +39,15 @@ def command(
     `tunesmith explain NAME` says what a setting means. The run's folder holds settings, ledger, metrics, checkpoints
     and the result.
     """
+    check_config(config)
     settings, aliases = load_run_settings(config, given_settings(flags, assignments or ()))
     print_lines(aliases)
     result = train_and_show(settings, resume=resume)
     from tunesmith.cli.report import print_result
 
+    if result.was_finished:
+        state = result.trainer.state
+        print_lines([f"the run was finished: {state.global_step} of {state.max_steps} steps; nothing was left to do"])
     print_result(result, _next_commands(settings, result))
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DtypeChoice",
+    "check_dtype_name",
     "choose_device",
     "choose_dtype",
     "computes_float8",
@@ -78,13 +79,22 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
     if isinstance(name, torch.dtype):
         return name
+    return getattr(torch, check_dtype_name(name))
+
+
+def check_dtype_name(name: str) -> str:
+    """Return the dtype's own name for one such as ``"bf16"``, without looking at torch.
+
+    Raises:
+        ModelError: the name is no floating dtype known here.
+    """
     key = name.removeprefix("torch.").lower()
     if key not in _DTYPE_NAMES:
         raise ModelError(
             f"dtype {name!r} is not known.{did_you_mean(key, _DTYPE_NAMES)} "
             "Use bfloat16, float16, float32, or leave it out to let the hardware decide."
         )
-    return getattr(torch, _DTYPE_NAMES[key])
+    return _DTYPE_NAMES[key]
 
 
 def choose_dtype(requested: str | torch.dtype | None, device: torch.device) -> DtypeChoice:

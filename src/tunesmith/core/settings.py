@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -20,7 +20,17 @@ from pydantic.fields import FieldInfo
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
 
-__all__ = ["Guide", "Settings", "check", "complaint", "guide_of", "parse_assignment", "read_yaml", "validate"]
+__all__ = [
+    "Guide",
+    "Settings",
+    "check",
+    "complaint",
+    "first_clause",
+    "guide_of",
+    "parse_assignment",
+    "read_yaml",
+    "validate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_assignment=True, frozen=True, allow_inf_nan=False
     )
+
+    other_names: ClassVar[Sequence[str]] = ()
+    """Names under which settings are read too, for the nearest one to a mistyped key."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -112,15 +125,17 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     # For a union pydantic reports one problem a member, with the member's name behind the field's.
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {name!r}.{did_you_mean(name, kind.model_fields)}"
+        return f"unknown key {name!r}.{did_you_mean(name, [*kind.model_fields, *kind.other_names])}"
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
     if problem["type"] == "missing":
-        return f"{name} is missing: {_first_line(kind.model_fields[name].description)}"
+        return f"{name} is missing: {first_clause(kind.model_fields[name].description or '')}."
     allowed = describe_type(kind.model_fields[name].annotation)
     value = problem["input"]
     shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+    if problem["type"] == "value_error" and message.startswith(f"{name} {shown} "):
+        return message
     if problem["type"] == "value_error":
         return f"{name} = {shown}: {message}"
     if len(problem["loc"]) > 1 or problem["type"].endswith(("_type", "_parsing")):
@@ -128,8 +143,15 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
     return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
+def first_clause(text: str) -> str:
+    """Return ``text`` on one line up to the first full stop or semicolon outside of brackets that ends a clause."""
+    line, depth = " ".join(text.split()), 0
+    for place, letter in enumerate(line):
+        depth += (letter in "([{") - (letter in ")]}")
+        is_end = letter == ";" or (letter == "." and line[place - 1] not in " .")  # three dots end nothing
+        if depth == 0 and is_end and line[place + 1 : place + 2] in ("", " "):
+            return line[:place]
+    return line
 
 
 _TYPE_WORDS: dict[Any, str] = {
@@ -140,6 +162,7 @@ _TYPE_WORDS: dict[Any, str] = {
     list: "a list",
     dict: "a mapping",
     Path: "a path",
+    Any: "what transformers takes",
     type(None): "nothing",
 }
 

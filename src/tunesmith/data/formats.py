@@ -137,7 +137,7 @@ def _apply_mapping(value: Mapping[str, Any], mapping: Mapping[str, str]) -> tupl
     check_mapping(mapping)
     for column in mapping:
         if column not in value:
-            detail = f"the mapping names {column!r}, but the row has the keys {list_keys(value)}"
+            detail = f"there is no column {column!r}; the row has the keys {list_keys(value)}"
             refuse("mapped column missing", detail, hint=did_you_mean(column, map(str, value)))
     if not _is_by_role(mapping.values()):
         return {target: value[column] for column, target in mapping.items()}, False

@@ -10,8 +10,9 @@ documents are counted apart.
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,12 +22,23 @@ from tunesmith.core.errors import DataError
 from tunesmith.data.packing import packing_efficiency
 from tunesmith.data.types import Document, RowRefusedError
 
-__all__ = ["CUT_NOTE", "KeptRow", "Ledger", "count_trained", "losses", "refuse_too_long", "summary"]
+__all__ = [
+    "CUT_NOTE",
+    "KeptRow",
+    "Ledger",
+    "count_trained",
+    "counted",
+    "losses",
+    "refuse_too_long",
+    "summary",
+    "wrapped",
+]
 
 CUT_NOTE = "cut to max_length"
 _EXAMPLES = 3
 _MOST_UNTRAINED_ENDS = 0.01
 _BAR = 30
+_TITLE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +212,7 @@ class Ledger:
             *self._kept_lines(),
             *self._histogram_lines(width),
         ]
-        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+        return wrapped(lines, width)
 
     def check(self) -> None:
         """Stop where training would be in vain.
@@ -210,7 +222,7 @@ class Ledger:
                 turn is not trained, so that the model would not learn to stop.
         """
         if not self.trained_tokens:
-            raise DataError(f"nothing to train on: {self.rows_in:,} rows came in, none is left.{self._why()}")
+            raise DataError(f"nothing to train on: {counted(self.rows_in, 'row')} came in, none is left.{self._why()}")
         if self.untrained_ends and self.untrained_ends >= _MOST_UNTRAINED_ENDS * self.answer_documents:
             raise DataError(
                 f"in {self.untrained_ends:,} of {self.answer_documents:,} documents with answers the token that ends "
@@ -340,7 +352,20 @@ def summary(rows: Sequence[KeptRow]) -> dict[str, int]:
     }
 
 
+def counted(count: int, unit: str) -> str:
+    """Return ``"1 row"`` or ``"2 rows"``."""
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """Return lines of at most ``width`` columns, what does not fit going on below the values."""
+    indent = " " * _TITLE
+    return [
+        part for line in lines for part in textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+    ]
+
+
 def _row(title: str, text: str) -> str:
-    line = f"{title:<12}{' '.join(text.split())}"
+    line = f"{title:<{_TITLE}}{' '.join(text.split())}"
     # Details quote the data: whatever could move the cursor or colour the terminal is shown as a question mark.
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -15,7 +15,8 @@ class DataSettings(Settings):
     """Which rows, how they are read, and which tokens carry loss."""
 
     data: str
-    """Training rows: a file (.jsonl .json .csv .parquet .txt), a folder with train/valid/test files, or a hub id."""
+    """Training rows: a file (.jsonl .json .csv .parquet .arrow .txt), a folder with train/valid/test files, or a hub
+    id."""
 
     eval_data: str | None = None
     """Evaluation rows; none sets rows of `data` apart (see eval_split) or uses the folder's valid file."""

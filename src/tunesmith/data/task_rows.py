@@ -152,10 +152,12 @@ def _missing(row: SourceRow, task: str, role: str, column: str | None, mapping: 
         return DataError(f"{row.where}: {column!r} is null, and {task} rows need it. Fill it in, or remove the row.")
     needed = ", ".join(name for name in ROLES[task] if not name.endswith("?"))
     hint = did_you_mean(role, row.value)
+    column = next((name for name in row.value if name not in (mapping or {})), "column")
+    given = "" if not mapping else f", given: {', '.join(f'{name}={target}' for name, target in mapping.items())}"
     return DataError(
         f"{row.where}: {task} rows need {needed}, and this one has no {role}; its columns are "
-        f"{', '.join(row.value) or 'none'}.{hint} Name columns with a mapping, for example {{column: {role}}}"
-        f"{'' if not mapping else f' (given: {dict(mapping)})'}."
+        f"{', '.join(row.value) or 'none'}.{hint} Say which column it is, for example --map {column}={role} "
+        f"(in Python mapping={{{column!r}: {role!r}}}{given})."
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.core.errors import DataError, ModelError
-from tunesmith.data.ledger import refuse_too_long
+from tunesmith.data.ledger import counted, refuse_too_long, wrapped
 from tunesmith.data.prepare import split_rows
 from tunesmith.data.task_rows import Record, answers_of, label_number
 from tunesmith.data.types import RowRefusedError
@@ -88,7 +88,7 @@ class TaskLedger:
                 f"\n  {count:,} x {reason}, first {self.examples[reason][0][0]}: {self.examples[reason][0][1]}"
                 for reason, count in self.dropped.most_common(5)
             )
-            raise DataError(f"nothing to train on: {self.rows_in:,} rows came in, none is left.{why}")
+            raise DataError(f"nothing to train on: {counted(self.rows_in, 'row')} came in, none is left.{why}")
 
     def length_at(self, share: float) -> int:
         """Return the length that ``share`` of the rows do not exceed; 0 without rows."""
@@ -131,8 +131,7 @@ class TaskLedger:
         rows += [(name, f"{count:,} rows") for name, count in self.splits.items()]
         longest = max(self.lengths, default=0)
         known = f"median {self.length_at(0.5):,}, 95 % up to {self.length_at(0.95):,}, longest {longest:,} tokens"
-        lines = [_printable(f"{title:<12}{text}") for title, text in [*rows, ("lengths", known)]]
-        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+        return wrapped([_printable(f"{title:<12}{text}") for title, text in [*rows, ("lengths", known)]], width)
 
 
 def _printable(line: str) -> str:

@@ -80,7 +80,8 @@ def check_method(method: str | None) -> str:
         raise SettingsError(f"save_method={method!r}: one name is needed. Use {', '.join(METHODS)}.")
     name = _ALIASES.get(method.lower(), method.lower())
     if name not in METHODS:
-        other = " save_pretrained_gguf writes that." if is_gguf_method(method) else did_you_mean(method, METHODS)
+        is_gguf = is_gguf_method(method) or name == "gguf"
+        other = " save_pretrained_gguf writes that." if is_gguf else did_you_mean(method, METHODS)
         raise SettingsError(f"save_method={method!r}: use {', '.join(METHODS)}.{other}")
     return name
 

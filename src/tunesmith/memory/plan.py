@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 from tunesmith.core.errors import SettingsError
@@ -28,9 +28,10 @@ from tunesmith.memory.estimate import (
     kept_bytes,
     transformers_peak,
 )
+from tunesmith.memory.words import KEEPING, describe_policies
 from tunesmith.memory.work import Work
 
-__all__ = ["Alternative", "TrainingPlan", "check_fits", "describe_policies", "plan_training", "unpredicted_plan"]
+__all__ = ["Alternative", "TrainingPlan", "check_fits", "plan_training", "unpredicted_plan"]
 
 UNSLOTH_SHARE = 0.7
 """``use_gradient_checkpointing="unsloth"``: at most this share of the peak of transformers' own checkpointing."""
@@ -120,7 +121,7 @@ class TrainingPlan:
         return self.advice is None
 
     def describe(self) -> str:
-        """Return in words what is kept: ``"12 layers none, 18 layers sel_mlp"``."""
+        """Return in words what is kept: ``"12 layers keep everything, 18 layers compute gate and up again"``."""
         whole = self.dense == len(self.policies)
         layers = "all layers" if whole else f"{self.dense} layers"
         dense = f", and the quantized weights of {layers} written out" if self.dense else ""
@@ -147,14 +148,6 @@ class TrainingPlan:
             return self
         same = {name: record[name] for name in (*names, "parts", "phases", "peak", "reason", "tokens")}
         return replace(self, policies=chosen, alternatives=(), advice=None, **same)
-
-
-def describe_policies(policies: Sequence[Policy]) -> str:
-    """Return how many layers have which policy."""
-    counted = [(policy, len(list(same))) for policy, same in groupby(policies)]
-    if len(counted) == 1:
-        return f"all layers {counted[0][0]}"
-    return ", ".join(f"{count} layers {policy}" for policy, count in counted)
 
 
 def plan_training(
@@ -414,7 +407,7 @@ def _alternatives(tried: list[_Choice], fastest: float, budget: int | None) -> I
     for choice in tried:
         if len(set(choice.policies)) == 1:
             fits = budget is None or choice.estimate.peak <= budget
-            name = str(choice.policies[0])
+            name = KEEPING[choice.policies[0]]
             yield Alternative(name, choice.tokens, choice.estimate.peak, choice.time / fastest, fits)
 
 
@@ -436,6 +429,12 @@ def _cheapest_change(shape: MemoryShape, work: Work, mode: bool | str, limit: in
     if not shape.layers and mode is False and fits((Policy.FULL,) * shape.count):
         return "use_gradient_checkpointing=True fits: layers are computed again in the backward pass."
     leanest = mixes[-1]
+    libraries = planner.try_out(leanest, tokens[0]).estimate.parts.get("libraries", 0)
+    if libraries > limit:
+        return (
+            f"no setting fits: Python, the libraries and the data alone take {libraries / 2**20:,.0f} MiB. Give the "
+            "run more memory."
+        )
     length = _largest(lambda count: fits(leanest, work=_cut(work, count)), work.longest)
     if length >= 128:
         return f"max_length={length} with use_gradient_checkpointing='auto' fits: longer rows are dropped or cut."

@@ -85,7 +85,18 @@ def find_model(name: str) -> ModelSource:
             f"{did_you_mean(name, [*ALIASES, *_neighbours(path)])} "
             "Hub ids have the form owner/name; a local model is given by the path of its folder."
         )
+    runs = _runs_in(path.parent)
+    if runs:
+        known = ", ".join(runs[:8]) + (", ..." if len(runs) > 8 else "")
+        near = did_you_mean(path.name, runs)
+        raise ModelError(f"model {name!r}: there is no such run.{near} In {path.parent} are: {known}.")
     return ModelSource("hub", name, name)
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Return the names of the runs in ``folder``, the newest first."""
+    files = sorted(folder.glob("*/settings.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.parent.name for file in files]
 
 
 def _in_folder(path: Path, name: str) -> ModelSource:
@@ -97,12 +108,20 @@ def _in_folder(path: Path, name: str) -> ModelSource:
         return ModelSource("adapter", str(path / "adapter"), name)
     if (path / "settings.yaml").is_file() and (path / "model" / "config.json").is_file():
         return ModelSource("folder", str(path / "model"), name)
+    if (path / "adapter" / "adapter_config.json").is_file():  # as a script of a trainer saves it
+        return ModelSource("adapter", str(path / "adapter"), name)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelSource("gguf", str(ggufs[0]), name)
     if ggufs:
         raise ModelError(f"model {name}: {len(ggufs)} .gguf files there. Name one, for example {ggufs[0]}.")
-    inner = sorted(entry.parent.name for entry in path.glob("*/*config.json") if entry.name != "tokenizer_config.json")
+    inner = sorted(
+        {
+            entry.parent.name
+            for entry in path.glob("[!.]*/*config.json")  # hidden folders are being written
+            if entry.name != "tokenizer_config.json"
+        }
+    )
     hint = f" Did you mean {path / inner[0]}?" if inner else ""
     raise ModelError(f"model {name}: the folder holds neither config.json nor adapter_config.json.{hint}")
 
@@ -125,7 +144,8 @@ def _packaged_file(alias: str) -> Path:
 
 def _neighbours(path: Path) -> list[str]:
     parent = path.parent
-    return [str(parent / entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    return [str(parent / name) for name in names if not name.startswith(".")]
 
 
 def _nearest_local(path: Path) -> str:

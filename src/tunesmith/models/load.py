@@ -32,7 +32,7 @@ from tunesmith.models.quantize import (
     to_float8,
     width_of,
 )
-from tunesmith.models.readable import readable_errors, refuse_missing_weights
+from tunesmith.models.readable import readable_errors, refuse_encoder, refuse_missing_weights
 from tunesmith.models.rope import Stretch, automatic, native_window, stretch
 from tunesmith.models.settings import Width, asked_by, check_fp8, is_float8
 from tunesmith.models.vision import NOT_FUSED, auto_class, has_vision, outside_decoder
@@ -187,6 +187,8 @@ def load_model(
     config, how = _stretched_config(source, hub, stretched, max_seq_length)
     _refuse_for_task(task.name, own, head.seed, None, how)
     arguments |= head.arguments(own)
+    if not is_other and head.auto_model is None:
+        refuse_encoder(source, own)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     packs = None if is_float8(width) else width  # in float8 they are stored afterwards

@@ -42,6 +42,18 @@ def readable_errors(source: ModelSource) -> Iterator[None]:
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 
+def refuse_encoder(source: ModelSource, config: Any) -> None:
+    """Refuse an encoder where a model that writes text is wanted: transformers would give it a head from chance."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    writes = any(name.endswith(("LMHeadModel", "ForCausalLM")) for name in config.architectures or ())
+    if config.model_type in ENCODERS and not (writes or config.is_encoder_decoder or getattr(config, "is_decoder", 0)):
+        raise ModelError(
+            f"model {source.name} is an encoder ({config.model_type}) and writes no text. Train it for another task: "
+            "--task SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION (in Python task_type=...)."
+        )
+
+
 def refuse_missing_weights(source: ModelSource, kind: str, info: dict[str, Any], new: set[str]) -> None:
     """Transformers fills missing weights with random numbers and only warns: such a model must not train.
 

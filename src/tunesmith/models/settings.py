@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tunesmith.core.device import choose_device, computes_float8, parse_dtype
+from tunesmith.core.device import check_dtype_name, choose_device, computes_float8, parse_dtype
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Guide, Settings
 from tunesmith.core.tasks import CAUSAL_LM, find_task
@@ -115,7 +115,8 @@ class LoadingArguments(Settings):
     """Ask no hub, also where a name is no local folder."""
 
     fast_inference: bool = False
-    """model.fast_generate answers through vLLM, a process of its own; refused where the package is not installed."""
+    """model.fast_generate answers through vLLM, a process of its own; refused where there is neither the
+    package vllm nor the command."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the GPU that vLLM may take; only with fast_inference."""
@@ -186,14 +187,14 @@ class ModelSettings(Settings):
 
     load_in_4bit: Annotated[
         bool,
-        Guide("on for large models", "off: the base is whole", "a third of a 16-bit base; small models lose"),
+        Guide("on for large models", "the base is whole", "a third of a 16-bit base; small models lose"),
     ] = False
     """QLoRA: the decoder's linear layers in NF4 with double quantization (bitsandbytes), computed in dtype. With
     full_finetuning: their weights stay in dtype and are rounded to NF4 wherever they compute, so that the result is a
     4-bit model."""
 
     load_in_8bit: Annotated[
-        bool, Guide("where 4 bits cost too much quality", "off: the base is whole", "about half of the base's memory")
+        bool, Guide("where 4 bits cost too much quality", "the base is whole", "about half of the base's memory")
     ] = False
     """The decoder's linear layers in 8 bits (bitsandbytes LLM.int8), computed in dtype. With full_finetuning: stored in
     int8, rounded at random in each step (torchao), and states of the optimizer in 8 bits; the result is a plain
@@ -201,7 +202,7 @@ class ModelSettings(Settings):
 
     load_in_fp8: Annotated[
         bool | Literal["row", "block"],
-        Guide("on where a GPU has it", "off: the base is whole", "half of a 16-bit base's memory"),
+        Guide("on where a GPU has it", "false: the base is whole", "row and block: half of a 16-bit base's memory"),
     ] = False
     """The decoder's linear layers in float8 (e4m3), frozen: "row" (or true) with a scale a row, "block" with a scale a
     block of 128 by 128. Needs a GPU of compute capability 8.9 or newer."""
@@ -221,7 +222,11 @@ class ModelSettings(Settings):
 
     qat_scheme: Annotated[
         QatName | None,
-        Guide("int8-int4, for phones", "the model loses when it is quantized later", "slower steps; no fused layers"),
+        Guide(
+            "int8-int4, for phones",
+            "none: the model loses when it is quantized later",
+            "a scheme: slower steps, no fused layers",
+        ),
     ] = None
     """Quantization-aware training: linear layers compute with what torchao will leave of their weights, so that the
     quantized model is the one that was trained. int8-int4 (int8 activations, int4 weights in groups of 32; alias
@@ -244,6 +249,15 @@ class ModelSettings(Settings):
     @classmethod
     def _a_known_task(cls, value: str) -> str:
         return find_task(value).name
+
+    @field_validator("dtype")
+    @classmethod
+    def _a_known_dtype(cls, value: str | None) -> str | None:
+        try:
+            check_dtype_name(value or "float32")
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @property
     def width(self) -> Width | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.core.errors import NotSupportedYetError, SettingsError, TunesmithError
 
-__all__ = ["ALIASES", "OPTIMIZERS", "SCHEDULERS", "translate"]
+__all__ = ["ALIASES", "KNOWN", "OPTIMIZERS", "SCHEDULERS", "translate"]
 
 ALIASES = {
     "base_model": "model",
@@ -81,6 +81,26 @@ _INPUTS_TOO = {"train_on_inputs", "train_on_input", "train_on_prompt"}
 _ANSWERS_ONLY = {"train_on_completions", "assistant_only_loss", "completion_only_loss", "mask_prompt"}
 OPTIMIZERS = {"lion": "lion_32bit", "adamw": "adamw_torch_fused"}
 SCHEDULERS = {"wsd": "warmup_stable_decay"}
+
+# Written down, because importing transformers takes seconds; a test holds them to what it knows.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "optim": (
+        "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "adamw_torch_4bit",
+        "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "adafactor", "adagrad", "sgd", "rmsprop",
+        "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "lion_32bit", "lion_8bit", "ademamix", "ademamix_8bit",
+        "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit", "paged_ademamix_32bit",
+        "paged_ademamix_8bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw",
+        "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise",
+        "stable_adamw", *OPTIMIZERS,
+    ),
+    "lr_scheduler_type": (
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+        *SCHEDULERS,
+    ),
+}  # fmt: skip
+"""Setting -> the values that transformers or we have a name for."""
 
 
 def translate(values: Mapping[str, Any], problems: dict[str, TunesmithError]) -> tuple[dict[str, Any], list[str]]:

@@ -33,12 +33,17 @@ def default_callbacks(config: SFTConfig) -> list[TrainerCallback]:
 class MetricsFile(TrainerCallback):
     """One JSON line per log in ``metrics.jsonl``; a resumed run first cuts what it is about to repeat."""
 
+    def __init__(self) -> None:
+        self._closing: str | None = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step that training goes on from."""
         file = Path(args.output_dir) / "metrics.jsonl"
         if state.is_world_process_zero and file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= state.global_step]
+            is_closed = len(lines) == len(kept) + 1 and "train_runtime" in lines[-1]
+            self._closing = lines[-1] if is_closed else None
             write_text(file, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -46,8 +51,13 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             file = Path(args.output_dir) / "metrics.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"step": state.global_step, **logs})
+            # A run that had no step left to take closes as it did: its seconds are those of nothing.
+            if self._closing is not None and "train_runtime" in logs:
+                line = self._closing
+            self._closing = None
             with as_output_error(file), file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                out.write(line + "\n")
 
 
 def _step_of(line: str) -> float:

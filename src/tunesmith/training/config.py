@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from tunesmith.core.device import choose_device
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
+from tunesmith.core.names import did_you_mean
 from tunesmith.training.aliases import OPTIMIZERS, SCHEDULERS
 from tunesmith.training.settings import LORA_RATE
 
@@ -52,8 +53,17 @@ class SFTConfig(TrainingArguments):
 
     Raises:
         SettingsError: two names of one setting disagree, or a value is refused.
+        TypeError: an unknown argument; the message names the nearest.
         NotSupportedYetError: a field of transformers that would have no effect here has another value than its default.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
+        """Refuse an unknown argument with the nearest name, which Python's own error lacks."""
+        known = [entry.name for entry in fields(cls) if entry.init]
+        unknown = next((name for name in kwargs if name not in known), None)
+        if unknown is not None:
+            raise TypeError(f"SFTConfig() got an unknown argument {unknown!r}.{did_you_mean(unknown, known)}")
+        return super().__new__(cls)
 
     output_dir: str | None = None
     learning_rate: float = LORA_RATE

@@ -172,7 +172,10 @@ def length_limit(asked: int | None, window: int) -> int:
 def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
     """Set when to evaluate and save where nothing was asked, about ten times a run; return the steps of the run."""
     if args.early_stopping_patience is not None and not has_eval:
-        raise SettingsError("early_stopping_patience needs an evaluation: give eval_dataset, or an eval_split above 0.")
+        raise SettingsError(
+            "early_stopping_patience needs an evaluation, and no row is set apart for one: give eval_data (in Python "
+            "eval_dataset), or an eval_split above 0 of 20 rows or more."
+        )
     together = args.per_device_train_batch_size * args.world_size
     updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)

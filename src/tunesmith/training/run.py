@@ -67,12 +67,14 @@ class RunResult:
         trained: the folder of the adapter or model, None when the run was interrupted.
         numbers: steps, losses, seconds, tokens/s, peak bytes; what ``result.json`` holds.
         trainer: for what follows in the same process (generation, evaluation).
+        was_finished: the run had no step left to take when it was resumed, and its folder is as it was.
     """
 
     folder: Path
     trained: Path | None
     numbers: dict[str, Any]
     trainer: SFTTrainer | TaskTrainer
+    was_finished: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -92,7 +94,10 @@ def choose_folder(settings: RunSettings, *, resume: bool) -> Path:
         if processes > 1:
             raise OutputError("several processes write one folder, and each would date its own: give output_dir.")
         if resume:
-            raise OutputError("--resume needs the folder of the run: give output_dir.")
+            raise OutputError(
+                "--resume needs the folder of the run: give --output-dir runs/NAME, or tunesmith train "
+                "runs/NAME/settings.yaml --resume."
+            )
         model = Path(settings.model).name.replace(":", "-")
         return dated_folder(model)
     folder = Path(settings.output_dir).expanduser()
@@ -153,8 +158,12 @@ def _run(
         on_ready(trainer)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
-    numbers = _numbers(trainer, time.perf_counter() - began)
     trained = None if trainer.interrupted else folder / ("model" if settings.full_finetuning else "adapter")
+    before = _finished(folder) if resume and trained is not None and trained.is_dir() else {}
+    if before.get("steps") == trainer.state.global_step:
+        # Written anew, the result would have the seconds and the peak of a run that did nothing.
+        return RunResult(folder, trained, before, trainer, was_finished=True)
+    numbers = _numbers(trainer, time.perf_counter() - began)
     if trainer.args.should_save:
         if trained is not None:
             _save(trained, settings, trainer, numbers)
@@ -164,6 +173,12 @@ def _run(
             loss_plot(trainer.state.log_history, folder / "training_loss.png")
     wait_for_processes(trainer.args)
     return RunResult(folder, trained, numbers, trainer)
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Return what ``result.json`` holds, which is written last; nothing where it is not there."""
+    file = folder / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def make_trainer(
@@ -254,9 +269,18 @@ def _numbers(trainer: SFTTrainer | TaskTrainer, seconds: float) -> dict[str, Any
         "tokens_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "peak_bytes": peak_bytes(),
         "predicted_peak_bytes": None if trainer.plan is None else trainer.plan.peak or None,
+        "predicted_step_bytes": None if trainer.plan is None else sum(trainer.plan.parts.values()) or None,
+        "peak_while_loading": _peaked_while_loading(trainer),
         "trainable_parameters": trainable,
         "parameters": total,
     }
+
+
+def _peaked_while_loading(trainer: SFTTrainer | TaskTrainer) -> bool:
+    """Return whether the peak was there before the first step: on a CPU the plan measures it and predicts the rest."""
+    if trainer.plan is None or trainer.args.device.type != "cpu":
+        return False
+    return peak_bytes() <= trainer.plan.peak == trainer.plan.phases.get("load")
 
 
 def _best_figures(trainer: SFTTrainer | TaskTrainer) -> dict[str, float]:

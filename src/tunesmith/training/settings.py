@@ -6,19 +6,20 @@ part into an :class:`~tunesmith.training.config.SFTConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.core.errors import NotSupportedYetError, TunesmithError
+from tunesmith.core.names import did_you_mean
 from tunesmith.core.settings import Guide, Settings, check, complaint, read_yaml
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.data.settings import DataSettings
 from tunesmith.models.settings import ModelSettings
-from tunesmith.training.aliases import translate
+from tunesmith.training.aliases import ALIASES, KNOWN, translate
 
 __all__ = [
     "FULL_RATE",
@@ -158,6 +159,17 @@ class TrainingSettings(Settings):
     ) = "none"
     """Experiment trackers; none by default. metrics.jsonl is always written."""
 
+    @field_validator("optim", "lr_scheduler_type")
+    @classmethod
+    def _a_known_word(cls, value: str, info: ValidationInfo) -> str:
+        known = KNOWN[info.field_name or ""]
+        if value not in known:
+            raise ValueError(
+                f"{info.field_name} {value!r} is not known.{did_you_mean(value, known)} "
+                f"`tunesmith explain {info.field_name}` names the usual ones."
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
@@ -167,6 +179,8 @@ class TrainingSettings(Settings):
 
 class RunSettings(ModelSettings, DataSettings, AdapterSettings, TrainingSettings):
     """Everything that one training run needs."""
+
+    other_names: ClassVar[Sequence[str]] = tuple(ALIASES)
 
     @model_validator(mode="after")
     def _sources_agree(self) -> Self:

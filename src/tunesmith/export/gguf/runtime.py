@@ -28,7 +28,7 @@ __all__ = ["INSTALL", "Answers", "ask_llama", "has_llama", "run_python"]
 
 INSTALL = (
     "llama-cpp-python is not installed: CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON' "
-    "pip install 'tunesmith[gguf]' compiles it"
+    "pip install -e '.[gguf]' in the checkout compiles it"
 )
 """How to get it. Its default build crashes on processors with AMX."""
 
