@@ -241,15 +241,6 @@ def test_only_lora_is_served(base_folder, shelf, tmp_path):
         shelf.add("x", tmp_path / "loha")
 
 
-def test_an_adapter_that_was_trained_with_other_tokens_is_refused(base_folder, shelf, tmp_path):
-    model, tokenizer = loaded(base_folder)
-    disturb(adapt(model)).save_pretrained(tmp_path / "other")
-    tokenizer.add_tokens(["<extra>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(AdapterError, match="adapter x was trained with another vocabulary than the base has"):
-        shelf.add("x", tmp_path / "other")
-
-
 def test_an_adapter_with_an_end_token_of_its_own_ends_there(base_folder, shelf, tmp_path):
     model, tokenizer = loaded(base_folder)
     disturb(adapt(model)).save_pretrained(tmp_path / "other")
