@@ -65,8 +65,8 @@ def test_an_adapter_is_put_on_its_base(run, model_folder, trained_run):
     [
         (["the cat", "--raw", "--system", "x"], "--raw uses no chat template"),
         (["  "], "the prompt is empty"),
-        (["x", "--temperature", "-1"], "temperature=-1.0 must be 0"),
-        (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1"),
+        (["x", "--temperature", "-1"], "--temperature -1.0 must be 0"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens 0 must be 1"),
         (["x", "--max-new-tokens", "512"], "max_new_tokens=512 must be below the model's 512 positions"),
         (["x", "--adapter", "nowhere"], "'nowhere' is neither a folder"),
     ],

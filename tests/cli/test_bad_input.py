@@ -205,7 +205,7 @@ def test_settings_that_an_adapter_cannot_change(run, tmp_path, trained_run, rows
 
 
 def test_resume_without_a_folder(run, model_folder, rows_file):
-    assert_refused(run("train", "--model", model_folder, "--data", rows_file, "--resume"), "give output_dir")
+    assert_refused(run("train", "--model", model_folder, "--data", rows_file, "--resume"), "give --output-dir")
 
 
 def test_a_disk_that_is_nearly_full_is_seen_before_anything_is_written(
