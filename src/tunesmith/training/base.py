@@ -128,8 +128,8 @@ class RunTrainer(Trainer):
         """Load the weights of the best step; Trainer's own loads the first adapter's file into whichever is active."""
         if self.state.best_global_step != self.state.global_step and self.args.process_index == 0:
             _log.warning(
-                "the weights are those of step %d of %d, which had the lowest eval loss; load_best_model_at_end=False "
-                "keeps the last", self.state.best_global_step, self.state.global_step,
+                "the weights are those of step %d of %d, which had the lowest eval loss (in Python "
+                "load_best_model_at_end=False keeps the last)", self.state.best_global_step, self.state.global_step,
             )  # fmt: skip
         if not hasattr(self.model, "peft_config"):
             super()._load_best_model()
