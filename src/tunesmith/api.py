@@ -19,7 +19,7 @@ from tunesmith.adapters.rows import as_rows
 from tunesmith.adapters.settings import AdapterSettings
 from tunesmith.adapters.state import load_source
 from tunesmith.core.arguments import ANY, Idle, refuse_others
-from tunesmith.core.device import dtype_to_train
+from tunesmith.core.device import dtype_to_train, parse_dtype
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import validate
 from tunesmith.core.tasks import CAUSAL_LM, find_task
@@ -59,6 +59,11 @@ _OTHERS: Idle = {
     "whisper_task": ((None,), "models of audio are not trained here"),
     "target_parameters": ((None,), "it is an argument of get_peft_model"),
 }
+
+
+def _refuse_unknown(function: Any, unknown: Mapping[str, Any], idle: Idle) -> None:
+    known = [name for name in inspect.signature(function).parameters if name not in ("model", "unknown")]
+    refuse_others(function.__name__, unknown, idle, known)
 
 
 class FastLanguageModel:
@@ -138,8 +143,7 @@ class FastLanguageModel:
             TypeError: an unknown argument; the message names the nearest.
         """
         given = dict(locals())
-        known = inspect.signature(FastLanguageModel.from_pretrained).parameters
-        refuse_others("from_pretrained", unknown, _OTHERS, known)
+        _refuse_unknown(FastLanguageModel.from_pretrained, unknown, _OTHERS)
         chosen = {name: given[name] for name in LoadingArguments.model_fields}
         validate(LoadingArguments, chosen, source="from_pretrained")
         options = vllm_options(
@@ -153,7 +157,7 @@ class FastLanguageModel:
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
         if torch_dtype is not None:
-            if dtype is not None and str(dtype).removeprefix("torch.") != str(torch_dtype).removeprefix("torch."):
+            if dtype is not None and parse_dtype(dtype) != parse_dtype(torch_dtype):
                 raise SettingsError("dtype and torch_dtype are the same setting. Give one of them.")
             dtype = torch_dtype
         width = choose_width(
@@ -249,7 +253,7 @@ class FastLanguageModel:
             SettingsError: a value is of the wrong type or out of range; all problems at once.
         """
         given = dict(locals())
-        refuse_others("get_peft_model", unknown, {}, inspect.signature(FastLanguageModel.get_peft_model).parameters)
+        _refuse_unknown(FastLanguageModel.get_peft_model, unknown, {})
         check_checkpointing(use_gradient_checkpointing)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(f"get_peft_model() got a {type(model).__name__}; it takes a model of transformers or PEFT.")

@@ -289,8 +289,9 @@ class _FusedMixin:
     _blocks: tuple[Any, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Let layers be pickled: their class is made here and stands in no module."""
-        return _remade, (type(self).__mro__[2],), self.__dict__
+        """Let layers be pickled: their class is made here and stands in no module, the one behind it does."""
+        _, _, original, *_ = type(self).__mro__
+        return _remade, (original,), self.__dict__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the hooks of a module; older transformers wrap checkpointing around ``__call__``."""

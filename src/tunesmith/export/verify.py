@@ -49,8 +49,9 @@ _CHATS = (
 )
 _LONGEST = 64  # tokens of a probe
 # A live model in 16 bits is itself that far from what other kernels, or those of another device, make of the same
-# weights: SmolLM2-135M in bfloat16 0.003 nats, 0.008 after ten steps at 1e-3, tiny random models up to 0.005. Where
-# rounding sends a token to other experts it is further, a tiny random Mixtral 0.017. A broken export is nats away.
+# weights: SmolLM2-135M in bfloat16 0.003 nats, after four and ten steps at 1e-3 0.008 and 0.007, tiny random models up
+# to 0.005. Where rounding sends a token to other experts it is further, a tiny random Mixtral 0.017. A broken export is
+# nats away.
 _ROUNDING, _ROUNDING_OF_EXPERTS = 15e-3, 2e-2
 _TEXTS, _NEW_TOKENS = 3, 32  # greedy texts go on from the first tokens of the first probes
 

@@ -33,7 +33,7 @@ class LossScale:
     def takes(self, gradients: list[torch.Tensor]) -> bool:
         """Divide summed ``gradients`` by the factor and return True; halve it and return False where they overflowed.
 
-        Below a factor of 1 they are given back as they are: then it is not the scale that makes them infinite.
+        At a factor of 1 they stay as they are: then it is not the scale that makes them infinite.
         """
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         if self.factor > 1 and not torch.isfinite(norms.sum()):
