@@ -31,6 +31,7 @@ _MEANING = {
     "gradients": "of the trained weights, float32",
     "optimizer": "its states",
     "dense": "quantized weights that stay written out",
+    "codes": "4-bit codes of weights that train",
     "scratch": "buffers that all layers share",
     "kept": "what layers keep for the backward pass",
     "layer": "backward of one layer",

@@ -93,6 +93,7 @@ class MemoryShape:
         rebuilt: bytes of the tensors of experts of one layer that PEFT makes anew with the adapter added.
         gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
         compiles: whether torch.compile builds the update of the weights: of those that train in int8.
+        codes: bytes of the 4-bit codes that stay on a CPU beside weights that train through them.
     """
 
     hidden: int
@@ -117,6 +118,7 @@ class MemoryShape:
     rebuilt: int = 0
     gradient_bytes: int = 0
     compiles: bool = False
+    codes: int = 0
 
     @property
     def wide(self) -> int:
@@ -231,6 +233,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         float8=float8,
         gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
         compiles=any(hasattr(p, "__tensor_flatten__") for p in trained),
+        codes=sum(getattr(module, "codes_bytes", 0) for module in model.modules()) if kind == "cpu" else 0,
     )
 
 
@@ -268,6 +271,7 @@ def estimate(
         "gradients": shape.gradient_bytes or shape.trained_bytes,
         "optimizer": setting.state_bytes * shape.trained,
         "dense": setting.dense * shape.quantized * shape.itemsize,
+        "codes": shape.codes,
     }
     lanes = setting.lanes
     head = lanes * _head_bytes(shape, -(-part.rows // lanes))
@@ -278,7 +282,7 @@ def estimate(
         heaps = int(_LANE_HEAPS * (lanes > 1) * (_MORE_HOLES if is_small else 1))
         fixed["libraries"] += kernels + heaps + int(_HEAP_SHARE * (kept + 4 * fixed["gradients"]))
     kept += int(_LANE_SHARE * kept) if lanes > 1 else 0
-    layer = _layer_bytes(shape, part, lanes) + (4 * lanes * shape.trained if lanes > 1 else 0)
+    layer = _layer_bytes(shape, part, lanes) + (lanes * fixed["gradients"] if lanes > 1 else 0)
     parts = {
         **fixed,
         "scratch": int(_scratch_bytes(shape, part, setting.policies) * (_LANE_SCRATCH if lanes > 1 else 1.0))

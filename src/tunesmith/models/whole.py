@@ -135,7 +135,12 @@ def int8_layers(model: Any) -> dict[str, Any]:
 
 
 class FourBitLinear(nn.Linear):
-    """A linear layer that computes with the NF4 value of its weight and trains the weight itself."""
+    """A linear layer that computes with the NF4 value of its weight and trains the weight itself.
+
+    On a CPU the codes stay until the weight changes: rounding takes longer than a product with few tokens.
+    """
+
+    _rounded: tuple[tuple[int, int, float], FourBitWeight] | None = None
 
     @classmethod
     def around(cls, layer: nn.Linear) -> FourBitLinear:
@@ -146,7 +151,27 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., F) in the dtype of ``x`` (..., D)."""
-        return _StraightThrough.apply(x, self.weight, self.bias)
+        return _StraightThrough.apply(x, self.weight, self.bias, self._codes())
+
+    @property
+    def codes_bytes(self) -> int:
+        """Bytes of the codes and of their scales, one a block of 64 entries."""
+        return self.weight.numel() * 33 // 64
+
+    def _codes(self) -> FourBitWeight:
+        weight = self.weight.detach()
+        if weight.device.type != "cpu":
+            return four_bit_weight(*quantize_nf4(weight))
+        # A write through .data or a pointer, as optimizers in 8 bits do it, leaves the version as it was.
+        # The hash is the exclusive or of all entries, in which equal pairs cancel out; their sum tells such apart.
+        state = (
+            weight._version,
+            int(torch.hash_tensor(weight).view(torch.int64)),
+            float(weight.sum(dtype=torch.float32)),
+        )
+        if self._rounded is None or self._rounded[0] != state:
+            self._rounded = (state, four_bit_weight(*quantize_nf4(weight)))
+        return self._rounded[1]
 
     def quantized(self) -> tuple[torch.Tensor, Any]:
         """Return codes and ``QuantState`` of the weight, as bitsandbytes makes them when it loads it."""
@@ -154,15 +179,17 @@ class FourBitLinear(nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``apply(x (..., D), weight (F, D), bias (F,) or None) -> (..., F)``: a product with the rounded weight.
+    """``apply(x (..., D), weight (F, D), bias (F,) or None, codes) -> (..., F)``: a product with the rounded weight.
 
-    Half a byte a weight is kept for the backward pass.
+    ``codes`` are those of ``weight``, half a byte an entry, and kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return ``x @ nf4(weight).T + bias``."""
-        ctx.codes = _rounded(weight)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, codes: FourBitWeight
+    ) -> torch.Tensor:
+        """Return ``x @ codes.T + bias``."""
+        ctx.codes = codes
         ctx.save_for_backward(x)
         return nn.functional.linear(x, dequantize(ctx.codes, dtype=x.dtype), bias)
 
@@ -172,14 +199,10 @@ class _StraightThrough(torch.autograd.Function):
         """Return the gradients of x and bias, and of the weight as if it had not been rounded."""
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = dy @ dequantize(ctx.codes, dtype=dy.dtype) if needs_x else None
         flat = dy.flatten(0, -2)
-        return dx, flat.T @ x.flatten(0, -2) if needs_weight else None, flat.sum(0) if needs_bias else None
-
-
-def _rounded(weight: torch.Tensor) -> FourBitWeight:
-    return four_bit_weight(*quantize_nf4(weight.detach()))
+        return dx, flat.T @ x.flatten(0, -2) if needs_weight else None, flat.sum(0) if needs_bias else None, None
 
 
 # ---- saving ----
