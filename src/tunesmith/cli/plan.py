@@ -28,7 +28,7 @@ _MEANING = {
     "libraries": "Python, the libraries and the data, on a CPU",
     "base": "frozen weights",
     "adapter": "trained weights",
-    "gradients": "of the trained weights, float32",
+    "gradients": "of the trained weights",
     "optimizer": "its states",
     "dense": "quantized weights that stay written out",
     "codes": "4-bit codes of weights that train",
