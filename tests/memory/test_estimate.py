@@ -123,6 +123,15 @@ def test_kernels_and_a_compiler_are_counted_where_there_are_any() -> None:
     assert libraries(compiles=True) > plain + 2**28
 
 
+def test_lanes_hold_gradients_in_the_dtype_of_what_trains() -> None:
+    def layer(lanes: int, gradient_bytes: int) -> int:
+        shape = plain_shape(layers=(), gradient_bytes=gradient_bytes)
+        return estimate(shape, PartShape((64,), 1), Setting((Policy.FULL,) * 2, lanes=lanes)).parts["layer"]
+
+    assert layer(2, 2**30) - layer(1, 2**30) == 2 * 2**30
+    assert layer(2, 2**31) - layer(1, 2**31) == 2 * 2**31
+
+
 def test_leaner_policies_keep_less_and_more_tokens_more() -> None:
     shape = plain_shape()
 

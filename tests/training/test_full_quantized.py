@@ -17,7 +17,6 @@ from tunesmith.core.errors import SettingsError
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.read import four_bit_weight
 from tunesmith.memory import shape_of
-from tunesmith.models import whole
 from tunesmith.models.load import facts_of
 from tunesmith.models.quantize import protect_gradients, quantize_nf4
 from tunesmith.models.whole import FourBitLinear, decoder_linears, int8_layers
@@ -114,7 +113,7 @@ def test_training_moves_every_weight_and_lowers_the_loss(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_of_4_bits_stay_until_the_weight_changes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(whole, "quantize_nf4", lambda weight: made.append(1) or quantize_nf4(weight))
+    monkeypatch.setattr("tunesmith.models.whole.quantize_nf4", lambda weight: made.append(1) or quantize_nf4(weight))
     layer = FourBitLinear.around(torch.nn.Linear(64, 32, bias=False, dtype=dtype))
     x = torch.eye(64, dtype=dtype)
 
@@ -129,7 +128,11 @@ def test_codes_of_4_bits_stay_until_the_weight_changes(dtype: torch.dtype, monke
         yield
         layer.weight.data.fill_(0.25)
         yield
-        layer.weight = torch.nn.Parameter(layer.weight.detach().flip(0) * 2)
+        layer.weight = torch.nn.Parameter(torch.randn(32, 64).to(dtype))
+        yield
+        layer.weight.data.copy_(layer.weight.data.flip(0))
+        yield
+        layer.weight.data.copy_(layer.weight.data.flip(1))
         yield
 
     for count, _ in enumerate(changes(), 1):
@@ -138,6 +141,14 @@ def test_codes_of_4_bits_stay_until_the_weight_changes(dtype: torch.dtype, monke
         assert len(made) == count + 3 * count  # dense() makes its own
     kept = layer._codes()
     assert layer.codes_bytes == kept.codes.nbytes + kept.scales.nbytes
+
+
+def test_a_plan_counts_the_codes_of_4_bits(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], "4bit")
+    entries = sum(layer.weight.numel() for _, layer in decoder_linears(model))
+    assert shape_of(model).codes == pytest.approx(entries * 33 / 64, rel=0.01)
+    assert not shape_of(load(folders["llama"], "8bit")).codes
+    assert not shape_of(model, kind="cuda").codes
 
 
 def test_8_bits_are_all_that_is_stored(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -149,9 +160,6 @@ def test_8_bits_are_all_that_is_stored(folders: dict[str, Path], tmp_path: Path)
     assert shape_of(model).compiles and not shape_of(load(folders["llama"], "4bit")).compiles
     whole, own = shape_of(load(folders["llama"], None, full_finetuning=True)), shape_of(model)
     entries = sum(layer.weight.numel() for layer in layers.values())
-    assert (
-        shape_of(load(folders["llama"], "4bit")).codes == pytest.approx(entries * 33 / 64, rel=0.01) and not own.codes
-    )
     rows = sum(layer.weight.shape[0] for layer in layers.values())
     assert whole.trained_bytes - own.trained_bytes == 3 * entries - 4 * rows
     assert own.gradient_bytes == whole.gradient_bytes == whole.trained_bytes

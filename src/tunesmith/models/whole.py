@@ -140,7 +140,7 @@ class FourBitLinear(nn.Linear):
     On a CPU the codes stay until the weight changes: rounding takes longer than a product with few tokens.
     """
 
-    _rounded: tuple[tuple[int, int, float], FourBitWeight] | None = None
+    _kept: tuple[tuple[int, torch.Tensor, torch.Tensor], FourBitWeight] | None = None
 
     @classmethod
     def around(cls, layer: nn.Linear) -> FourBitLinear:
@@ -162,20 +162,20 @@ class FourBitLinear(nn.Linear):
         weight = self.weight.detach()
         if weight.device.type != "cpu":
             return four_bit_weight(*quantize_nf4(weight))
-        # A write through .data or a pointer, as optimizers in 8 bits do it, leaves the version as it was.
-        # The hash is the exclusive or of all entries, in which equal pairs cancel out; their sum tells such apart.
-        state = (
-            weight._version,
-            int(torch.hash_tensor(weight).view(torch.int64)),
-            float(weight.sum(dtype=torch.float32)),
-        )
-        if self._rounded is None or self._rounded[0] != state:
-            self._rounded = (state, four_bit_weight(*quantize_nf4(weight)))
-        return self._rounded[1]
+        # A write through .data or a pointer, as optimizers in 8 bits do it, leaves the version as it was. So each row
+        # has a hash, the exclusive or of its entries; equal pairs and another order, which it misses, change the sums.
+        mark = (weight._version, torch.hash_tensor(weight, dim=1), weight.sum(0, dtype=torch.float32))
+        if self._kept is None or not _equal(self._kept[0], mark):
+            self._kept = (mark, four_bit_weight(*quantize_nf4(weight)))
+        return self._kept[1]
 
     def quantized(self) -> tuple[torch.Tensor, Any]:
         """Return codes and ``QuantState`` of the weight, as bitsandbytes makes them when it loads it."""
         return quantize_nf4(self.weight.data)
+
+
+def _equal(one: tuple[int, torch.Tensor, torch.Tensor], other: tuple[int, torch.Tensor, torch.Tensor]) -> bool:
+    return one[0] == other[0] and all(map(torch.equal, one[1:], other[1:]))
 
 
 class _StraightThrough(torch.autograd.Function):
