@@ -6,10 +6,10 @@
 For SmolLM2-135M-Instruct (window 8,192): the perplexity of the last 1,024 tokens of windows of real text that are 1, 2
 and 4 times as long as its own, unscaled and under each scheme of ``rope_scaling``. ``--train N`` then trains an adapter
 for N steps at 2x under the two schemes that are best there, and scores it at 4x. Every window is one line of
-``results/rope.jsonl``: what is there is not measured again, so that the command goes on where it stopped, and
-``--minutes`` ends it between two windows. A GPU takes minutes, two CPU cores hours. The text is the language reference
-of Python and then help pages of its library, as the standard library carries them; windows do not overlap, and training
-uses other text than scoring.
+``results/rope.jsonl``: what is there is not measured again, and training goes on from its last checkpoint, so that the
+command goes on where it stopped; ``--minutes`` ends it between two windows or steps. A GPU takes minutes, two CPU cores
+hours. The text is the language reference of Python and then help pages of its library, as the standard library carries
+them: each version of Python has a table of its own. Windows do not overlap, and training uses other text than scoring.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import json
 import math
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,9 @@ SCORED = 1024
 """Tokens at the end of a window whose perplexity counts: all of them see nearly the whole window."""
 
 PLAIN = "unscaled"
+
+RUNS = Path(__file__).parents[1] / ".cache" / "benchmarks" / "rope"
+"""Where training keeps its checkpoints."""
 
 PAGES = (
     "argparse", "ast", "datetime", "decimal", "email.message", "fractions", "http.client", "inspect", "ipaddress",
@@ -75,27 +78,43 @@ def perplexity(model: Any, tokens: list[int]) -> float:
     return math.exp(losses[0] / counts[0])
 
 
-def trained_model(scheme: str, tokens: list[int], steps: int) -> Any:
-    """Return a model stretched to 4x whose adapter was trained ``steps`` steps on windows of 2x of ``tokens``."""
+def trained_model(scheme: str, tokens: list[int], steps: int, folder: Path, end: float) -> Any | None:
+    """Return a model stretched to 4x whose adapter was trained ``steps`` steps on windows of 2x of ``tokens``.
+
+    None where it was ``end`` (of ``time.monotonic``) before the last step: the next call goes on from ``folder``.
+    """
+    from transformers import TrainerCallback
+
     from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
+
+    class StopInTime(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= time.monotonic() > end
 
     model, tokenizer = load(scheme, 4)
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
     length = 2 * NATIVE
     starts = np.linspace(0, len(tokens) - length, steps).astype(int)
     rows = [{"text": tokenizer.decode(tokens[start : start + length - 16])} for start in starts]
-    with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
-            output_dir=folder, max_steps=steps, max_length=length, on_too_long="truncate", eval_split=0,
-            per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=2e-4, report_to="none",
-        )  # fmt: skip
-        SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer).train()
-    return model
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=steps, max_length=length, on_too_long="truncate", eval_split=0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, learning_rate=2e-4, report_to="none",
+        save_strategy="steps", save_steps=1, save_total_limit=1, logging_steps=1,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[StopInTime()]
+    )
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    return model if trainer.state.global_step == steps else None
 
 
-def scores() -> dict[tuple[str, int, int, int], float]:
-    """Return (scheme, reach, window, trained steps) -> perplexity of what is recorded."""
-    return {(line["scheme"], line["reach"], line["window"], line["steps"]): line["perplexity"] for line in _lines()}
+def scores(python: str) -> dict[tuple[str, int, int, int], float]:
+    """Return (scheme, reach, window, trained steps) -> perplexity of what is recorded of a Python's text."""
+    return {
+        (line["scheme"], line["reach"], line["window"], line["steps"]): line["perplexity"]
+        for line in _lines()
+        if line["python"] == python
+    }
 
 
 def _lines() -> list[dict[str, Any]]:
@@ -110,20 +129,20 @@ def _measurements(
         # One scheme after the other: to load a model takes longer than a GPU takes to score a window.
         for scheme in [PLAIN] if reach == 1 else schemes:
             yield from ((scheme, reach, window, 0) for window in range(windows))
-    for scheme in _best(2) if steps else ():
+    for scheme in _best(2, platform.python_version()) if steps else ():
         yield from ((scheme, 4, window, steps) for window in range(windows))
 
 
-def _best(count: int) -> list[str]:
+def _best(count: int, python: str) -> list[str]:
     """Return the schemes with the lowest untrained perplexity at 2x."""
-    at_2x = {scheme: value for (scheme, reach, steps), value in _means().items() if (reach, steps) == (2, 0)}
+    at_2x = {scheme: value for (scheme, reach, steps), value in _means(python).items() if (reach, steps) == (2, 0)}
     return sorted((scheme for scheme in at_2x if scheme != PLAIN), key=at_2x.__getitem__)[:count]
 
 
-def _means() -> dict[tuple[str, int, int], float]:
+def _means(python: str) -> dict[tuple[str, int, int], float]:
     """Return (scheme, reach, trained steps) -> geometric mean of the perplexities of its windows."""
     found: dict[tuple[str, int, int], list[float]] = {}
-    for (scheme, reach, _, steps), value in scores().items():
+    for (scheme, reach, _, steps), value in scores(python).items():
         found.setdefault((scheme, reach, steps), []).append(math.log(value))
     return {key: math.exp(statistics.fmean(values)) for key, values in found.items()}
 
@@ -132,15 +151,10 @@ def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, mi
     """Record every measurement that is not there yet; return False where ``minutes`` ended it before the last."""
     end = time.monotonic() + 60 * minutes
     own = platform.python_version()
-    if other := {line["python"] for line in _lines()} - {own}:
-        raise SystemExit(
-            f"rope.jsonl was measured on the texts of Python {', '.join(sorted(other))}; those of {own} differ, and so "
-            "would the perplexities. Use that Python, or put the file away and begin anew."
-        )
     loaded: tuple[Any, Any] = (None, None)
     for key in _measurements(reaches, windows, schemes, steps):
         scheme, reach, window, trained = key
-        if key in scores():
+        if key in scores(own):
             continue
         if time.monotonic() > end:
             return False
@@ -150,7 +164,10 @@ def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, mi
             tokens = tokens_of_text(tokenizer)
             if trained:
                 # Scored windows lie in the first part, so that training starts behind them.
-                model = trained_model(scheme, tokens[windows * 4 * NATIVE :], trained)
+                folder = RUNS / f"{own}-{scheme}-{windows}-{trained}"
+                model = trained_model(scheme, tokens[windows * 4 * NATIVE :], trained, folder, end)
+                if model is None:
+                    return False
             loaded = ((scheme, reach, trained), (model, tokens))
         model, tokens = loaded[1]
         # All reaches score the same tokens: a window ends where the longest one does.
@@ -172,9 +189,9 @@ def measure(reaches: list[int], windows: int, schemes: list[str], steps: int, mi
     return True
 
 
-def table() -> str:
+def table(python: str) -> str:
     """Return what is recorded as a table in Markdown: mean perplexity, and how many windows it is over."""
-    means, counted = _means(), scores()
+    means, counted = _means(python), scores(python)
     columns = sorted({(reach, steps) for _, reach, steps in means})
     heads = [f"{reach}x{f', {steps} steps at 2x' if steps else ''}" for reach, steps in columns]
     lines = [f"| scheme | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
@@ -202,7 +219,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table and not measure(args.reach, args.windows, args.schemes, args.train, args.minutes):
         print(f"{args.minutes} minutes are over: run the command again to go on")
-    print(table())
+    for python in dict.fromkeys(line["python"] for line in _lines()):
+        print(f"Text of Python {python}:\n\n{table(python)}\n")
 
 
 if __name__ == "__main__":
