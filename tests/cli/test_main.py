@@ -12,7 +12,7 @@ from tunesmith.cli.main import COMMANDS, main
 def fresh(*words: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``tunesmith`` (or ``code``) in a new process that finds the same packages."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "80"}
-    start = ["-c", code] if code is not None else ["-m", "tunesmith.cli.main"]
+    start = ["-c", code] if code is not None else ["-m", "tunesmith"]
     return subprocess.run(
         [sys.executable, *start, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
     )

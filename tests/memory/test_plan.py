@@ -180,10 +180,11 @@ def test_lanes_cost_memory_and_are_left_out_where_it_is_short() -> None:
     assert plan_training(shape, short, mode="offload", memory=200 * GIB, lanes=2).lanes == 1
 
 
-def test_lanes_that_no_batch_would_use_cost_nothing() -> None:
+@pytest.mark.parametrize("rows", [work(batch=1), work(length=4, batch=4)], ids=["one document", "short documents"])
+def test_lanes_that_no_batch_would_use_cost_nothing(rows: Work) -> None:
     shape = large_shape(kind="cpu", itemsize=4, base_bytes=2 * GIB)
-    one, two = (plan_training(shape, work(batch=1), mode=True, memory=200 * GIB, lanes=lanes) for lanes in (1, 2))
-    assert one.peak == two.peak
+    one, two = (plan_training(shape, rows, mode=True, memory=200 * GIB, lanes=lanes) for lanes in (1, 2))
+    assert one.peak == two.peak and two.lanes == 1
 
 
 def test_a_run_that_is_continued_keeps_its_lanes() -> None:

@@ -11,10 +11,10 @@ from tests import tiny
 from tests.engine.support import adapted, fused
 
 from tunesmith import SFTConfig, SFTTrainer
+from tunesmith.data import parts
 from tunesmith.data.collate import DocumentCollator
 from tunesmith.data.parts import lanes_of
 from tunesmith.engine.install import engine_of
-from tunesmith.training import lanes as lanes_module
 from tunesmith.training.lanes import Lanes, lanes_there
 
 LENGTHS = (60, 50, 30, 20, 45, 25)
@@ -28,7 +28,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     processes have the cores too, and the tests would take ten times as long; threads of lanes are real in any case.
     """
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(lanes_module, "_LEAST_VALUES", 1)
+    monkeypatch.setattr(parts, "_LEAST_VALUES", 1)
 
 
 def rows() -> list[dict[str, Any]]:

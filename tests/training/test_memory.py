@@ -107,6 +107,15 @@ def test_documents_are_counted_up_to_their_last_trained_token(tmp_path: Path) ->
     assert work.whole >= largest
 
 
+def test_a_run_is_planned_for_the_micro_batches_that_it_comes_to(tmp_path: Path) -> None:
+    # Batches of 4 rows, two a step: of 16 rows a run of one step sees 8.
+    trainer = support.trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, **SETTINGS)
+    work = work_of(trainer.train_dataset, None, trainer.args, multiple=1)
+    seen = [sum(batch["lengths"]) for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+    assert work.tokens <= sum(seen) and len(work.batches) == 2
+    assert work.whole == -(-max(sum(length for length, _ in batch) for batch in work.batches) // 64) * 64
+
+
 def test_evaluation_is_cut_into_parts_too(tmp_path: Path) -> None:
     trainer = support.trainer(
         tmp_path, eval_dataset=tiny.chat_rows(7, seed=5), per_device_eval_batch_size=7, **SETTINGS

@@ -21,6 +21,8 @@ __all__ = ["even_shares", "lanes_of", "share_documents", "split_batch"]
 # A lane that has more than its share by this is not worth it: the others wait. One thread for each of two equal lanes
 # takes 0.81 of the time that both take together (benchmarks/LOG.md).
 _UNEVEN = 1.2
+# Values of a lane's hidden states below which a layer is more Python, which runs one thread at a time, than products.
+_LEAST_VALUES = 2**16
 
 
 def split_batch(batch: dict[str, Any], most_tokens: int, *, multiple: int = 1) -> list[dict[str, Any]]:
@@ -85,10 +87,13 @@ def share_documents(lengths: Sequence[int], most_tokens: int) -> list[list[int]]
 
 
 def lane_shares(lengths: Sequence[int], lanes: int, *, width: int) -> list[list[int]] | None:
-    """Return indices of documents in shares that take nearly equally long; None where their lengths do not allow that.
+    """Return indices of documents in shares that take nearly equally long; None where their lengths do not allow that,
+    or all are too short for it.
 
     ``width`` is that of the hidden states.
     """
+    if sum(lengths) * width < lanes * _LEAST_VALUES:
+        return None
     # Attention on all tokens before a token takes as long as all else at about 4 widths of them (SmolLM2 on AVX2).
     return even_shares([length * (1 + length / (4 * width)) for length in lengths], lanes)
 

@@ -220,7 +220,7 @@ def plan_training(
         tokens=chosen.part.tokens,
         alternatives=tuple(_alternatives(tried, tried[0].time, budget)),
         advice=advice,
-        lanes=planner.lanes_under(chosen.policies),
+        lanes=planner.lanes_under(chosen.policies, chosen.tokens),
         dense=dense,
         host_bound=_host_bound(shape, chosen.policies, work),
         least=min(planner.try_out(p, t).estimate.peak for t in _token_choices(shape.kind, work, splits)[:1]
@@ -248,9 +248,14 @@ class _Planner:
     _parts: dict[Any, PartShape] = field(default_factory=dict)
     _lanes: dict[int | None, int] = field(default_factory=dict)
 
-    def lanes_under(self, policies: tuple[Policy, ...]) -> int:
-        """Return the lanes that ``policies`` allow: the file of offloaded inputs has one reader."""
-        return 1 if Policy.OFFLOAD in policies else self.lanes
+    def lanes_under(self, policies: tuple[Policy, ...], tokens: int | None) -> int:
+        """Return the lanes that a run has: a file of offloaded inputs has one reader, and some parts are too short."""
+        if Policy.OFFLOAD in policies or self.lanes == 1:
+            return 1
+        if tokens not in self._lanes:
+            is_cut = self.work.has_even_parts(tokens, self.lanes, width=self.shape.hidden)
+            self._lanes[tokens] = self.lanes if is_cut else 1
+        return self._lanes[tokens]
 
     def try_out(self, policies: tuple[Policy, ...], tokens: int | None, dense: int = 0) -> _Choice:
         """Estimate one choice, with the quantized weights of ``dense`` layers written out."""
@@ -258,14 +263,10 @@ class _Planner:
             if (of, tokens) not in self._parts and getattr(self.work, of):
                 self._parts[of, tokens] = self.work.largest(tokens, of=of)
         part = self._parts["batches", tokens]
-        lanes = self.lanes_under(policies)
-        if lanes > 1 and tokens not in self._lanes:
-            self._lanes[tokens] = lanes if self.work.has_even_parts(tokens, lanes, width=self.shape.hidden) else 1
-        lanes = self._lanes[tokens] if lanes > 1 else 1
         found = estimate(
             self.shape,
             part,
-            Setting(policies, self.state_bytes, lanes, dense),
+            Setting(policies, self.state_bytes, self.lanes_under(policies, tokens), dense),
             present=self.present,
             peak_so_far=self.peak_so_far,
             evaluated=self._parts.get(("evaluated", tokens)),

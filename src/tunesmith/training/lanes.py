@@ -18,11 +18,9 @@ import torch
 
 from tunesmith.engine.install import engine_of
 
-__all__ = ["Lanes", "lanes_there", "least_tokens", "more_than_sums"]
+__all__ = ["Lanes", "lanes_there", "more_than_sums"]
 
 _LANES = 2
-# Values of a lane's hidden states below which a layer is more Python, which runs one thread at a time, than products.
-_LEAST_VALUES = 2**16
 
 
 def lanes_there(model: Any, args: Any) -> int:
@@ -49,11 +47,6 @@ def more_than_sums(model: Any, args: Any) -> str | None:
     if "lomo" in str(getattr(args.optim, "value", args.optim)):
         return "the optimizer updates weights in the middle of the backward pass"
     return None
-
-
-def least_tokens(hidden: int) -> int:
-    """Return the tokens of a part from which on lanes are worth it, for hidden states of that width."""
-    return _LANES * -(-_LEAST_VALUES // hidden)
 
 
 class Lanes:

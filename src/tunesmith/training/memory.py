@@ -35,7 +35,8 @@ def state_bytes(optim: Any) -> int:
 
 
 def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Work:
-    """Return the documents of all micro-batches of the first epochs, and those of an evaluation."""
+    """Return the documents of the micro-batches of the first epochs that the run comes to, and of an evaluation."""
+    most = args.max_steps * args.gradient_accumulation_steps
     epochs = range(max(1, min(_EPOCHS_LOOKED_AT, int(np.ceil(args.num_train_epochs)))))
     items, lengths = _items(dataset)
     order = DocumentBatches(
@@ -52,7 +53,7 @@ def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Wor
         order.set_epoch(epoch)
         for indices in order:
             chosen = [index for index in indices if index >= 0]
-            if not chosen:
+            if not chosen or 0 < most <= len(batches):
                 continue
             batches.append([document for index in chosen for document in items[index]])
             sizes = [length for index in chosen for length in lengths[index]]

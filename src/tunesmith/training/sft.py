@@ -43,7 +43,7 @@ from tunesmith.training.callbacks import InterruptWatch, default_callbacks
 from tunesmith.training.config import SFTConfig
 from tunesmith.training.fingerprint import settings_fingerprint
 from tunesmith.training.graphs import graphs_of
-from tunesmith.training.lanes import Lanes, lanes_there, least_tokens
+from tunesmith.training.lanes import Lanes, lanes_there
 from tunesmith.training.loader import DocumentBatches, DocumentLoader
 from tunesmith.training.memory import apply_plan, memory_there_is, plan_run
 from tunesmith.training.optimizer import optimizer_for
@@ -302,7 +302,7 @@ class SFTTrainer(RunTrainer):
                 return loss
         width = self.head.model.get_input_embeddings().weight.shape[1]  # one with an adapter has no embedding_dim
         lanes = [part]
-        if self.plan.lanes > 1 and sum(part["lengths"]) >= least_tokens(width):
+        if self.plan.lanes > 1:
             lanes = lanes_of(part, self.plan.lanes, width=width, multiple=self.axis_multiple)
         if len(lanes) < 2:
             return super().backward_of(model, part, divisor)
