@@ -209,6 +209,27 @@ def test_what_a_formatting_function_may_return():
             list(formatted_rows(ROWS[:1], lambda row, made=made: made))
 
 
+@pytest.mark.parametrize(
+    ("function", "row", "expected"),
+    [
+        # An answer of one letter makes one text of the letters of a row, too.
+        (
+            lambda rows: [f"{question} {answer}" for question, answer in zip(rows["q"], rows["a"], strict=False)],
+            {"q": "What is it?", "a": "B"},
+            ["What is it? B"],
+        ),
+        (lambda rows: [f"{number}+" for number in rows["n"]], {"n": 7}, ["7+"]),
+        # Lists of texts in a row look like columns of many.
+        (lambda row: [f"Q: {question}" for question in row["q"]], {"q": ["one", "two"]}, ["Q: one", "Q: two"]),
+        (lambda row: row["q"][:9], {"q": "What is it, and why?"}, ["What is i"]),
+        (lambda row: row["q"][-9:], {"q": "What is it, and why?"}, ["and why?"]),
+        (lambda row: f"{row['q']} {row['n']}", {"q": "x", "n": 7}, ["x 7"]),
+    ],
+)
+def test_a_formatting_function_gets_rows_or_columns(function, row, expected):
+    assert [made["text"].strip() for made in formatted_rows([row], function)] == expected
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_column_that_stands_twice(tmp_path, suffix):
     import pyarrow as pa

@@ -69,7 +69,7 @@ def formatted_rows(source: Source, function: Callable[[Mapping[str, Any]], Any])
     """Return rows of the text, or of each text, that ``function`` makes of a row, alone or as ``{"text": ...}``.
 
     A function that takes columns of many rows, as ``datasets.map(batched=True)`` gives them, is called with each row as
-    a batch of one; it is known by making one text of such a batch, and none or several of the row itself.
+    a batch of one; it is known by making one text of such a batch, and of the row itself none or texts that show less.
 
     Raises:
         DataError: it makes something else.
@@ -96,17 +96,37 @@ def _texts_of(made: Any) -> list[str] | None:
 
 
 def _takes_batches(function: Callable[[Mapping[str, Any]], Any], value: Mapping[str, Any]) -> bool:
+    """Return whether ``function`` shows more of a row when it gets columns: of the texts alone it sees letters."""
+    alone = _tried(function, value)
+    batch = _tried(function, {name: [cell] for name, cell in value.items()})
+    if batch is None or len(batch) != 1 or not alone:
+        return batch is not None and len(batch) == 1
+    held = _texts_in(value)
+    # A function may take only the beginning or the end of a text.
+    as_row, as_batch = (
+        sum(text[:8] in made or text[-8:] in made for text in held) for made in ("\n".join(alone), batch[0])
+    )
+    return as_batch > as_row or (as_row == 0 and len(alone) != 1)
+
+
+def _tried(function: Callable[[Mapping[str, Any]], Any], value: Mapping[str, Any]) -> list[str] | None:
     try:
-        alone = _texts_of(function(value))
+        return _texts_of(function(value))
     except Exception:  # whatever a function may raise that is given what it was not written for
-        alone = None
-    if alone is not None and len(alone) == 1:
-        return False
-    try:
-        batch = _texts_of(function({name: [cell] for name, cell in value.items()}))
-    except Exception:
-        return False
-    return batch is not None and len(batch) == 1
+        return None
+
+
+def _texts_in(value: object) -> list[str]:
+    """Return every text of two characters or more inside a row."""
+    found: list[str] = []
+    waiting = [value]
+    while waiting:
+        item: Any = waiting.pop()
+        if isinstance(item, str) and len(item) > 1:
+            found.append(item)
+        elif isinstance(item, (Mapping, list, tuple)):
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
+    return found
 
 
 def list_splits(source: Source, *, name: str | None = None) -> tuple[str, ...]:
