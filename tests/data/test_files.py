@@ -85,6 +85,14 @@ def test_objects_give_the_same_rows():
     assert values(dataset.with_format("numpy")) == ROWS
 
 
+def test_the_transform_of_a_dataset_makes_its_rows():
+    import datasets
+
+    dataset = datasets.Dataset.from_list([{"question": "a", "note": None}, {"question": "b", "note": None}])
+    dataset.set_transform(lambda rows: {"text": [f"{question}?" for question in rows["question"]]})
+    assert values(dataset) == [{"text": "a?"}, {"text": "b?"}]
+
+
 def test_places_name_file_and_line(tmp_path):
     jsonl = write(tmp_path / "a.jsonl", '\n{"text": "x"}\n\n  \n{"text": "y"}')
     table = write(tmp_path / "a.csv", 'text,n\n"two\nlines",1\n\nz,2\n')

@@ -248,7 +248,9 @@ def _object_rows(source: Any) -> Iterator[SourceRow]:
 
 
 def _dataset_rows(dataset: Any, label: str) -> Iterator[SourceRow]:
-    for number, row in enumerate(dataset.with_format(None), 1):
+    # A transform (``set_transform``) says what a row is; other formats only say as which arrays it comes.
+    is_transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+    for number, row in enumerate(dataset if is_transformed else dataset.with_format(None), 1):
         yield SourceRow(without_nested_nulls(row), f"{label} row {number}")
 
 
