@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 
 from tunesmith.core.errors import DataError
-from tunesmith.data.formats import detect_schema, to_example
+from tunesmith.data.formats import detect_schema, text_goes_first, to_example
 from tunesmith.data.types import Completion, Conversation, RowRefusedError, SourceRow, Text
 
 USER = {"role": "user", "content": "Hi"}
@@ -394,3 +395,14 @@ def test_train_flags_stay_with_their_messages_behind_a_system_column(field):
     example = to_example(SourceRow(row, "rows.jsonl:1"))
     assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert example.train == (None, None, False, None, True)
+
+
+def test_a_text_column_goes_first_in_streams_and_sets_of_splits_too():
+    rows = [{"instruction": "i", "output": "o", "text": "t"}]
+    dataset = datasets.Dataset.from_list([{"instruction": "i", "output": "o"}])
+    mapped = dataset.to_iterable_dataset().map(lambda row: {"text": "t"})
+    assert mapped.column_names is None
+    whole = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    assert text_goes_first(rows) and text_goes_first(mapped) and text_goes_first(whole)
+    assert not text_goes_first(dataset) and not text_goes_first(iter(rows)) and not text_goes_first("rows.jsonl")
+    assert not text_goes_first([{"messages": [], "text": "t"}])

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
+from tunesmith.data.files import read_rows
 from tunesmith.data.images import images_of
 from tunesmith.data.messages import (
     Flags,
@@ -76,8 +77,10 @@ def text_goes_first(rows: Any) -> bool:
 
     Scripts for TRL write such a column to be trained on; a rendered one beside messages is only there to be looked at.
     """
-    first = rows[0] if isinstance(rows, list) and rows else None
-    names: set[str] = set(first if isinstance(first, Mapping) else getattr(rows, "column_names", None) or ())
+    if not isinstance(rows, list) and not hasattr(rows, "column_names"):
+        return False
+    # Column names are unknown for a stream that is mapped, and those of a set of splits are split names.
+    names = next(read_rows(rows)).value.keys()
     return "text" in names and detect_schema(dict.fromkeys(names, "")) in ("alpaca", "evals")
 
 
