@@ -45,6 +45,7 @@ def refusal(value, mapping=None):
         ({"conversations": [USER, ANSWER], "system": "Be brief"}, "sharegpt", [SYSTEM, USER, ANSWER]),
         ({"conversations": [USER, ANSWER], "system": ""}, "sharegpt", [USER, ANSWER]),
         ({"instruction": "Hi", "input": "", "output": "Hello"}, "alpaca", [USER, ANSWER]),
+        ({"instruction": "", "input": "Hi", "output": "Hello"}, "alpaca", [USER, ANSWER]),
         ({"instruction": "Hi", "input": None, "output": "Hello", "text": "x"}, "alpaca", [USER, ANSWER]),
         (
             {"instruction": "Sum", "input": "1 2", "output": "3"},

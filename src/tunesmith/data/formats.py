@@ -198,7 +198,7 @@ def _from_alpaca(value: Mapping[str, Any], where: str) -> Conversation:
     instruction = read_text(value["instruction"], field="instruction")
     extra = read_text(value["input"], field="input") if value.get("input") is not None else ""
     output = read_text(value["output"], field="output")
-    asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    asked = "\n\n".join([text for text in (instruction, extra) if text.strip()] or [instruction])
     turn = [_message("user", asked), _message("assistant", output)]
     return _conversation([*_system(value), *_history(value.get("history")), *turn], value, where, schema="alpaca")
 
