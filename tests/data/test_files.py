@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tunesmith.core.errors import DataError
@@ -91,6 +92,18 @@ def test_the_transform_of_a_dataset_makes_its_rows():
     dataset = datasets.Dataset.from_list([{"question": "a", "note": None}, {"question": "b", "note": None}])
     dataset.set_transform(lambda rows: {"text": [f"{question}?" for question in rows["question"]]})
     assert values(dataset) == [{"text": "a?"}, {"text": "b?"}]
+
+
+def test_rows_as_pandas_holds_them():
+    import pandas as pd
+
+    row = {"label": 1, "tags": [1, 2], "answers": {"text": ["a"], "answer_start": [0]}, "messages": [{"role": "user"}]}
+    held = {"label": np.int64(1), "tags": np.array([1, 2]), "messages": np.array(row["messages"], dtype=object),
+            "answers": {"text": np.array(["a"], dtype=object), "answer_start": np.array([0])}}  # fmt: skip
+    (value,) = values([held])
+    assert value == row
+    assert type(value["label"]) is int and type(value["answers"]["answer_start"][0]) is int
+    assert "a DataFrame is no list of rows. Give datasets.Dataset.from_pandas(frame)" in error_of(pd.DataFrame([row]))
 
 
 def test_places_name_file_and_line(tmp_path):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
 from tunesmith.data.readers import SUFFIXES, kind_of, read_file, without_nested_nulls
@@ -241,10 +243,24 @@ def _refuse_name(name: str | None, label: str) -> None:
 def _object_rows(source: Any) -> Iterator[SourceRow]:
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise DataError(f"rows must be a list of dicts, not {kind_of(source)}. {_ACCEPTED}")
+    if type(source).__name__ == "DataFrame":  # of pandas or polars: it is no stream of rows but of columns
+        raise DataError("a DataFrame is no list of rows. Give datasets.Dataset.from_pandas(frame), or a list of dicts.")
     for number, row in enumerate(cast(Iterable[object], source), 1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number}: a row must be a dict, this is {kind_of(row)}.")
-        yield SourceRow(dict(cast(Mapping[str, Any], row)), f"row {number}")
+        values = cast(Mapping[str, Any], row)
+        yield SourceRow({name: _without_numpy(value) for name, value in values.items()}, f"row {number}")
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return numbers and one-dimensional arrays of numpy, as pandas holds rows, as Python's own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return [_without_numpy(entry) for entry in value] if value.dtype == object else value.tolist()
+    if isinstance(value, dict):
+        return {name: _without_numpy(entry) for name, entry in value.items()}
+    return value
 
 
 def _dataset_rows(dataset: Any, label: str) -> Iterator[SourceRow]:
