@@ -47,6 +47,15 @@ def test_train_on_responses_only_agrees_with_the_conversations(reads: str, tmp_p
     assert train_on_responses_only(conversations).train_data.fingerprint() == before
 
 
+def test_the_last_answers_of_conversations(tmp_path: Path) -> None:
+    chat = tiny.chat_rows(2)
+    rows = [{"messages": [*chat[0]["messages"], *chat[1]["messages"]]}]
+    by_setting = support.trainer(tmp_path / "a", rows=rows, train_on="last")
+    masked = train_on_responses_only(support.trainer(tmp_path / "b", rows=rows), last_response_only=True)
+    assert masked.train_data.fingerprint() == by_setting.train_data.fingerprint()
+    assert masked.ledger.answer_documents == 1 and not masked.ledger.untrained_ends
+
+
 def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [*texts(6), {"body": "no markers at all"}]
     trainer = train_on_responses_only(support.trainer(tmp_path, rows=rows, dataset_text_field="body"))

@@ -101,4 +101,6 @@ def _with_mask(document: Document, tokenizer: Any, markers: Markers, last_only: 
     trained = response_mask(document.input_ids, tokenizer, markers, last_only=last_only) & document.trained
     if not trained.any():
         raise RowRefusedError("nothing to train on", "no token of this row is to be trained.")
-    return replace(document, trained=trained)
+    # Of the earlier answers the ends are not to be trained either.
+    ends = document.end_of_turn[-1:] if last_only else document.end_of_turn
+    return replace(document, trained=trained, end_of_turn=ends)
