@@ -8,7 +8,7 @@ import pytest
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.data.markers import Markers, derive_markers, find_answers, resolve_markers, response_mask
 from tunesmith.data.masks import ExampleEncoder
-from tunesmith.data.types import Conversation, RowRefusedError, Text
+from tunesmith.data.types import Conversation, RowRefusedError, Text, Tokens
 
 from .chat_families import template_text
 from .conversations import random_conversation
@@ -74,6 +74,21 @@ def test_rendered_text_trains_what_the_conversation_trains(chat_tokenizer, famil
         assert found.end_of_turn == wanted.end_of_turn
         by_ids = response_mask(wanted.input_ids, tokenizer, markers, last_only=train_on == "last")
         assert np.flatnonzero(by_ids).tolist() == np.flatnonzero(wanted.trained).tolist()
+
+
+@pytest.mark.parametrize("train_on", [None, "assistant", "last"])
+def test_ids_without_a_mask_train_the_answers_that_are_asked_for(chat_tokenizer, train_on):
+    tokenizer = chat_tokenizer("chatml")
+    encoder = ExampleEncoder(tokenizer, train_on=train_on)
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    (wanted,) = encoder.encode(Conversation(messages, (None,) * 4, "x", "messages"))
+    everything = np.ones(len(wanted), dtype=np.bool_)
+    (found,) = encoder.encode(Tokens(wanted.input_ids, everything, "x"))
+    assert found.trained.tolist() == (everything if train_on is None else wanted.trained).tolist()
+    own = np.arange(len(wanted)) % 2 == 1
+    assert encoder.encode(Tokens(wanted.input_ids, own, "x"))[0].trained.tolist() == own.tolist()
+    spare = np.concatenate([[len(tokenizer) + 3], wanted.input_ids])
+    assert response_mask(spare, tokenizer, resolve_markers(tokenizer)).sum() > 0
 
 
 @pytest.mark.parametrize("family", ["chatml", "mistral-pieces"])

@@ -187,7 +187,8 @@ def response_mask(
         RowRefusedError: as :func:`find_answers`; the row should then not be trained on.
     """
     convert = cast("Any", tokenizer).convert_ids_to_tokens
-    spelled: list[str] = convert([int(index) for index in input_ids])
+    # None for an id between the tokenizer's last and the model's last.
+    spelled: list[str] = [token or "" for token in convert([int(index) for index in input_ids])]
     in_tokens = Markers(
         _spell(tokenizer, markers.instruction_part),
         _spell(tokenizer, markers.response_part),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tunesmith.core.errors import SettingsError
 from tunesmith.core.names import did_you_mean
-from tunesmith.data.markers import Markers, find_answers, resolve_markers
+from tunesmith.data.markers import Markers, find_answers, resolve_markers, response_mask
 from tunesmith.data.templates import apply_template
 from tunesmith.data.tokens import SpanTokenizer, TokenSpans, eos_text
 from tunesmith.data.turns import ChatRenderer, Message, Turn, drops_a_message, special_token_in
@@ -108,7 +108,7 @@ class ExampleEncoder:
                 )
             return self._encode_conversation(example)
         if isinstance(example, Tokens):
-            return [Document(example.input_ids, example.trained, example.where)]
+            return [self._mask_tokens(example)]
         if isinstance(example, Completion):
             return [self._encode_completion(example)]
         return [self._encode_text(example)]
@@ -267,6 +267,14 @@ class ExampleEncoder:
             tokens = self._tokens.with_default_start(tokens)
         spans = [_Span(answer.start, answer.end, answer.is_closed) for answer in answers]
         return self._document_of(tokens, spans[-1:] if self._train_on == "last" else spans, example.where, [])
+
+    def _mask_tokens(self, example: Tokens) -> Document:
+        """Keep the row's own mask; where it has none and answers are asked for, find them by the markers."""
+        trained = example.trained
+        if self._finds_answers_in_text and trained.all():
+            is_last = self._train_on == "last"
+            trained = response_mask(example.input_ids, self._tokenizer, self._markers(), last_only=is_last)
+        return Document(example.input_ids, trained, example.where)
 
     def _markers(self) -> Markers:
         """Derive the markers when the first text needs them: other rows do not need a chat template."""
