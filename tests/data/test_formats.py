@@ -99,10 +99,10 @@ def test_text_parts_are_joined_and_null_fields_dropped():
     assert example.tools is None
 
 
-@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content", "reasoning"])
 def test_reasoning_is_given_under_both_names(key):
     answer = understand({"messages": [USER, {**ANSWER, key: "hm"}]}).messages[1]
-    assert answer == {**ANSWER, "thinking": "hm", "reasoning_content": "hm"}
+    assert answer == {**ANSWER, "thinking": "hm", "reasoning_content": "hm", "reasoning": "hm"}
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

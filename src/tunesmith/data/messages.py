@@ -46,7 +46,7 @@ ROLES = {
     "observation": "tool",
 }
 _DEEPEST = 100
-_REASONING = ("reasoning_content", "thinking")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_messages(value: object, *, field: str) -> tuple[Messages, Flags]:
@@ -260,12 +260,16 @@ def _parse_if_text(value: object, field: str, *, reason: str) -> Any:
 
 
 def _with_reasoning(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Give reasoning under both names: qwen3's template reads ``reasoning_content``, gpt-oss's reads ``thinking``."""
+    """Give reasoning under all its names: templates read ``reasoning_content`` (qwen3) or ``thinking`` (gpt-oss).
+
+    Servers write ``reasoning``, too, which few templates read.
+    """
     written = [message[key] for key in _REASONING if key in message]
     for text in written:
         read_text(text, field=f"the reasoning of {place}")
-    if len(written) == 2 and written[0] != written[1]:
-        refuse("two reasonings", f"{place} has both reasoning_content and thinking, and they differ")
+    if any(text != written[0] for text in written):
+        names = " and ".join(key for key in _REASONING if key in message)
+        refuse("two reasonings", f"{place} has both {names}, and they differ")
     return {**message, **dict.fromkeys(_REASONING, written[0])} if written else message
 
 
