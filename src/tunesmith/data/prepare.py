@@ -82,6 +82,7 @@ def prepare(
     split: str = "train",
     name: str | None = None,
     limit: int | None = None,
+    most_tokens: int | None = None,
 ) -> PreparedData:
     """Read, understand and encode a source; refuse nothing in silence.
 
@@ -96,6 +97,7 @@ def prepare(
             tokens, counted, dropped if nothing trained is left or if it has images, which are never cut through.
         mapping: as in :func:`~tunesmith.data.formats.to_example`.
         limit: read only the first ``limit`` rows.
+        most_tokens: read no further row once those that are kept have this many tokens.
 
     Raises:
         DataError: the source or the mapping is wrong, or a document is too long under ``"error"``.
@@ -107,6 +109,7 @@ def prepare(
     ledger = Ledger()
     rows: list[KeptRow] = []
     fit = _Fitter(max_length, on_too_long, ledger)
+    tokens = 0
     for source_row in islice(read_rows(source, split=split, name=name), limit):
         ledger.rows_in += 1
         try:
@@ -117,6 +120,9 @@ def prepare(
         else:
             ledger.keep(row)
             rows.append(row)
+            tokens += sum(map(len, row.documents))
+        if most_tokens is not None and tokens >= most_tokens:
+            break
     return PreparedData(rows, ledger)
 
 

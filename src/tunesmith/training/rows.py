@@ -24,19 +24,24 @@ def say_losses(ledger: Ledger | TaskLedger, args: SFTConfig) -> None:
         _log.warning("%s", said)
 
 
-def begun_stream(rows: Any, args: SFTConfig) -> Any:
+def begun_stream(rows: Any, args: SFTConfig) -> tuple[Any, int | None]:
     """Return of a streamed ``datasets`` object as many rows as ``max_steps`` uses, which is said; others as they are.
 
-    Rows are counted, split and planned before the first step: a stream without an end would never get there.
+    How many rows fill the bins of ``packing`` is not known before they are read: the second value are the tokens to
+    read then. Rows are counted, split and planned before the first step: a stream without an end would never get there.
     """
     if type(rows).__name__ != "IterableDataset" or args.max_steps < 1:
-        return rows
+        return rows, None
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = math.ceil(args.max_steps * a_step / (1 - args.eval_split))
+    if args.packing:
+        tokens = count * (args.max_length or 0)
+        _log.warning("streamed rows of %s tokens are read, as many as max_steps=%d uses", f"{tokens:,}", args.max_steps)
+        return rows.take(tokens), tokens  # no row that is kept has fewer than one, and rows that are not end too
     _log.warning(
         "of the streamed rows the first %s are read, as many as max_steps=%d uses", f"{count:,}", args.max_steps
     )
-    return rows.take(count)
+    return rows.take(count), None
 
 
 def refuse_foreign_ids(model: Any, *sides: PreparedData | None) -> None:

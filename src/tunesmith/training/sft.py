@@ -180,9 +180,9 @@ class SFTTrainer(RunTrainer):
         self, train_rows: Any, eval_rows: Any, args: SFTConfig
     ) -> tuple[PreparedData, PreparedData | None]:
         """Return training and evaluation rows, with a share of the former set apart where there are no latter."""
-        train_data = self._prepare(begun_stream(train_rows, args), args)
+        train_data = self._prepare(*begun_stream(train_rows, args), args=args)
         if eval_rows is not None or not args.eval_split:
-            return train_data, None if eval_rows is None else self._prepare(eval_rows, args)
+            return train_data, None if eval_rows is None else self._prepare(eval_rows, args=args)
         side, held_out = split_documents(train_data, fraction=args.eval_split, seed=args.seed)
         if held_out is None:
             return train_data, None
@@ -193,20 +193,21 @@ class SFTTrainer(RunTrainer):
         # The ledger of the whole source goes on: only it knows what was dropped before the split.
         return PreparedData(side.rows, train_data.ledger), held_out
 
-    def _prepare(self, rows: Any, args: SFTConfig) -> PreparedData:
+    def _prepare(self, rows: Any, most_tokens: int | None = None, *, args: SFTConfig) -> PreparedData:
         if isinstance(rows, PreparedData):
             rows.ledger.check()
             return rows
         mapping = self._mapping
         if self._formatting_func is not None:
-            rows = list(formatted_rows(rows, self._formatting_func))
+            rows = formatted_rows(rows, self._formatting_func)
         elif mapping is None and text_goes_first(rows):
             mapping = {"text": "text"}
             _log.warning(
                 "the rows have a column text, which is trained on as it is (dataset_text_field='text'); to train on "
                 "their other columns as a chat, remove it"
             )
-        data = prepare(rows, self._encoder, max_length=args.max_length, on_too_long=args.on_too_long, mapping=mapping)
+        how: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long, "mapping": mapping}
+        data = prepare(rows, self._encoder, most_tokens=most_tokens, **how)
         data.ledger.check()
         say_losses(data.ledger, args)
         return data
@@ -329,7 +330,7 @@ class SFTTrainer(RunTrainer):
         """Return and log loss per trained token and perplexity over the evaluation rows."""
         began = time.perf_counter()
         if eval_dataset is not None and not isinstance(eval_dataset, (DocumentDataset, PackedDataset)):
-            eval_dataset = DocumentDataset(self._prepare(eval_dataset, self.args).documents)
+            eval_dataset = DocumentDataset(self._prepare(eval_dataset, args=self.args).documents)
         if eval_dataset is None and self.eval_dataset is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
