@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from tests import tiny, tiny_tasks
 from transformers import TrainerCallback
 
@@ -369,3 +370,12 @@ def test_models_that_cannot_train_a_task(bases: Any, tmp_path: Path) -> None:
     model.config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="has no decoder_start_token_id"):
         recipe_for(model, tokenizer)
+
+
+def test_a_stream_is_read_as_far_as_the_run_goes(bases: dict[str, Path], tmp_path: Path) -> None:
+    def endless() -> Any:
+        while True:
+            yield from tiny_tasks.ROWS["SEQ_CLS"](8)
+
+    rows = IterableDataset.from_generator(endless)
+    assert trainer(tmp_path, *load(bases, "SEQ_CLS"), "SEQ_CLS", rows=rows, max_steps=2).ledger.rows_in == 8

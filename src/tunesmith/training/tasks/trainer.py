@@ -39,7 +39,7 @@ from tunesmith.training.plan import (
     one_tokenizer,
     try_out,
 )
-from tunesmith.training.rows import say_losses
+from tunesmith.training.rows import begun_stream, say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.tasks.recipes import Recipe, recipe_for
 
@@ -96,7 +96,7 @@ class TaskTrainer(RunTrainer):
         if train_dataset is None:
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
         self._mapping, self._task = mapping, facts_of(model).task
-        train_data = self._prepare(train_dataset, args)
+        train_data = self._prepare(begun_stream(train_dataset, args)[0], args)
         train_data.ledger.check()
         eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
         if eval_data is None and args.eval_split:
