@@ -61,6 +61,11 @@ def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
         ("QUESTION_ANS", {"question": "a", "context": "ann", "answer": "ann", "answer_start": "0"}, "first character"),
         ("SEQ_CLS", {"text": "a \ud83d", "label": 1}, "row 1: 'text' holds half of a surrogate pair"),
         ("SEQ_2_SEQ_LM", {"source": "a"}, "row 1: SEQ_2_SEQ_LM rows need source, target"),
+        (
+            "FEATURE_EXTRACTION",
+            {"sentence1": "a", "sentence2": "b", "score": 0.1},
+            "row 1: the pair has a 'score', and FEATURE_EXTRACTION takes the two texts of every row as alike",
+        ),
         ("FEATURE_EXTRACTION", {"anchor": "a"}, "row 1: FEATURE_EXTRACTION rows need anchor, positive"),
     ],
 )
@@ -76,6 +81,8 @@ def test_an_optional_cell_that_is_empty_is_none(tmp_path: Path, empty: Any) -> N
     assert prepare([pair], "SEQ_CLS").rows[0].features == prepare([alone], "SEQ_CLS").rows[0].features
     rows = [{"anchor": "ann", "positive": "bob", "negative": empty}]
     assert sorted(prepare(rows, "FEATURE_EXTRACTION").rows[0].features) == ["anchor", "positive"]
+    judged = [{"a": "ann", "b": "bob", "label": 1}]
+    assert prepare(judged, "FEATURE_EXTRACTION", mapping={"a": "anchor", "b": "positive"}).ledger.rows_kept == 1
     asked = {"question": "a", "context": "ann", "answer": "ann", "answer_start": empty}
     assert len(prepare([asked], "QUESTION_ANS")) == 1
 

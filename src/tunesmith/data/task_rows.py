@@ -59,6 +59,8 @@ def read_records(
     for number, row in enumerate(read_rows(source, split=split)):
         if limit is not None and number >= limit:
             return
+        if task == "FEATURE_EXTRACTION" and not mapping:
+            _refuse_judged(row)
         value: dict[str, Any] = {}
         for role, usual in roles.items():
             name = role.rstrip("?")
@@ -138,6 +140,17 @@ def _check_mapping(task: str, mapping: Mapping[str, str]) -> None:
     twice = [role for role in known if list(mapping.values()).count(role) > 1]
     if twice:
         raise DataError(f"the mapping names two columns for {twice[0]!r}. {task} takes one.")
+
+
+def _refuse_judged(row: SourceRow) -> None:
+    """Refuse a pair that says how alike it is: pairs that are not would be trained as if they were."""
+    judged = next((name for name in ("label", "labels", "score", "similarity_score") if name in row.value), None)
+    if judged is not None and "positive" not in row.value:
+        raise DataError(
+            f"{row.where}: the pair has a {judged!r}, and FEATURE_EXTRACTION takes the two texts of every row as alike. "
+            "Keep the rows in which they are and leave the column out, or name the columns (--map "
+            "sentence1=anchor --map sentence2=positive)."
+        )
 
 
 def _column(row: SourceRow, role: str, usual: tuple[str, ...], mapping: Mapping[str, str]) -> str | None:
