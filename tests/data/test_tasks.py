@@ -64,7 +64,7 @@ def test_columns_have_usual_names_or_a_mapping_names_them() -> None:
         (
             "FEATURE_EXTRACTION",
             {"sentence1": "a", "sentence2": "b", "score": 0.1},
-            "row 1: the pair has a 'score', and FEATURE_EXTRACTION takes the two texts of every row as alike",
+            "row 1: the pair has a 'score', and FEATURE_EXTRACTION takes both texts of a row as alike",
         ),
         ("FEATURE_EXTRACTION", {"anchor": "a"}, "row 1: FEATURE_EXTRACTION rows need anchor, positive"),
     ],

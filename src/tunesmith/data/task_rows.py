@@ -147,7 +147,7 @@ def _refuse_judged(row: SourceRow) -> None:
     judged = next((name for name in ("label", "labels", "score", "similarity_score") if name in row.value), None)
     if judged is not None and "positive" not in row.value:
         raise DataError(
-            f"{row.where}: the pair has a {judged!r}, and FEATURE_EXTRACTION takes the two texts of every row as alike. "
+            f"{row.where}: the pair has a {judged!r}, and FEATURE_EXTRACTION takes both texts of a row as alike. "
             "Keep the rows in which they are and leave the column out, or name the columns (--map "
             "sentence1=anchor --map sentence2=positive)."
         )
