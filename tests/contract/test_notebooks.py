@@ -394,6 +394,13 @@ def test_sharegpt_becomes_roles_and_content() -> None:
     assert standardize_sharegpt(both)["train"][0]["conversations"] == wanted
     with pytest.raises(DataError, match="no column conversations or messages: there are text"):
         standardize_sharegpt(Dataset.from_list([{"text": "x"}]))
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    assert next(iter(standardize_sharegpt(stream, num_proc=2)))["conversations"] == wanted
+    for turns in (["a question", "an answer"], '[{"role": "user"}]'):
+        with pytest.raises(DataError, match="row 1: conversations has a turn that is text, and no object with role"):
+            standardize_sharegpt([{"conversations": turns}])
+    with pytest.raises(DataError, match="a generator was given; a datasets object or a list of rows is needed"):
+        standardize_sharegpt(row for row in rows)
     assert is_bf16_supported() == is_bfloat16_supported()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tunesmith.core.errors import DataError
 from tunesmith.core.names import did_you_mean
 from tunesmith.data.messages import ROLES, list_keys
+from tunesmith.data.readers import kind_of
 
 __all__ = ["standardize_data_formats", "standardize_sharegpt", "to_sharegpt"]
 
@@ -54,11 +55,13 @@ def standardize_sharegpt(
     if isinstance(names, dict):  # a DatasetDict
         how = {name: value for name, value in locals().items() if name not in ("dataset", "names")}
         return type(dataset)({split: standardize_sharegpt(part, **how) for split, part in dataset.items()})
+    if not isinstance(dataset, list) and not hasattr(dataset, "map"):
+        raise DataError(f"a {type(dataset).__name__} was given; a datasets object or a list of rows is needed.")
     first = list(itertools.islice(dataset, _LOOKED_AT))
     column = _column(names or (first[0] if first else ()))
     more = {"system": aliases_for_system, "user": aliases_for_user, "assistant": aliases_for_assistant}
     roles = {**_ROLES, **{alias.lower(): role for role, aliases in more.items() for alias in aliases}}
-    keys = _keys([turn for row in first for turn in row[column] or ()], roles)
+    keys = _keys([turn for row in first for turn in row[column] or () if isinstance(turn, Mapping)], roles)
     as_parts = hasattr(tokenizer, "image_processor")
 
     def standardized(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -68,7 +71,8 @@ def standardize_sharegpt(
     if isinstance(dataset, list):
         return [{**row, **standardized(row, index)} for index, row in enumerate(dataset)]
     # A stream has no processes.
-    return dataset.map(standardized, with_indices=True, **({} if num_proc is None else {"num_proc": num_proc}))
+    processes = {"num_proc": num_proc} if num_proc is not None and hasattr(dataset, "num_rows") else {}
+    return dataset.map(standardized, with_indices=True, **processes)
 
 
 standardize_data_formats = standardize_sharegpt
@@ -171,9 +175,9 @@ def _keys(turns: list[Mapping[str, Any]], roles: Mapping[str, str]) -> tuple[tup
     return (*_USUAL, (role, content))
 
 
-def _turn(
-    turn: Mapping[str, Any], keys: tuple[tuple[str, str], ...], roles: Mapping[str, str], place: str
-) -> dict[str, Any]:
+def _turn(turn: Any, keys: tuple[tuple[str, str], ...], roles: Mapping[str, str], place: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{place} has a turn that is {kind_of(turn)}, and no object with role and content.")
     # Tables give every turn the keys of all, null where it has none.
     pair = next((pair for pair in keys if turn.get(pair[0]) is not None), None)
     if pair is None:
