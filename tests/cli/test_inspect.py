@@ -113,3 +113,10 @@ def test_pieces_are_the_document(tiny_tokenizer, train_on):
 
 def test_negative_rows_are_refused(run, rows_file, model_folder):
     assert run("inspect", rows_file, "--model", model_folder, "--rows", -1).code == 2
+
+
+def test_the_first_token_of_ids_without_a_mask_is_not_trained(run, tmp_path, model_folder):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"input_ids": [7, 8, 9]}])
+    report = json.loads(run("inspect", rows, "--model", model_folder, "--json").out)
+    assert [piece["trained"] for piece in report["rows"][0]["pieces"]] == [False, True]
+    assert report["ledger"]["trained_tokens"] == 2

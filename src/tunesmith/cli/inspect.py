@@ -74,7 +74,8 @@ def pieces(document: Document, tokenizer: Any) -> list[Piece]:
     Joined, the texts are the whole document as the tokenizer decodes it.
     """
     ends = {position for position in document.end_of_turn if document.trained[position]}
-    kinds = [(bool(trained), position in ends) for position, trained in enumerate(document.trained)]
+    # The first token never is, whatever the mask of a row says: nothing stands before it.
+    kinds = [(bool(position and trained), position in ends) for position, trained in enumerate(document.trained)]
     cuts = [position for position in range(1, len(kinds)) if kinds[position] != kinds[position - 1]]
     found: list[Piece] = []
     shown = ""
