@@ -127,6 +127,26 @@ def test_two_adapters_or_none_are_refused(base: Path, adapter: Path) -> None:
         load_source(str(adapter), adapter=str(adapter))
 
 
+def test_other_kinds_than_lora_are_refused(base: Path, tmp_path: Path) -> None:
+    from peft import IA3Config
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
+    for arguments in ({"name": str(tmp_path)}, {"name": str(base), "adapter": str(tmp_path)}):
+        with pytest.raises(AdapterError, match=r"is of the kind IA3; only LORA is loaded\. Merge it with PEFT"):
+            load_source(**arguments)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_adapter_writes_text_whether_it_names_its_task_or_not(task: str | None, base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "first", task_type=task)
+    model, _ = load_source(str(tmp_path / "first"), dtype="float32")
+    assert model.generate(input_ids=torch.arange(5)[None] * 7, max_new_tokens=2, pad_token_id=0).shape == (1, 7)
+    model.save_pretrained(tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
 def test_one_base_answers_with_one_of_several_adapters(base: Path, tmp_path: Path) -> None:
     lives = {name: save_adapter(base, tmp_path / name) for name in ("first", "second")}
     model, _ = load_source(str(tmp_path / "first"), dtype="float32", trainable=False)

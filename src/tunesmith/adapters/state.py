@@ -276,13 +276,27 @@ def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | N
     """Return where base and adapter lie."""
     source = find_model(name)
     if adapter is None:
-        return (base_of(Path(source.path)), source) if source.kind == "adapter" else (source, None)
+        if source.kind != "adapter":
+            return source, None
+        _refuse_other_kind(source)
+        return base_of(Path(source.path)), source
     beside = find_model(adapter)
     if beside.kind != "adapter":
         raise AdapterError(f"adapter {adapter} is no adapter: it holds no {_CONFIG}. Give a run's folder.")
+    _refuse_other_kind(beside)
     if source.kind == "adapter":
         raise AdapterError(f"model {name} already is an adapter on its base. Leave the adapter out, or name the base.")
     return source, beside
+
+
+def _refuse_other_kind(adapter: ModelSource) -> None:
+    """PEFT has other kinds (IA3, LoHa, prompts ...), whose layers nothing here reads."""
+    kind = read_config(Path(adapter.path)).get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterError(
+            f"adapter {adapter.name} is of the kind {kind}; only LORA is loaded. Merge it with PEFT "
+            "(merge_and_unload) where its kind allows that, and load the merged model."
+        )
 
 
 def _has_tokenizer(adapter: ModelSource) -> bool:
@@ -338,6 +352,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = T
     try:
         # PEFT repeats a start that took something out of the base (pissa, olora) from the base alone.
         config: Any = PeftConfig.from_pretrained(str(adapter))
+        # PEFT alone would make a model of it that cannot generate.
+        config.task_type = config.task_type or facts_of(model).task
         own = base_beside(adapter)
         if own is not None:
             config.base_model_name_or_path = str(own.absolute())  # wherever the folder has been moved to
