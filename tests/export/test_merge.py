@@ -282,7 +282,36 @@ def test_the_biases_of_a_quantized_base_are_written_too(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_of_tokens_that_peft_trained_are_merged(is_tied: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[7, 14])
+    model = disturb(get_peft_model(tiny.tiny_model("qwen2", tie_word_embeddings=is_tied), config))
+    again = written(model, tmp_path)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    assert again.config.tie_word_embeddings == is_tied
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+def test_an_adapter_that_parts_a_tied_head_is_refused_before_anything_is_written(
+    targets: list[str], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def model(**how: Any) -> Any:
+        config = LoraConfig(r=2, target_modules=["q_proj", *targets], init_lora_weights=False, **how)
+        return get_peft_model(tiny.tiny_model("qwen2", tie_word_embeddings=True), config)
+
+    with pytest.raises(AdapterError, match="embedding and output head of this model are one tensor: it is not merged"):
+        adapter_shares(model(), None)
+    whole = model(ensure_weight_tying=True)
+    torch.testing.assert_close(logits(written(whole, tmp_path)), logits(whole), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}], ids=str
+)
 def test_adapters_that_cannot_be_added_to_others_are_merged_alone(kind: dict[str, Any]) -> None:
     from peft import LoraConfig
 

@@ -4,21 +4,21 @@
     W' = m / ||W + scale B A|| * (W + scale B A), row by row     DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5)
 
 computed in float32 when it is asked for. Nothing of the model is changed, and one weight is made at a time. Modules
-that train whole stand in their place; weights of 4 and 8 bits are what they stand for, or, where ``originals`` are
-given, what they were rounded from.
+and rows of tokens that train whole stand in their place; weights of 4 and 8 bits are what they stand for, or, where
+``originals`` are given, what they were rounded from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized, read_quantized
@@ -57,13 +57,30 @@ def adapter_shares(model: Any, wanted: Mapping[str, float] | None) -> dict[str, 
         if name not in known:
             raise AdapterError(f"adapter {name!r} is not on this model. There are: {', '.join(known) or 'none'}.")
     kinds = {name: known[name] for name in wanted}
-    if len(kinds) > 1 and any(kind.use_dora or kind.modules_to_save for kind in kinds.values()):
+    if len(kinds) > 1 and any(
+        kind.use_dora or kind.modules_to_save or kind.trainable_token_indices for kind in kinds.values()
+    ):
         raise AdapterError("adapters with DoRA or whole modules cannot be added to others. Merge one at a time.")
     for name, kind in kinds.items():
         check_mergeable(name, kind)
         if kind.use_dora and wanted[name] != 1:
             raise AdapterError(f"adapter {name!r} is a DoRA: it is merged in full, not by {wanted[name]}.")
+        _refuse_parted(name, kind, model)
     return dict(wanted)
+
+
+def _refuse_parted(name: str, config: Any, model: Any) -> None:
+    """Refuse an adapter that makes two of the one tensor of embedding and output head."""
+    base = model.get_base_model()
+    if not base.config.get_text_config().tie_word_embeddings or config.ensure_weight_tying:
+        return
+    ends = {"embedding": base.get_input_embeddings(), "output head": base.get_output_embeddings()}
+    adapted = [end for end, layer in ends.items() if isinstance(layer, LoraLayer) and name in _places(layer)]
+    if adapted:
+        raise AdapterError(
+            f"adapter {name!r} changes the {' and the '.join(adapted)}, and embedding and output head of this model "
+            "are one tensor: it is not merged. Make the adapter without, or with ensure_weight_tying=True."
+        )
 
 
 def check_mergeable(name: str, config: Any) -> None:
@@ -130,12 +147,33 @@ def _walk(module: Any, prefix: str, shares: Mapping[str, float], originals: Mapp
         active = [name for name in module.active_adapters if name in module.modules_to_save and name in shares]
         module = module.modules_to_save[active[0]] if active else module.original_module
         yield from _walk(module, prefix, shares, originals)
+    elif isinstance(module, TrainableTokensWrapper):
+        yield from _with_tokens(module.token_adapter, prefix, shares, originals)
     elif isinstance(module, LoraLayer):
         yield from _adapted(module, prefix, shares, originals)
     else:
         yield from _own(module, prefix, originals)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}{name}.", shares, originals)
+
+
+def _with_tokens(layer: Any, prefix: str, shares: Mapping[str, float], originals: Mapping[str, Any]) -> _Found:
+    """Yield the weights of an embedding or head of which some rows were trained whole."""
+    trained = [name for name in shares if name in layer.trainable_tokens_delta and not layer.merged]
+    for weight, source in _walk(layer.base_layer, prefix, shares, originals):
+        for name in trained if weight.name == f"{prefix}weight" else ():
+            rows, values = layer.token_indices[name], layer.trainable_tokens_delta[name]
+            weight = replace(weight, make=_replacing(weight.make, rows, values))
+        yield weight, source
+
+
+def _replacing(make: Callable[[], torch.Tensor], rows: Any, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    @torch.no_grad()
+    def replaced() -> torch.Tensor:
+        weight = make()
+        return weight.index_copy(0, torch.as_tensor(rows, device=weight.device), values.to(weight))
+
+    return replaced
 
 
 def _own(module: Any, prefix: str, originals: Mapping[str, Any]) -> _Found:
