@@ -72,6 +72,15 @@ def test_what_a_lora_in_gguf_cannot_hold_is_refused(kind: dict[str, Any], what: 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    model = get_peft_model(tiny.tiny_model("qwen2", tie_word_embeddings=True), config)
+    with pytest.raises(AdapterError, match="changes the output head, and embedding and output head"):
+        save_lora_gguf(model, tmp_path / "out", tiny.tiny_tokenizer())
+
+
 def test_a_model_without_adapter_has_none_to_save(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="saves one adapter, and 0 are active"):
         save_lora_gguf(tiny.tiny_model("llama"), tmp_path / "out", tiny.tiny_tokenizer())

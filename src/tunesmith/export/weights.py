@@ -24,7 +24,7 @@ from tunesmith.core.errors import AdapterError
 from tunesmith.engine.read import is_quantized, read_quantized
 from tunesmith.ops.quantized import dequantize
 
-__all__ = ["MergedWeight", "adapter_shares", "check_mergeable", "merged_weights", "mixed"]
+__all__ = ["MergedWeight", "adapter_shares", "check_mergeable", "merged_weights", "mixed", "refuse_parted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,15 @@ def adapter_shares(model: Any, wanted: Mapping[str, float] | None) -> dict[str, 
         check_mergeable(name, kind)
         if kind.use_dora and wanted[name] != 1:
             raise AdapterError(f"adapter {name!r} is a DoRA: it is merged in full, not by {wanted[name]}.")
-        _refuse_parted(name, kind, model)
+        refuse_parted(name, kind, model)
     return dict(wanted)
 
 
-def _refuse_parted(name: str, config: Any, model: Any) -> None:
-    """Refuse an adapter that makes two of the one tensor of embedding and output head."""
+def refuse_parted(name: str, config: Any, model: Any) -> None:
+    """Refuse an adapter that makes two of the one tensor of embedding and output head.
+
+    Raises: AdapterError.
+    """
     base = model.get_base_model()
     if not base.config.get_text_config().tie_word_embeddings or config.ensure_weight_tying:
         return
@@ -79,7 +82,7 @@ def _refuse_parted(name: str, config: Any, model: Any) -> None:
     if adapted:
         raise AdapterError(
             f"adapter {name!r} changes the {' and the '.join(adapted)}, and embedding and output head of this model "
-            "are one tensor: it is not merged. Make the adapter without, or with ensure_weight_tying=True."
+            "are one tensor, which no export parts. Make the adapter without, or with ensure_weight_tying=True."
         )
 
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from tunesmith.adapters.starts import changes_base
 from tunesmith.core.errors import AdapterError
 from tunesmith.export.gguf.families import Tensor, arranged, tensor_name
-from tunesmith.export.weights import check_mergeable
+from tunesmith.export.weights import check_mergeable, refuse_parted
 
 __all__ = ["adapter_of", "alpha_of", "lora_header", "lora_tensors", "lora_weights"]
 
@@ -33,6 +33,7 @@ def adapter_of(model: Any) -> str:
         raise AdapterError(f"save_method='lora' saves one adapter, and {len(names)} are active on this model.")
     config = model.peft_config[names[0]]
     check_mergeable(names[0], config)
+    refuse_parted(names[0], config, model)
     init = config.init_lora_weights
     reasons = {
         "use_dora": "DoRA",
