@@ -13,7 +13,7 @@ from tests import tiny, tiny_tasks
 from tests.export.support import adapt, disturb, loaded, logits
 from transformers import AutoModelForCausalLM
 
-from tunesmith.core.errors import AdapterError, ExportError, ModelError, OutputError
+from tunesmith.core.errors import AdapterError, ExportError, ModelError, OutputError, SettingsError
 from tunesmith.export.adapter import export_adapter
 from tunesmith.export.verify import _rounding
 from tunesmith.training.probes import probes_of_run
@@ -47,6 +47,38 @@ def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path
     model, _ = loaded(saved, full_finetuning=True)
     model.save_pretrained_merged(tmp_path / "out", save_method="merged_32bit")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokenizer": "lora"}, "tokenizer='lora' is a text: the tokenizer comes second"),
+        ({"prompts": "the cat"}, "prompts='the cat': a list of texts"),
+        ({"prompts": [""]}, "none of them empty"),
+        ({"adapters": ["default"]}, r"adapters=\['default'\]: give the share of each"),
+        ({"adapters": {}}, "give the share of each"),
+        ({"adapters": {"default": float("nan")}}, "give the share of each"),
+        ({"adapters": {"default": "0.5"}}, "give the share of each"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_are_refused_before_anything_is_written(
+    given: dict[str, Any], message: str, saved: Path, tmp_path: Path
+) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    for write in (model.save_pretrained_merged, model.save_pretrained_gguf):
+        with pytest.raises(SettingsError, match=message):
+            write(tmp_path / "out", **{"tokenizer": tokenizer, **given})
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_are_switched_off_are_not_exported(saved: Path, tmp_path: Path) -> None:
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    with model.disable_adapter(), pytest.raises(ModelError, match="are switched off, so that it answers as its base"):
+        model.save_pretrained_merged(tmp_path / "out", tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("has_adapter", [True, False])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import tempfile
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -103,9 +104,10 @@ def export_model(
     Raises:
         SettingsError: no such method, or ``adapters`` or ``max_shard_size`` for one that merges nothing or writes one
             file.
-        ModelError: it is no language model.
+        ModelError: it is no language model, or its adapters are switched off.
     """
     _refuse_other_tasks(model)
+    _check_given(model, tokenizer, adapters, how.get("prompts", ()))
     if not isinstance(method, str) or method == GGUF_LORA:
         return _export_gguf(model, folder, tokenizer, method, adapters, max_shard_size, **how)
     name = check_method(method)
@@ -129,6 +131,25 @@ def _refuse_other_tasks(model: Any) -> None:
         raise ModelError(
             f"{facts_of(model).name} is a model for {task}, and exports compare the text that language models write. "
             f"Save it with {merged}.save_pretrained(folder), and its tokenizer with tokenizer.save_pretrained(folder)."
+        )
+
+
+def _check_given(model: Any, tokenizer: Any, adapters: Any, prompts: Any) -> None:
+    """Refuse what an export could only fail at once it has begun."""
+    if isinstance(tokenizer, str):
+        raise SettingsError(f"tokenizer={tokenizer!r} is a text: the tokenizer comes second, the method third.")
+    if isinstance(prompts, str) or not all(isinstance(prompt, Sized) and len(prompt) for prompt in prompts):
+        raise SettingsError(f"prompts={prompts!r}: a list of texts is needed, and none of them empty.")
+    if adapters is not None and not (
+        isinstance(adapters, Mapping)
+        and adapters
+        and all(isinstance(share, (int, float)) and math.isfinite(share) for share in adapters.values())
+    ):
+        raise SettingsError(f"adapters={adapters!r}: give the share of each, like {{'default': 1.0}}.")
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise ModelError(
+            "the adapters of this model are switched off, so that it answers as its base. Export it outside of "
+            "disable_adapter(), or switch them on: model.base_model.enable_adapter_layers()."
         )
 
 
