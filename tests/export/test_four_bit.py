@@ -87,6 +87,22 @@ def test_what_was_rounded_before_the_training_is_not_rounded_again(
         merge_model(model, tmp_path / "other", tokenizer, method="merged_4bit")
 
 
+@pytest.mark.usefixtures("exports_load_here")
+@pytest.mark.parametrize(
+    ("loading", "adapter"),
+    [({}, {"modules_to_save": ["embed_tokens", "lm_head"]}), ({"resize_model_vocab": 340}, {})],
+    ids=str,
+)
+def test_weights_that_the_files_lack_do_not_hide_those_that_they_have(
+    loading: dict[str, Any], adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merge.MERGE_METHODS, "merged_4bit", 9.0)
+    tiny.save_model(tmp_path / "model", "qwen3")  # one tensor for embedding and head
+    base, tokenizer = loaded(tmp_path / "model", load_in_4bit=True, **loading)
+    report = merge_model(disturb(adapt(base, **adapter)), tmp_path / "out", tokenizer, method="merged_4bit")
+    assert set(report.comparisons) == {"original"}
+
+
 def test_a_training_that_rounding_has_undone_is_caught(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     base, own, noise = (np.log(draw.dirichlet(np.ones(50), size=40)).astype(np.float32) for _ in range(3))

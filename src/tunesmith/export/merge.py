@@ -115,7 +115,8 @@ def _routes(model: Any, shares: Mapping[str, float]) -> dict[str, Mapping[str, C
     if facts.width is None:
         return {"base": None}
     originals = _originals(facts.name)
-    wanted = {weight.name: weight.shape for weight in merged_weights(model, shares)}
+    # Others come from memory: trained whole or with more rows they need not be in the files at all.
+    wanted = {weight.name: weight.shape for weight in merged_weights(model, shares) if weight.is_quantized}
     fits = all(name in originals and originals[name][0] == shape for name, shape in wanted.items())
     if not originals or not fits:
         return {"dequantized": None}

@@ -36,12 +36,14 @@ class MergedWeight:
         shape: of the tensor.
         is_float: whether it is to be cast to the dtype of the export.
         make: returns it, float32 where something was added or written out, else as it is in memory.
+        is_quantized: whether the model holds it in fewer bits.
     """
 
     name: str
     shape: tuple[int, ...]
     is_float: bool
     make: Callable[[], torch.Tensor]
+    is_quantized: bool = False
 
 
 def adapter_shares(model: Any, wanted: Mapping[str, float] | None) -> dict[str, float]:
@@ -184,7 +186,7 @@ def _own(module: Any, prefix: str, originals: Mapping[str, Any]) -> _Found:
     if is_quantized(module):
         name = f"{prefix}weight"
         shape = (module.out_features, module.in_features)
-        yield MergedWeight(name, shape, True, originals.get(name) or _written_out(module)), module.weight
+        yield MergedWeight(name, shape, True, originals.get(name) or _written_out(module), True), module.weight
         if module.bias is not None:
             yield _plain(f"{prefix}bias", module.bias)
         return
@@ -217,7 +219,7 @@ def _adapted(layer: Any, prefix: str, shares: Mapping[str, float], originals: Ma
     below = _walk(inner, prefix, shares, originals)  # itself adapted where each of several parameters is
     for weight, source in below:
         if weight.name == prefix + adapted and merging and not layer.merged:
-            yield MergedWeight(weight.name, weight.shape, True, _merging(layer, merging, weight.make)), source
+            yield replace(weight, is_float=True, make=_merging(layer, merging, weight.make)), source
         else:
             yield weight, source
 
