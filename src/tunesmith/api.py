@@ -312,7 +312,9 @@ class FastLanguageModel:
 
 
 def _with_methods(model: Any) -> Any:
-    """Return ``model`` with what scripts call on it, as methods of this instance."""
+    """Return ``model`` with what scripts call on it, as methods of this instance and of what a merge leaves of it."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        _with_methods(model.get_base_model())
     model.for_inference = types.MethodType(FastLanguageModel.for_inference, model)
     model.for_training = types.MethodType(FastLanguageModel.for_training, model)
     return with_fast_generate(with_exports(model))

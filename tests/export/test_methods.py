@@ -43,7 +43,10 @@ def test_the_method_writes_a_merged_model(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("exports_load_here")
 def test_a_loaded_adapter_and_a_whole_model_have_the_method_too(run_folder: Path, saved: Path, tmp_path: Path) -> None:
-    assert callable(loaded(run_folder)[0].save_pretrained_merged)
+    adapted, _ = loaded(run_folder)
+    assert callable(adapted.save_pretrained_merged)
+    merged = adapted.merge_and_unload()
+    assert merged.save_pretrained_merged.__self__ is merged and callable(merged.for_inference)
     model, _ = loaded(saved, full_finetuning=True)
     model.save_pretrained_merged(tmp_path / "out", save_method="merged_32bit")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
@@ -108,6 +111,23 @@ def test_an_adapter_is_compared_as_it_will_be_loaded(
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     with pytest.raises(OutputError, match="is there already"):
         export_adapter(model, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("exports_load_here")
+def test_the_adapter_that_is_active_is_saved(saved: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    base, tokenizer = loaded(saved)
+    model = disturb(adapt(base))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        report = model.save_pretrained_merged(tmp_path / name, tokenizer, "lora")
+        assert report.comparison.kl <= 1e-6
+        torch.testing.assert_close(logits(loaded(tmp_path / name)[0]), logits(model))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(AdapterError, match="saves one adapter, and 2 are active"):
+        model.save_pretrained_merged(tmp_path / "both", tokenizer, "lora")
 
 
 @pytest.mark.usefixtures("exports_load_here")

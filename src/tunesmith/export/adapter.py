@@ -32,14 +32,22 @@ def export_adapter(
 ) -> ExportReport:
     """Write the adapter of ``model`` to ``folder`` and compare what PEFT loads from it with the live model.
 
+    Where another adapter than "default" is active, it stands in the folder alone, as an adapter by itself does.
+
     Args: see :func:`tunesmith.export.merge.merge_model`.
     Raises:
-        AdapterError: the model carries no adapter.
+        AdapterError: the model carries no adapter, or several are active.
         OutputError: the folder is there already or cannot be written.
         ExportError: what was saved answers otherwise than the live model; it is kept as ``<folder>-failed``.
     """
     if not hasattr(model, "peft_config"):
         raise AdapterError("save_method='lora' saves an adapter, and this model carries none. Use 'merged_16bit'.")
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise AdapterError(
+            f"save_method='lora' saves one adapter, and {len(active)} are active on this model. Choose one with "
+            "set_adapter, or merge them."
+        )
     if folder.exists():
         raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
     start, facts = time.perf_counter(), facts_of(model)
@@ -47,7 +55,12 @@ def export_adapter(
     runtime = "peft" if is_plain and not base_bytes_beside(model) else "tunesmith"
     reference = reference_of(model, tokenizer, prompts)
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        is_default = active == ["default"]
+        model.save_pretrained(temporary, selected_adapters=None if is_default else active)
+        if not is_default:  # PEFT gives others a folder below
+            for file in (temporary / active[0]).iterdir():
+                file.replace(temporary / file.name)
+            (temporary / active[0]).rmdir()
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         size = sum(file.stat().st_size for file in temporary.rglob("adapter_model.safetensors"))
