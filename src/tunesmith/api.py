@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -30,7 +31,7 @@ from tunesmith.models.heads import Head, read_labels
 from tunesmith.models.load import DEFAULT_WINDOW, facts_of
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.rope import Stretch
-from tunesmith.models.settings import LoadingArguments, check_fp8, choose_width
+from tunesmith.models.settings import ModelSettings, check_arguments, check_fp8, choose_width
 from tunesmith.serving.vllm import vllm_options
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class FastLanguageModel:
     @classmethod
     def from_pretrained(
         cls,
-        model_name: str,
+        model_name: str | os.PathLike[str],
         max_seq_length: int | None = DEFAULT_WINDOW,
         dtype: str | torch.dtype | None = None,
         load_in_4bit: bool = False,
@@ -102,7 +103,7 @@ class FastLanguageModel:
         qat_scheme: Any = None,
         load_in_fp8: bool | str = False,
         attn_implementation: str | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         chat_template: str | None = None,
         task_type: str | None = None,
@@ -144,8 +145,14 @@ class FastLanguageModel:
         """
         given = dict(locals())
         _refuse_unknown(FastLanguageModel.from_pretrained, unknown, _OTHERS)
-        chosen = {name: given[name] for name in LoadingArguments.model_fields}
-        validate(LoadingArguments, chosen, source="from_pretrained")
+        if max_sequence_length is not None:
+            # By identity: a 2048 that was asked for is another object than the default.
+            if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
+                raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
+            max_seq_length = max_sequence_length
+        own = check_arguments({**given, "max_seq_length": max_seq_length})
+        if max_seq_length is not None and max_seq_length is not DEFAULT_WINDOW:
+            max_seq_length = int(max_seq_length)  # numpy's go into no JSON
         options = vllm_options(
             fast_inference,
             {"gpu_memory_utilization": (gpu_memory_utilization, 0.5), "max_lora_rank": (max_lora_rank, 64),
@@ -167,19 +174,14 @@ class FastLanguageModel:
         check_fp8(width)
         check_checkpointing(use_gradient_checkpointing)
         task = None if task_type is None else find_task(task_type).name
-        head = Head(task, read_labels(num_labels, id2label, label2id), auto_model, random_state)
+        head = Head(task, read_labels(own.num_labels, own.id2label, own.label2id), auto_model, random_state)
         if full_finetuning and offload_embedding:
             raise SettingsError(
                 "offload_embedding=True keeps a frozen embedding in host memory, and full_finetuning=True trains it. "
                 "Give one of them."
             )
-        if max_sequence_length is not None:
-            # By identity: a 2048 that was asked for is another object than the default.
-            if max_seq_length is not DEFAULT_WINDOW and max_seq_length != max_sequence_length:
-                raise SettingsError("max_seq_length and max_sequence_length are the same setting. Give one of them.")
-            max_seq_length = max_sequence_length
         asked = None if max_seq_length is DEFAULT_WINDOW else max_seq_length
-        hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code,
+        hub = {"token": token, "revision": revision, "cache_dir": own.cache_dir, "trust_remote_code": trust_remote_code,
                "local_files_only": local_files_only}  # fmt: skip
         hub = {name: value for name, value in hub.items() if value}
         model, tokenizer = load_source(
@@ -205,7 +207,7 @@ class FastLanguageModel:
         else:
             set_checkpointing(model, use_gradient_checkpointing)
         if options is not None:
-            with_vllm(model, options, cache_dir=cache_dir, revision=revision)
+            with_vllm(model, options, cache_dir=own.cache_dir, revision=revision)
         return _with_methods(model), tokenizer
 
     @staticmethod
@@ -227,7 +229,7 @@ class FastLanguageModel:
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
         loftq_config: Any = None,
-        temporary_location: str | None = None,
+        temporary_location: str | os.PathLike[str] | None = None,
         qat_scheme: Any = None,
         target_parameters: list[str] | None = None,
         ensure_weight_tying: bool = False,
@@ -262,6 +264,10 @@ class FastLanguageModel:
             raise SettingsError(
                 f"task_type={task_type!r}, but {type(model).__name__} is a model for {task}. Load it with "
                 "from_pretrained(..., task_type=...), or leave task_type out."
+            )
+        if max_seq_length is not None:
+            validate(
+                ModelSettings, {"model": "", "max_seq_length": max_seq_length}, source="get_peft_model", strict=True
             )
         if max_seq_length is not None and max_seq_length > facts_of(model).window:
             raise SettingsError(

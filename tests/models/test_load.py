@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import tiny
@@ -326,6 +327,53 @@ def test_an_unknown_argument_names_the_nearest(saved: Path) -> None:
 def test_arguments_that_contradict_each_other(arguments: dict[str, Any], message: str, saved: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         load(saved, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"load_in_4bit": "false"}, "load_in_4bit = 'false': true or false is needed"),
+        ({"full_finetuning": "no"}, "full_finetuning = 'no': true or false is needed"),
+        ({"load_in_16bit": "no"}, "load_in_16bit = 'no': true or false is needed"),
+        ({"trust_remote_code": "no"}, "trust_remote_code = 'no': true or false is needed"),
+        ({"max_seq_length": "256"}, "max_seq_length = '256': a whole number or nothing is needed"),
+        ({"max_seq_length": -5}, "max_seq_length = -5: input should be greater than or equal to 1"),
+        ({"max_seq_length": 0}, "max_seq_length = 0"),
+        ({"max_seq_length": 99.5}, "max_seq_length = 99.5: a whole number or nothing is needed"),
+        ({"max_seq_length": True}, "max_seq_length = True: True is a truth value"),
+        ({"max_seq_length": float("nan")}, "max_seq_length = nan"),
+        ({"dtype": 32}, "dtype '32' is not known"),
+        ({"dtype": torch.int8}, "dtype 'torch.int8' is not known"),
+        ({"use_gradient_checkpointing": [1]}, "allowed are True, False"),
+        ({"model_name": 3}, "model 3 is neither a text nor a path"),
+        ({"task_type": "SEQ_CLS", "num_labels": "x"}, "num_labels = 'x': a whole number or nothing is needed"),
+    ],
+)
+def test_values_of_another_type_are_refused(arguments: dict[str, Any], message: str, saved: Path) -> None:
+    with pytest.raises(TunesmithError, match=message):
+        FastLanguageModel.from_pretrained(**{"model_name": str(saved), **arguments})
+
+
+@pytest.mark.parametrize("window", ["64", 0, -1, True])
+def test_a_window_of_the_adapter_that_is_none(window: Any) -> None:
+    with pytest.raises(SettingsError, match=f"get_peft_model: max_seq_length = {window!r}"):
+        FastLanguageModel.get_peft_model(tiny.tiny_model("llama"), max_seq_length=window)
+
+
+def test_paths_and_numbers_of_numpy_are_taken(saved: Path, tmp_path: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        saved, max_seq_length=np.int64(1024), load_in_8bit=np.bool_(True), dtype="float32", cache_dir=tmp_path / "hub"
+    )
+    assert (facts_of(model).name, facts_of(model).window, facts_of(model).width) == (str(saved), 1024, "8bit")
+    adapted = FastLanguageModel.get_peft_model(model, temporary_location=tmp_path / "spill", r=np.int64(4))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert facts_of(FastLanguageModel.from_pretrained(tmp_path / "adapter")[0]).width == "8bit"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_there_is_said(saved: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(saved, device_map="cuda")
 
 
 def test_the_window_of_the_adapter_is_that_of_the_model(saved: Path) -> None:

@@ -229,7 +229,7 @@ def check_checkpointing(mode: bool | str) -> None:
     Raises:
         SettingsError: anything that is not True, False, "auto", "unsloth", "selective" or "offload".
     """
-    if mode not in _POLICIES or not isinstance(mode, bool | str):
+    if not isinstance(mode, bool | str) or mode not in _POLICIES:
         names = [name for name in _POLICIES if isinstance(name, str)]
         raise SettingsError(
             f"use_gradient_checkpointing={mode!r}: allowed are True, False, {', '.join(map(repr, names))}."

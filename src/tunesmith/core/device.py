@@ -77,9 +77,9 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     import torch
 
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
-    return getattr(torch, check_dtype_name(name))
+    return getattr(torch, check_dtype_name(str(name)))
 
 
 def check_dtype_name(name: str) -> str:

@@ -7,6 +7,7 @@ collects **all** problems and raises one :class:`SettingsError` that lists them,
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -60,10 +61,14 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts True as 1; a rank of True is a mistake that must not train.
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take paths and numpy's numbers as texts and numbers. Python counts True as 1: a rank of True is refused."""
         assert info.field_name is not None
         accepted = _plain_types(cls.model_fields[info.field_name].annotation)
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        if isinstance(value, os.PathLike) and str in accepted:
+            return os.fspath(typing.cast("os.PathLike[str]", value))
         if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
             raise ValueError(f"{value} is a truth value, a number is needed")
         return value
@@ -93,22 +98,22 @@ def guide_of(field: FieldInfo) -> Guide:
 S = TypeVar("S", bound=Settings)
 
 
-def validate(kind: type[S], values: Mapping[str, Any], *, source: str = "settings") -> S:
-    """Build ``kind`` from ``values``.
+def validate(kind: type[S], values: Mapping[str, Any], *, source: str = "settings", strict: bool = False) -> S:
+    """Build ``kind`` from ``values``; ``strict``: a text is no number and no truth value, which in files it may be.
 
     Raises:
         SettingsError: listing every problem, one line each; ``source`` (a file name) opens the message.
     """
-    settings, problems = check(kind, values)
+    settings, problems = check(kind, values, strict=strict)
     if settings is None:
         raise complaint(source, problems)
     return settings
 
 
-def check(kind: type[S], values: Mapping[str, Any]) -> tuple[S | None, list[str]]:
+def check(kind: type[S], values: Mapping[str, Any], *, strict: bool = False) -> tuple[S | None, list[str]]:
     """Return ``kind`` built from ``values`` and no problems, or None and a sentence for every problem."""
     try:
-        return kind.model_validate(dict(values)), []
+        return kind.model_validate(dict(values), strict=strict), []
     except ValidationError as error:
         return None, list(dict.fromkeys(_sentence(kind, problem) for problem in error.errors()))
 

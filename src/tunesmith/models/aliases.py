@@ -56,14 +56,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tunesmith"
 
 
-def find_model(name: str) -> ModelSource:
-    """Resolve ``name``.
+def find_model(name: str | os.PathLike[str]) -> ModelSource:
+    """Resolve ``name``, a text or a path.
 
     Raises:
         ModelError: an empty name, a folder without a model, a path that does not exist, or an alias whose package is
             not installed. Hub ids are not checked here: that would ask the network.
     """
-    if not name or not name.strip():
+    if name is not None and not isinstance(name, (str, os.PathLike)):
+        raise ModelError(f"model {name!r} is neither a text nor a path.")
+    name = os.fspath(name or "")
+    if not name.strip():
         raise ModelError("model is empty. Give a folder, a .gguf file, a hub id, or one of: " + ", ".join(ALIASES))
     path = Path(name).expanduser()
     if path.is_dir():

@@ -33,7 +33,10 @@ def readable_errors(source: ModelSource) -> Iterator[None]:
         ) from error
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(_cannot_load(source, error)) from error
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except (
+        ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, AssertionError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"model {source.name} comes with Python code of its own, which is not run unasked. Read it, and give "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.core.device import check_dtype_name, choose_device, computes_float8, parse_dtype
 from tunesmith.core.errors import ModelError, SettingsError
-from tunesmith.core.settings import Guide, Settings
+from tunesmith.core.settings import Guide, Settings, validate
 from tunesmith.core.tasks import CAUSAL_LM, find_task
 from tunesmith.models.rope import Stretch
 
@@ -22,6 +23,7 @@ __all__ = [
     "QatName",
     "Width",
     "asked_by",
+    "check_arguments",
     "check_fp8",
     "choose_width",
     "is_float8",
@@ -284,3 +286,20 @@ class ModelSettings(Settings):
         if width is not None and self.qat_scheme is not None:
             raise ValueError(f"qat_scheme and {asked_by(width)} both round the weights. Give one of them.")
         return self
+
+
+# Arguments of from_pretrained that are what the settings are; the others are looked at where they are used.
+_SAME = ("max_seq_length", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "offload_embedding",
+         "trust_remote_code", "revision")  # fmt: skip
+
+
+def check_arguments(given: Mapping[str, Any]) -> LoadingArguments:
+    """Check the types of the arguments of ``from_pretrained``, None for those left out; return what is no setting.
+
+    Raises:
+        SettingsError: a value is of another type (a text is no number and no truth value) or out of range.
+    """
+    same = {name: given[name] for name in _SAME if given[name] is not None}
+    validate(ModelSettings, {"model": "", **same}, source="from_pretrained", strict=True)
+    own = {name: given[name] for name in LoadingArguments.model_fields}
+    return validate(LoadingArguments, own, source="from_pretrained")
