@@ -241,6 +241,29 @@ def test_embeddings_do_not_start_in_this_way(base: Path) -> None:
         adapt(base, init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"])
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_rank_above_the_directions_of_a_layer_is_refused(start: str, base: Path) -> None:
+    """A and B would be smaller than the config of the saved adapter says, and no library could load it."""
+    with pytest.raises(AdapterError, match=f"'{start}' takes 20 directions of .*k_proj at rank 20, which has 16"):
+        adapt(base, init_lora_weights=start, r=20)
+
+
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_two_subspaces_on_a_quantized_base(width: str, base: Path, tmp_path: Path) -> None:
+    model = FastLanguageModel.get_peft_model(load(base, **{width: True}), r=4, init_lora_weights="orthogonal")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.any() for p in trained)
+    torch.testing.assert_close(logits(model), logits(load(base, **{width: True})), rtol=0, atol=1e-4)
+    trainer(tmp_path / "run", model=model, max_steps=2, learning_rate=1e-2).train()
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(load(tmp_path / "adapter")), logits(model), rtol=0, atol=1e-4)
+    again = load(base, **{width: True})
+    plain = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-4)
+    with pytest.raises(AdapterError, match="needs an even rank, and r is 5"):
+        FastLanguageModel.get_peft_model(load(base, **{width: True}), r=5, init_lora_weights="orthogonal")
+
+
 def test_raw_weights_are_what_trains(base: Path, tmp_path: Path) -> None:
     model = adapt(base, init_lora_weights="pissa")
     with raw_weights(model):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.adapters.config import arguments_of, as_adapter_error, lora_config
 from tunesmith.adapters.loftq import round_base
 from tunesmith.adapters.model import as_adapter_model, refuse_quantized
-from tunesmith.adapters.rows import look_before, start_eva
+from tunesmith.adapters.rows import check_sizes, look_before, start_eva
 from tunesmith.adapters.settings import FILTERS, AdapterSettings
 from tunesmith.core.errors import AdapterError, NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
@@ -99,6 +99,9 @@ def inject_adapter(
     with as_adapter_error(model):
         config = lora_config(model, settings)
         has_values = not model.get_input_embeddings().weight.is_meta
+        if settings.takes_from_base:
+            ranks = _ranks(model, config)
+            check_sizes({name: model.get_submodule(name) for name in ranks}, ranks, str(settings.init_lora_weights))
         if has_values:
             _check_rows(settings, rows)
         else:
@@ -112,6 +115,8 @@ def inject_adapter(
             adapted = get_peft_model(model, config)
             if rows is not None and not settings.takes_from_base:
                 start_eva(adapted, rows)
+    if settings.init_lora_weights == "orthogonal" and any(is_quantized(module) for module in model.modules()):
+        config.init_lora_weights = True  # PEFT would start so again wherever the adapter is loaded, and cannot on codes
     # PEFT adds the names of heads to those that are there.
     config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
     if settings.loftq_config is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-__all__ = ["MOST_ROWS", "as_rows", "look_before", "start_eva"]
+__all__ = ["MOST_ROWS", "as_rows", "check_sizes", "look_before", "start_eva"]
 
 MOST_ROWS = 256
 """So many rows are looked at: in CorDA's paper more made no difference."""
@@ -68,14 +68,12 @@ def look_before(model: Any, config: LoraConfig, rows: PreparedData, targets: Map
     ``targets`` are the names of the layers that get an adapter, with their ranks.
 
     Raises:
-        AdapterError: a layer is too small for its rank, or no gradient reached it.
+        AdapterError: no gradient reached a layer.
     """
     layers = {name: model.get_submodule(name) for name in targets}
     if config.init_lora_weights == "lora_ga":
-        _check_sizes(layers, targets, "lora_ga", times=2)
         _keep_gradients(model, config, layers, rows)
     else:
-        _check_sizes(layers, targets, "corda")
         _keep_directions(model, layers, targets, rows)
 
 
@@ -91,7 +89,7 @@ def start_eva(model: Any, rows: PreparedData) -> None:
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     ranks = {name: layer.r["default"] for name, layer in layers.items()}
-    _check_sizes({name: layer.get_base_layer() for name, layer in layers.items()}, ranks, "eva")
+    check_sizes({name: layer.get_base_layer() for name, layer in layers.items()}, ranks, "eva")
     found = {name: IncrementalPCA(n_components=rank) for name, rank in ranks.items()}
     with _watched(layers, lambda name, x: found[name].partial_fit(x.float())):
         _run(model, rows, least=max(ranks.values()))
@@ -141,7 +139,13 @@ def _keep_gradients(model: Any, config: LoraConfig, layers: Mapping[str, Any], r
         raise AdapterError(f"init_lora_weights='lora_ga': no gradient reached {missing[0]}. Leave it out.")
 
 
-def _check_sizes(layers: Mapping[str, Any], ranks: Mapping[str, int], start: str, times: int = 1) -> None:
+def check_sizes(layers: Mapping[str, Any], ranks: Mapping[str, int], start: str) -> None:
+    """Refuse a rank above the directions that a layer has: A and B would be smaller than their config says.
+
+    Raises:
+        AdapterError: naming the layer.
+    """
+    times = 2 if start == "lora_ga" else 1
     for name, layer in layers.items():
         if times * ranks[name] > min(layer.in_features, layer.out_features):
             raise AdapterError(

@@ -59,7 +59,8 @@ class _Unmergeable:
     """In front of PEFT's classes for quantized layers.
 
     Rounding base plus adapter to the grid of the base again undoes most of the training: on SmolLM2 the loss went from
-    2.231 to 3.219 in 4 bits (base 3.236), in 8 bits from 2.109 to 2.835.
+    2.231 to 3.219 in 4 bits (base 3.236), in 8 bits from 2.109 to 2.835. And PEFT starts "orthogonal" in the dtype of
+    the base's weight, which here is that of codes.
     """
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -68,6 +69,17 @@ class _Unmergeable:
             "merging into a quantized base would round the training away. Save the adapter, load it on the base in 16 "
             "bits (load_in_16bit=True) and merge there."
         )
+
+    def orthogonal_init(self: Any, adapter_name: str) -> None:
+        """Start A and B as PEFT does, in float32."""
+        rank = self.r[adapter_name]
+        if rank % 2:
+            raise AdapterError(f"init_lora_weights='orthogonal' needs an even rank, and r is {rank}.")
+        q, _ = torch.linalg.qr(torch.randn(rank, rank))
+        a = torch.randn(self.in_features, rank // 2) @ q[0::2] / 10
+        b = torch.randn(self.out_features, rank // 2) @ q[1::2] / 10
+        self.lora_A[adapter_name].weight = torch.nn.Parameter(a.T.contiguous())
+        self.lora_B[adapter_name].weight = torch.nn.Parameter(b)
 
 
 class Float8LoraLinear(_Unmergeable, PeftLoraLinear):
