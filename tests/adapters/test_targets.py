@@ -86,6 +86,9 @@ def test_names_are_taken_as_they_are() -> None:
         ("q_porj", "'q_porj' matched no layer .*must match the whole name.*Did you mean 'q_proj'"),
         (r"layers\.0\..*", "matched no layer"),
         ("(", "is no regular expression: "),
+        ("", "target_modules is empty. Linear layers are: q_proj"),
+        (["self_attn"], r"matches model.layers.0.self_attn \(LlamaAttention\), which is no layer but holds some"),
+        (".*", r"matches the model itself \(LlamaForCausalLM\), which is no layer"),
     ],
 )
 def test_what_matches_nothing_is_refused(asked: Any, message: str) -> None:

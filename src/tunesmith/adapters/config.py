@@ -55,6 +55,7 @@ def lora_config(model: PreTrainedModel, settings: AdapterSettings) -> LoraConfig
         task_type=facts_of(model).task,
     )
     matched = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    _check_names(settings, matched, layers)
     _check_tying(model, settings, matched)
     if settings.target_parameters:
         _check_expert_settings(settings)
@@ -156,6 +157,21 @@ def _checked_modules(model: Any, wanted: list[str] | None) -> list[str] | None:
             "them out."
         )
     return wanted
+
+
+def _check_names(settings: AdapterSettings, targets: list[str], layers: list[int] | int | None) -> None:
+    """Refuse names that PEFT adapts in layers that were left out, or does not adapt since they train whole."""
+    asked = settings.target_modules if isinstance(settings.target_modules, list) else []
+    chosen = {layers} if isinstance(layers, int) else set(layers or ())
+    for name in asked:
+        number = re.search(r"\.(\d+)\.", name)
+        if layers is not None and name in targets and number is not None and int(number[1]) not in chosen:
+            raise AdapterError(f"target_modules {name!r} is in no layer of those that were chosen: {sorted(chosen)}.")
+        if name in (settings.modules_to_save or ()):
+            raise AdapterError(
+                f"{name!r} is in target_modules and in modules_to_save, which trains it whole, without an adapter. "
+                "Name it in one of them."
+            )
 
 
 def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> None:

@@ -131,10 +131,10 @@ class AdapterSettings(Settings):
     finetune_last_n_layers: Annotated[int | None, Field(ge=1)] = None
     """Adapt only the last n layers."""
 
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     """Ranks for layers whose name matches, for example {"down_proj": 32}."""
 
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Alphas for layers whose name matches."""
 
     exclude_modules: list[str] | str | None = None
@@ -176,6 +176,21 @@ class AdapterSettings(Settings):
             if name == "loftq_iter" and (isinstance(number, bool) or not str(number).isdigit() or int(number) < 1):
                 raise ValueError(f"loftq_iter={number!r} must be a whole number of at least 1")
         return {**_LOFTQ, **value}
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _some_layer(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("it names no layer. Leave it out for all layers")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _a_bool_is_no_number_here_either(cls, value: Any) -> Any:
+        for name, number in value.items() if isinstance(value, dict) else ():
+            if isinstance(number, bool):
+                raise ValueError(f"{number} of {name!r} is a truth value, a number is needed")
+        return value
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

@@ -100,10 +100,10 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
         return usual_names(name.rpartition(".")[2] for name in repeated) or existing
     if asked == "all-linear":
         return existing
-    if isinstance(asked, str):
-        return _checked_expression(model, asked, existing)
     if not asked:
         raise AdapterError(f"target_modules is empty. Linear layers are: {', '.join(existing)}.")
+    if isinstance(asked, str):
+        return _checked_expression(model, asked, existing)
     modules = [name for name, _ in model.named_modules()]
     for wanted in asked:
         if not any(name == wanted or name.endswith("." + wanted) for name in modules):
@@ -112,6 +112,7 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
                 f"{', '.join(existing)}.{did_you_mean(wanted, existing)} "
                 'Use target_modules="all-linear" for every linear layer except the output head.'
             )
+        _refuse_blocks(model, wanted, [wanted], existing)
     return list(asked)
 
 
@@ -151,6 +152,11 @@ def resolve_exclusions(model: nn.Module, asked: Sequence[str] | str | None) -> l
                 f"exclude_modules {asked!r} matched no module of {type(model).__name__} (an expression must match the "
                 f"whole name, for example r'.*\\.q_proj').{did_you_mean(asked, last_parts)}"
             )
+        found = matching_names(model, asked)
+        if _blocks(model, found) == found:
+            raise AdapterError(
+                f"exclude_modules {asked!r} matches blocks, and none of the layers in them, which r'{asked}\\..*' does."
+            )
         return asked
     entries = [asked] if isinstance(asked, str) else asked
     for entry in entries or ():
@@ -158,6 +164,12 @@ def resolve_exclusions(model: nn.Module, asked: Sequence[str] | str | None) -> l
             raise AdapterError(
                 f"exclude_modules {entry!r} matched no module of {type(model).__name__}."
                 f"{did_you_mean(entry, last_parts)}"
+            )
+        found = matching_names(model, [entry])
+        if _blocks(model, found) == found:
+            raise AdapterError(
+                f"exclude_modules {entry!r} names blocks, and none of the layers in them. Name these layers, or give "
+                f"an expression for the whole names: r'.*{re.escape(entry)}\\..*'."
             )
     return None if entries is None else list(entries)
 
@@ -187,6 +199,29 @@ def _compiled(setting: str, expression: str) -> re.Pattern[str]:
         raise AdapterError(f"{setting} {expression!r} is no regular expression: {error}.") from None
 
 
+def _blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that are no layers but hold some."""
+    from torch import nn
+
+    def is_block(module: nn.Module) -> bool:
+        # Below an adapter a layer is what it was.
+        is_layer = isinstance(module, nn.Linear) or hasattr(module, "base_layer") or hasattr(module, "original_module")
+        holds_weights = any(True for _ in module.parameters(recurse=False))
+        return not is_layer and not holds_weights and any(True for _ in module.children())
+
+    return [name for name in names if is_block(model.get_submodule(name))]
+
+
+def _refuse_blocks(model: nn.Module, asked: str, targets: Sequence[str] | str, existing: list[str]) -> None:
+    blocks = _blocks(model, matching_names(model, targets))
+    if blocks:
+        kind = type(model.get_submodule(blocks[0])).__name__
+        raise AdapterError(
+            f"target_modules {asked!r} matches {blocks[0] or 'the model itself'} ({kind}), which is no layer but holds "
+            f"some. Linear layers are: {', '.join(existing)}."
+        )
+
+
 def _checked_expression(model: nn.Module, expression: str, existing: list[str]) -> list[str] | str:
     if expression in existing:
         return [expression]
@@ -197,4 +232,5 @@ def _checked_expression(model: nn.Module, expression: str, existing: list[str]) 
             f"whole name, for example r'.*\\.q_proj'). Linear layers are: {', '.join(existing)}."
             f"{did_you_mean(expression, existing)}"
         )
+    _refuse_blocks(model, expression, expression, existing)
     return expression

@@ -143,6 +143,8 @@ def _sentence(kind: type[Settings], problem: Any) -> str:
         return message
     if problem["type"] == "value_error":
         return f"{name} = {shown}: {message}"
+    if len(problem["loc"]) == 2 and _plain_types(kind.model_fields[name].annotation) <= {dict, type(None)}:
+        return f"{name}[{problem['loc'][1]!r}] = {shown}: {message[0].lower()}{message[1:]}"
     if len(problem["loc"]) > 1 or problem["type"].endswith(("_type", "_parsing")):
         return f"{name} = {shown}: {allowed} is needed"
     return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
