@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.training.aliases import ALIASES, translate
 from tunesmith.training.config import SFTConfig, config_of
-from tunesmith.training.settings import _NOT_YET, RunSettings, load_run_settings
+from tunesmith.training.settings import _NOT_YET, LORA_RATE, RunSettings, load_run_settings
 
 GIVEN = {"model": "m", "data": "d"}
 
@@ -271,3 +272,38 @@ def test_problems_of_every_kind_come_together():
 def test_one_thing_that_is_not_supported_yet_keeps_its_class():
     with pytest.raises(NotSupportedYetError, match="fast_inference=True is not supported yet"):
         load_run_settings(None, {"model": "m", "data": "d", "fast_inference": True})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": "fast"}, "SFTConfig: learning_rate = 'fast': a number is needed"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0: input should be greater than 0"),
+        ({"learning_rate": True}, "learning_rate = True: True is a truth value"),
+        ({"num_train_epochs": 0}, "num_train_epochs = 0: input should be greater than 0"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps = -1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size = 0"),
+        ({"weight_decay": float("nan")}, "weight_decay = nan: input should be a finite number"),
+        ({"max_steps": 2.5}, "max_steps = 2.5: input should be a valid integer"),
+        ({"logging_steps": 0}, "logging_steps = 0: input should be greater than 0"),
+        ({"eval_steps": -1}, "eval_steps = -1"),
+        ({"max_seq_length": 0}, "max_seq_length = 0"),
+        ({"packing": "perhaps"}, "packing = 'perhaps': true or false is needed"),
+        ({"optim": "adamw8bit"}, "optim 'adamw8bit' is not known. Did you mean 'adamw_8bit'"),
+        ({"lr_scheduler_type": "lnear"}, "lr_scheduler_type 'lnear' is not known. Did you mean 'linear'"),
+        ({"seed": -1, "max_grad_norm": -1, "save_steps": -1}, "SFTConfig: 3 problems"),
+    ],
+)
+def test_values_of_a_trainer_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        SFTConfig(**arguments)
+
+
+def test_values_of_a_trainer_are_read_as_in_files() -> None:
+    """As yaml.safe_load gives them: to it 2e-4 without a point is a text."""
+    given: dict[str, Any] = {"learning_rate": "2e-4", "max_steps": "3", "packing": "no", "logging_steps": 0.5}
+    config = SFTConfig(**given, optim="lion", lr_scheduler_type="wsd", report_to=None, seed=np.int64(7))
+    assert (config.learning_rate, config.max_steps, config.packing, config.logging_steps) == (2e-4, 3, False, 0.5)
+    assert (config.optim, config.lr_scheduler_type, config.report_to) == ("lion_32bit", "warmup_stable_decay", [])
+    assert (config.seed, type(config.seed)) == (7, int)
+    assert type(SFTConfig().learning_rate) is type(LORA_RATE)

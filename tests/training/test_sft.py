@@ -339,7 +339,7 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
         ({"optim": "galore_adamw"}, SettingsError, "optim=galore_adamw cannot be used here"),
         ({"max_length": 64, "max_seq_length": 32}, SettingsError, "max_length and max_seq_length are the same setting"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, SettingsError, "warmup_ratio and warmup_steps both set the warmup"),
-        ({"warmup_ratio": 1.5}, SettingsError, r"warmup_ratio=1.5 must be in \[0, 1\)"),
+        ({"warmup_ratio": 1.5}, SettingsError, "warmup_ratio = 1.5: input should be less than 1"),
     ],
 )
 def test_settings_that_are_refused(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
 from transformers import TrainingArguments
 
 from tunesmith.core.device import choose_device
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.names import did_you_mean
+from tunesmith.core.settings import Settings, check, complaint
+from tunesmith.data.settings import DataSettings
 from tunesmith.training.aliases import OPTIMIZERS, SCHEDULERS
-from tunesmith.training.settings import LORA_RATE
+from tunesmith.training.settings import LORA_RATE, TrainingSettings
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import RunSettings
@@ -112,6 +115,7 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
         _refuse_without_effect(self)
+        _check_values(self)
         _read_trl(self)
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
             raise SettingsError("max_length and max_seq_length are the same setting. Give one of them.")
@@ -151,6 +155,46 @@ def _refuse_without_effect(config: SFTConfig) -> None:
         raise NotSupportedYetError(f"eval_strategy={config.eval_strategy!r} is not supported yet. Give eval_steps.")
     if config.metric_for_best_model not in (None, "loss", "eval_loss") or config.greater_is_better:
         raise NotSupportedYetError("the best step has the lowest eval loss: leave metric_for_best_model out.")
+
+
+class _Steps(Settings):
+    """Fields that transformers also takes as shares of all steps, or where another value than none stands for none."""
+
+    max_steps: int = -1
+    warmup_steps: Annotated[int | float | None, Field(ge=0)] = None
+    logging_steps: Annotated[int | float, Field(gt=0)] = 1
+    eval_steps: Annotated[int | float | None, Field(ge=0)] = None
+    save_steps: Annotated[int | float, Field(ge=0)] = 0
+    per_device_eval_batch_size: Annotated[int, Field(ge=0)] = 0
+    max_seq_length: Annotated[int | None, Field(ge=2)] = None
+
+
+# Fields that take what the setting of the same name takes.
+_AS_SETTINGS = (
+    "learning_rate", "num_train_epochs", "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_grad_norm", "neftune_noise_alpha", "seed", "max_length", "early_stopping_patience", "embedding_learning_rate",
+    "warmup_ratio", "save_total_limit", "lr_scheduler_type", "optim", "packing", "eval_split",
+)  # fmt: skip
+
+
+def _check_values(config: SFTConfig) -> None:
+    """Refuse values of another type or out of range, all at once; a text that is a number becomes one."""
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    given = {name: getattr(config, name) for name in (*_AS_SETTINGS, *_Steps.model_fields)}
+    given = {name: getattr(value, "value", value) for name, value in given.items() if value is not defaults[name]}
+    problems: list[str] = []
+    for kind in (TrainingSettings, DataSettings, _Steps):
+        own = _Steps.model_fields if kind is _Steps else set(kind.model_fields) - set(_Steps.model_fields)
+        values = {name: value for name, value in given.items() if name in own}
+        read, wrong = check(kind, {**values, "data": ""} if kind is DataSettings else values)
+        problems += wrong
+        for name in values if read is not None else ():
+            setattr(config, name, getattr(read, name))
+    if problems:
+        raise complaint("SFTConfig", problems)
+    config.lr_scheduler_type = SCHEDULERS.get(config.lr_scheduler_type, config.lr_scheduler_type)
+    config.optim = OPTIMIZERS.get(config.optim, config.optim)
+    config.report_to = "none" if config.report_to is None else config.report_to
 
 
 # Field of TRL -> values that ask for what is done anyway, and why others are refused.
