@@ -118,6 +118,11 @@ def test_the_same_call_again_returns_the_model() -> None:
     assert facts_of(adapt(model, use_gradient_checkpointing=True)).checkpointing
 
 
+def test_the_order_of_layers_is_no_difference() -> None:
+    model = adapt(layers_to_transform=[1, 0])
+    assert adapt(model, layers_to_transform=[0, 1]) is model
+
+
 def test_the_base_below_an_adapter_is_not_adapted_again() -> None:
     base = tiny.tiny_model()
     model = FastLanguageModel.get_peft_model(base, r=4)

@@ -81,6 +81,11 @@ def test_projectors_get_an_adapter_only_when_they_are_named(asked: Any) -> None:
     assert not any("visual" in name for name in adapted_layers(without))
 
 
+def test_an_expression_takes_the_layers_of_what_it_matches() -> None:
+    model = FastVisionModel.get_peft_model(tiny_vision.vision_model("gemma3"), target_modules=".*language_model.*")
+    assert len(adapted_layers(model)) == 14
+
+
 def test_a_layer_named_alone_is_alone() -> None:
     name = "model.language_model.layers.1.mlp.up_proj"
     model = FastVisionModel.get_peft_model(tiny_vision.vision_model("gemma3"), target_modules=[name])
@@ -101,6 +106,8 @@ def test_the_last_layers_are_those_of_the_language_model() -> None:
         ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "_attention_modules, .* are all False"),
         ({"target_modules": ["fc1"], "finetune_vision_layers": False}, "leaves no layer of .* among target_modules"),
         ({"target_modules": ["q_porj"]}, "'q_porj' matched no layer"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "matches lm_head, which is no linear layer of a part"),
+        ({"target_modules": ["embed_tokens"]}, "matches .*embed_tokens, which is no linear layer of a part"),
         ({"finetune_audio_layers": True}, "Gemma3ForConditionalGeneration has no audio part"),
         ({"finetune_last_n_layers": 1}, "count the layers of the language model. Give finetune_vision_layers=False"),
     ],

@@ -80,7 +80,7 @@ def arguments_of(config: LoraConfig) -> dict[str, Any]:
         # Tied ones PEFT adds by their whole name.
         "modules_to_save": sorted({name.rsplit(".", 1)[-1] for name in config.modules_to_save or ()}) or None,
         "exclude_modules": _sorted(config.exclude_modules),
-        "layers_to_transform": [layers] if isinstance(layers, int) else layers,
+        "layers_to_transform": [layers] if isinstance(layers, int) else layers and sorted(set(layers)),
         "rank_pattern": dict(config.rank_pattern) or None,
         "alpha_pattern": dict(config.alpha_pattern) or None,
     }

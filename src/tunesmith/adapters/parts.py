@@ -102,7 +102,14 @@ def filtered_targets(
     elif asked == "all-linear":
         wanted = list(places)
     else:
-        wanted = [name for name in matching_names(model, resolve_targets(model, asked)) if name in places]
+        found = matching_names(model, resolve_targets(model, asked, passes_blocks=True))
+        wanted = [name for name in found if name in places]
+        outside = [] if isinstance(asked, str) and wanted else [name for name in found if name not in places]
+        if outside:
+            raise AdapterError(
+                f"target_modules {asked!r} matches {outside[0]}, which is no linear layer of a part of "
+                f"{type(model).__name__}. Embedding and output head train whole: modules_to_save."
+            )
     chosen = [name for name in wanted if _is_on(places[name], filters)]
     if layers is not None:
         chosen = [name for name in chosen if places[name].depth in layers]

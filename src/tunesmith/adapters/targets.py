@@ -81,11 +81,14 @@ def matching_names(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
     return [name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
-def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list[str] | str:
+def resolve_targets(
+    model: nn.Module, asked: Sequence[str] | str | None, *, passes_blocks: bool = False
+) -> list[str] | str:
     """Return what PEFT gets as ``target_modules``: a list of names, or a regular expression as given.
 
     None means the seven projections of llama-like models, else the family's equivalents, else every linear layer, of
     those that the model repeats: heads, poolers and projections between parts have names of their own.
+    ``passes_blocks``: an expression may match more than layers, because the caller takes these out of it.
 
     Raises:
         AdapterError: a name or expression matches no layer that can carry an adapter; the message lists those that
@@ -103,7 +106,10 @@ def resolve_targets(model: nn.Module, asked: Sequence[str] | str | None) -> list
     if not asked:
         raise AdapterError(f"target_modules is empty. Linear layers are: {', '.join(existing)}.")
     if isinstance(asked, str):
-        return _checked_expression(model, asked, existing)
+        found = _checked_expression(model, asked, existing)
+        if not passes_blocks:
+            _refuse_blocks(model, asked, found, existing)
+        return found
     modules = [name for name, _ in model.named_modules()]
     for wanted in asked:
         if not any(name == wanted or name.endswith("." + wanted) for name in modules):
@@ -232,5 +238,4 @@ def _checked_expression(model: nn.Module, expression: str, existing: list[str]) 
             f"whole name, for example r'.*\\.q_proj'). Linear layers are: {', '.join(existing)}."
             f"{did_you_mean(expression, existing)}"
         )
-    _refuse_blocks(model, expression, expression, existing)
     return expression
