@@ -221,6 +221,9 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-10", "checkpoint-11"]
     remove_old_checkpoints(newest, keep=1, best=None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-11"]
+    for everything in (0, -1):
+        remove_old_checkpoints(newest, keep=everything, best=None)
+        assert names(tmp_path) == ["checkpoint-11"]
 
 
 def test_later_checkpoints_of_an_earlier_process_do_not_count(tmp_path: Path) -> None:

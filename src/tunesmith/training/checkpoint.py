@@ -116,7 +116,9 @@ def require_disk_space(model: Any, folder: Path) -> None:
 
 
 def remove_old_checkpoints(written: Path, *, keep: int | None, best: str | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints up to the one just ``written``, and the best; None keeps all.
+    """Delete all but the newest ``keep`` checkpoints up to the one just ``written``, and the best.
+
+    None keeps all, and so does a number below 1, as in transformers.
 
     A later one is left from before the run was resumed. It may be damaged and does not count: it is written anew when
     its step comes.
@@ -125,7 +127,7 @@ def remove_old_checkpoints(written: Path, *, keep: int | None, best: str | None)
     # What a crash left: checkpoints half written or half removed. The caller has just written one, so none is in use.
     for stale in folder.glob(".checkpoint-*.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    if keep is None:
+    if keep is None or keep < 1:
         return
     for path in [path for path in checkpoints_in(folder) if _step(path) <= step][:-keep]:
         if best is None or path.name != Path(best).name:
