@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import tiny
+from tests.training import support
 
+from tunesmith import SFTTrainer
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.training.aliases import ALIASES, translate
+from tunesmith.training.checkpoint import checkpoints_in
 from tunesmith.training.config import SFTConfig, config_of
 from tunesmith.training.settings import _NOT_YET, LORA_RATE, RunSettings, load_run_settings
 
@@ -307,3 +311,18 @@ def test_values_of_a_trainer_are_read_as_in_files() -> None:
     assert (config.optim, config.lr_scheduler_type, config.report_to) == ("lion_32bit", "warmup_stable_decay", [])
     assert (config.seed, type(config.seed)) == (7, int)
     assert type(SFTConfig().learning_rate) is type(LORA_RATE)
+
+
+def test_arguments_serve_a_second_trainer_as_they_served_the_first(tmp_path: Path) -> None:
+    """What one run decides (its steps, that it cannot evaluate) is no argument of the next."""
+    given: dict[str, Any] = {"processing_class": tiny.tiny_tokenizer(), "train_dataset": tiny.chat_rows(8)}
+    args = SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, eval_split=0, save_total_limit=1, save_steps=1,
+                     max_steps=3, disable_tqdm=True)  # fmt: skip
+    before = args.to_dict()
+    SFTTrainer(support.adapted(), args, **given)
+    assert args.to_dict() == before
+    second = SFTTrainer(support.adapted(), args, eval_dataset=tiny.chat_rows(4, seed=1), **given)
+    assert second.args.load_best_model_at_end is True
+    third = SFTTrainer(support.adapted(), args, **given)
+    third.train()
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-3"]

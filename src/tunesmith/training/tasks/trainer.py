@@ -9,6 +9,7 @@ One process trains. Layers are transformers' own.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -81,7 +82,8 @@ class TaskTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = SFTConfig() if args is None else args
+        # What is decided for this run must not decide for the next one with the same arguments.
+        args = SFTConfig() if args is None else copy.copy(args)
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
         self._tokenizer = one_tokenizer(processing_class, tokenizer)
