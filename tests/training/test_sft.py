@@ -208,9 +208,24 @@ def test_evaluation_needs_rows(tmp_path: Path) -> None:
     assert support.trainer(tmp_path).evaluate(tiny.chat_rows(3))["eval_loss"] > 0
 
 
-def test_early_stopping_needs_rows(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="early_stopping_patience"):
-        support.trainer(tmp_path, early_stopping_patience=2)
+@pytest.mark.parametrize(
+    "needy",
+    [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}, {"save_strategy": "best"},
+     {"lr_scheduler_type": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "greedy"}],
+)  # fmt: skip
+def test_what_follows_evaluations_needs_rows_and_nothing_more(needy: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"{next(iter(needy))}.* needs an evaluation"):
+        support.trainer(tmp_path / "none", **needy)
+    given = {"eval_dataset": tiny.chat_rows(4, seed=2), "rows": 8, "eval_steps": 1, **needy}
+    trainer = support.trainer(tmp_path / "some", **given)
+    trainer.train()
+    assert trainer.args.load_best_model_at_end is True
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+
+
+def test_the_best_step_needs_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="load_best_model_at_end needs checkpoints"):
+        support.trainer(tmp_path, eval_dataset=tiny.chat_rows(4), load_best_model_at_end=True, save_strategy="no")
 
 
 def test_a_best_step_between_two_saves_is_kept_too(tmp_path: Path) -> None:

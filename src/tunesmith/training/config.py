@@ -21,7 +21,7 @@ from tunesmith.training.settings import LORA_RATE, TrainingSettings
 if TYPE_CHECKING:
     from tunesmith.training.settings import RunSettings
 
-__all__ = ["DEFAULT_WARMUP", "SFTConfig", "config_of", "dated_folder"]
+__all__ = ["DEFAULT_WARMUP", "SFTConfig", "config_of", "dated_folder", "needs_evaluation"]
 
 DEFAULT_WARMUP = 0.05
 """Share of the steps over which the learning rate rises when nothing is said."""
@@ -133,9 +133,24 @@ class SFTConfig(TrainingArguments):
         # Left out, it follows from whether there are rows; "no" also holds none back.
         self.evaluates = self.eval_strategy != "no"
         self.eval_split = self.eval_split if self.evaluates else 0.0
-        self.eval_strategy = self.eval_strategy or "no"
+        self.eval_strategy = self.eval_strategy or ("steps" if needs_evaluation(self) else "no")
         self.save_steps = self.save_steps or 500
+        # Whether there are rows to find the best step with is known later (choose_cadence).
+        best, self.load_best_model_at_end = self.load_best_model_at_end, None
         super().__post_init__()
+        self.load_best_model_at_end = best
+
+
+def needs_evaluation(config: SFTConfig) -> str | None:
+    """Return the setting that means nothing without an evaluation, or None."""
+    save, schedule = _word(config.save_strategy), _word(config.lr_scheduler_type)
+    asked = {
+        "early_stopping_patience": config.early_stopping_patience is not None,
+        "load_best_model_at_end": config.load_best_model_at_end is True,
+        f"save_strategy={save}": save == "best",
+        f"lr_scheduler_type={schedule}": schedule in ("reduce_lr_on_plateau", "greedy"),
+    }
+    return next((name for name, is_asked in asked.items() if is_asked), None)
 
 
 def dated_folder(name: str = "") -> Path:
@@ -233,11 +248,15 @@ def _warmup(config: SFTConfig) -> float:
     if ratio is not None and not 0 <= ratio < 1:
         raise SettingsError(f"warmup_ratio={ratio} must be in [0, 1).")
     asked = ratio if steps is None else steps
-    if str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)) == "constant":
+    if _word(config.lr_scheduler_type) == "constant":
         if asked:
             raise SettingsError("lr_scheduler_type=constant has no warmup. Use constant_with_warmup, or leave it out.")
         return 0
     return DEFAULT_WARMUP if asked is None else asked
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def config_of(settings: RunSettings, output_dir: Path) -> SFTConfig:

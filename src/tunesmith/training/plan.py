@@ -15,7 +15,7 @@ import torch
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
-from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig
+from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig, needs_evaluation
 
 __all__ = [
     "apply_older_style",
@@ -171,11 +171,15 @@ def length_limit(asked: int | None, window: int) -> int:
 
 def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
     """Set when to evaluate and save where nothing was asked, about ten times a run; return the steps of the run."""
-    if args.early_stopping_patience is not None and not has_eval:
+    needy = None if has_eval else needs_evaluation(args)
+    if needy is not None:
         raise SettingsError(
-            "early_stopping_patience needs an evaluation, and no row is set apart for one: give eval_data (in Python "
+            f"{needy} needs an evaluation, and no row is set apart for one: give eval_data (in Python "
             "eval_dataset), or an eval_split above 0 of 20 rows or more."
         )
+    saves = args.save_strategy != "no"
+    if args.load_best_model_at_end and not saves:
+        raise SettingsError("load_best_model_at_end needs checkpoints, and save_strategy='no' writes none.")
     together = args.per_device_train_batch_size * args.world_size
     updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
@@ -191,7 +195,6 @@ def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
     args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
     args.eval_steps = args.eval_steps_asked or tenth
     args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)
-    saves = args.save_strategy != "no"
     args.load_best_model_at_end = has_eval and saves and args.load_best_model_at_end is not False
     args.metric_for_best_model, args.greater_is_better = ("loss", False) if has_eval else (None, None)
     if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
