@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 from tests.training import support
+from transformers import TrainerCallback
 
 from tunesmith.training.callbacks import EarlyStop, InterruptWatch, MetricsFile, loss_plot, overfitting
+from tunesmith.training.checkpoint import checkpoints_in
 
 
 def history(evals: list[float], training: list[float]) -> list[dict[str, Any]]:
@@ -111,6 +114,21 @@ def test_ctrl_c_asks_for_a_clean_stop_once_and_is_given_back(tmp_path: Path) -> 
     begin(watch, tmp_path, 0)
     assert not watch.interrupted
     watch.release()
+
+
+def test_ctrl_c_saves_a_step_that_is_not_the_best(tmp_path: Path) -> None:
+    class Press(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    trainer = support.trainer(
+        tmp_path, rows=20, eval_dataset=tiny.chat_rows(4, seed=2), eval_steps=1, save_strategy="best",
+        learning_rate=0.0, callbacks=[Press()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_processes_stop_together(tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ class RunTrainer(Trainer):
             return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As Trainer's, whose answer decides with save_strategy="best" what is saved: also a run that Ctrl-C ends."""
+        return super()._determine_best_metric(*args, **kwargs) or self._interrupts.is_stopping
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, which takes a step before it looks whether a checkpoint has one left to take."""
         if not self.control.should_training_stop:

@@ -200,9 +200,14 @@ class InterruptWatch(TrainerCallback):
         self._agreed = any_process
         self.interrupted |= any_process
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run is to end after this step, alike on all processes."""
+        return self._agreed or (self.interrupted and self._processes == 1)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop where Ctrl-C was pressed."""
-        if self._agreed or (self.interrupted and self._processes == 1):
+        if self.is_stopping:
             control.should_save = control.should_training_stop = True
         return control
 
