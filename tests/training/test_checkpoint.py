@@ -181,6 +181,15 @@ def test_a_checkpoint_by_its_path(run: Path, finished: Path) -> None:
     assert support.digest(run / last) == support.digest(finished / last)
 
 
+def test_a_checkpoint_goes_on_in_a_folder_of_its_own(run: Path, tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path / "new", **SETTINGS)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert names(tmp_path / "new") == ["checkpoint-4"]
+    # Its step 4 would stay, whatever run it is of.
+    with pytest.raises(OutputError, match=r"new already holds checkpoints of a run"):
+        support.trainer(tmp_path / "new", **SETTINGS).train(resume_from_checkpoint=str(run / "checkpoint-3"))
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

@@ -304,7 +304,9 @@ class RunTrainer(Trainer):
             _log.info("Resuming from %s.", checkpoint or "the beginning: there is no checkpoint yet")
         elif resume_from_checkpoint:
             checkpoint = checkpoint_at(Path(resume_from_checkpoint), self.run_fingerprint())
-        elif checkpoints_in(folder):
+        # A step that is there already is not written again: those of another run would stand for this one's.
+        is_elsewhere = checkpoint is None or checkpoint.resolve().parent != folder.resolve()
+        if resume_from_checkpoint is not True and is_elsewhere and checkpoints_in(folder):
             raise OutputError(
                 f"{folder} already holds checkpoints of a run. Resume it (resume_from_checkpoint=True, --resume), "
                 "or choose another output_dir."
