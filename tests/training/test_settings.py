@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests import tiny
 from tests.training import support
 
@@ -287,6 +288,8 @@ def test_one_thing_that_is_not_supported_yet_keeps_its_class():
         ({"num_train_epochs": 0}, "num_train_epochs = 0: input should be greater than 0"),
         ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps = -1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size = 0"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience = 0"),
+        ({"label_smoothing_factor": 2.0}, "label_smoothing_factor = 2.0: input should be less than 1"),
         ({"weight_decay": float("nan")}, "weight_decay = nan: input should be a finite number"),
         ({"max_steps": 2.5}, "max_steps = 2.5: input should be a valid integer"),
         ({"logging_steps": 0}, "logging_steps = 0: input should be greater than 0"),
@@ -326,3 +329,11 @@ def test_arguments_serve_a_second_trainer_as_they_served_the_first(tmp_path: Pat
     third = SFTTrainer(support.adapted(), args, **given)
     third.train()
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_no_clipping_may_be_none(tmp_path: Path) -> None:
+    ended = [support.trainer(tmp_path, max_grad_norm=value, rows=8) for value in (None, 0)]
+    for trainer in ended:
+        trainer.train()
+    first, second = (support.trainable(trainer.model) for trainer in ended)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())

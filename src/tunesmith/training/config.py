@@ -122,6 +122,7 @@ class SFTConfig(TrainingArguments):
         self.max_length = self.max_length or self.max_seq_length
         self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
         self.warmup_steps = _warmup(self)
+        self.max_grad_norm = self.max_grad_norm or 0.0  # None is no clipping too, in scripts for older versions
         # The library casts visibly and never by autocast: bf16 and fp16 only repeat what the weights already are.
         self.asked_for_optim = type(self.optim) is not _DefaultOptim
         self.asked_for = {"bfloat16": bool(self.bf16), "float16": bool(self.fp16)}
@@ -173,7 +174,7 @@ def _refuse_without_effect(config: SFTConfig) -> None:
 
 
 class _Steps(Settings):
-    """Fields that transformers also takes as shares of all steps, or where another value than none stands for none."""
+    """Fields that are no settings of a run, or take more here: shares of all steps, and 0 for none."""
 
     max_steps: int = -1
     warmup_steps: Annotated[int | float | None, Field(ge=0)] = None
@@ -182,6 +183,7 @@ class _Steps(Settings):
     save_steps: Annotated[int | float, Field(ge=0)] = 0
     per_device_eval_batch_size: Annotated[int, Field(ge=0)] = 0
     max_seq_length: Annotated[int | None, Field(ge=2)] = None
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 # Fields that take what the setting of the same name takes.
