@@ -352,6 +352,7 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "cosine_with_min_lr"}, SettingsError, "cosine_with_min_lr cannot be used as it is"),
         ({"report_to": "wandb"}, SettingsError, "report_to: wandb is not installed"),
         ({"optim": "galore_adamw"}, SettingsError, "optim=galore_adamw cannot be used here"),
+        ({"optim": "paged_ademamix_32bit"}, SettingsError, "its pages need a GPU. Take ademamix, which has none"),
         ({"max_length": 64, "max_seq_length": 32}, SettingsError, "max_length and max_seq_length are the same setting"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, SettingsError, "warmup_ratio and warmup_steps both set the warmup"),
         ({"warmup_ratio": 1.5}, SettingsError, "warmup_ratio = 1.5: input should be less than 1"),

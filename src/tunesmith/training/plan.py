@@ -218,6 +218,10 @@ def try_out(args: SFTConfig, model: Any, steps: int) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError) as error:
         raise SettingsError(f"optim={_word(args.optim)} cannot be used here: {_first_line(error)}") from error
+    if _word(args.optim).startswith("paged_ademamix") and args.device.type == "cpu":
+        name = _word(args.optim)
+        plain = name.removeprefix("paged_").removesuffix("_32bit")
+        raise SettingsError(f"optim={name}: its pages need a GPU. Take {plain}, which has none.")
     if _word(args.optim).startswith("paged_") and args.device.type == "cpu":
         note = f"optim={_word(args.optim)}: pages of optimizer state need a GPU; here the states stay in memory"
         facts = facts_of(model)
