@@ -12,11 +12,12 @@ import torch
 from tests import tiny
 from tests.training import support
 
+from tunesmith import SFTConfig
 from tunesmith.core.errors import SettingsError, TrainingError
 from tunesmith.engine.install import engine_of, install
 from tunesmith.engine.policies import Policy
 from tunesmith.training import memory, sft
-from tunesmith.training.memory import probe_run, work_of
+from tunesmith.training.memory import probe_run, state_bytes, work_of
 
 SETTINGS: dict[str, Any] = {"rows": 16, "save_steps": 1, "save_total_limit": None}
 
@@ -114,6 +115,38 @@ def test_a_run_is_planned_for_the_micro_batches_that_it_comes_to(tmp_path: Path)
     seen = [sum(batch["lengths"]) for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
     assert work.tokens <= sum(seen) and len(work.batches) == 2
     assert work.whole == -(-max(sum(length for length, _ in batch) for batch in work.batches) // 64) * 64
+
+
+def test_with_max_steps_the_number_of_epochs_says_nothing(tmp_path: Path) -> None:
+    for steps in (3, 5, 60):
+        batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer = support.trainer(tmp_path, max_steps=steps, num_train_epochs=1, **batch, **SETTINGS)
+        work = work_of(trainer.train_dataset, trainer.eval_dataset, trainer.args, multiple=1)
+        assert len(work.batches) == min(2 * steps, 3 * 8)
+
+
+def test_states_of_optimizers_are_counted_as_they_are() -> None:
+    """Bytes that an optimizer keeps for a weight of 256 x 400 after a step, scales of 8 bits not counted."""
+    from transformers import Trainer
+
+    for name in ("sgd", "adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "lion_32bit", "lion_8bit",
+                 "adamw_torch", "adamw_8bit", "ademamix", "ademamix_8bit"):  # fmt: skip
+        layer = torch.nn.Linear(256, 400, bias=False)
+        kind, words = Trainer.get_optimizer_cls_and_kwargs(SFTConfig(output_dir="x", optim=name, use_cpu=True), layer)
+        optimizer = kind(layer.parameters(), **words)
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        kept = sum(value.numel() * value.element_size() for value in states) / layer.weight.numel()
+        assert kept <= 1.05 * state_bytes(name) and (state_bytes(name) - kept < 1), (name, kept)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 2**30)
+    assert memory.memory_there_is(torch.device("cpu")) == 9 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.memory_there_is(torch.device("cpu")) == 5 * 2**30
 
 
 def test_evaluation_is_cut_into_parts_too(tmp_path: Path) -> None:

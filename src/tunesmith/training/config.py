@@ -115,6 +115,8 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
         _refuse_without_effect(self)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # no clipping either, in scripts for older versions
         _check_values(self)
         _read_trl(self)
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
@@ -122,7 +124,6 @@ class SFTConfig(TrainingArguments):
         self.max_length = self.max_length or self.max_seq_length
         self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
         self.warmup_steps = _warmup(self)
-        self.max_grad_norm = self.max_grad_norm or 0.0  # None is no clipping too, in scripts for older versions
         # The library casts visibly and never by autocast: bf16 and fp16 only repeat what the weights already are.
         self.asked_for_optim = type(self.optim) is not _DefaultOptim
         self.asked_for = {"bfloat16": bool(self.bf16), "float16": bool(self.fp16)}

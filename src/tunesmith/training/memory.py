@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +25,22 @@ __all__ = ["apply_plan", "memory_there_is", "plan_run", "probe_run", "state_byte
 
 _EPOCHS_LOOKED_AT = 3
 _AXIS = 64  # whole micro-batches are rounded up to it (training/loader.py)
-# Bytes of optimizer state for one trained float32 parameter; AdamW keeps two moments.
-_STATES = {"sgd": 0, "adafactor": 1, "lion_32bit": 4, "lion": 4, "rmsprop": 4, "adagrad": 4}
+# Optimizers that do not keep two moments of every parameter, by a part of their name.
+_MOMENTS = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 
 def state_bytes(optim: Any) -> int:
-    """Return the bytes of optimizer state for one trained parameter."""
+    """Return the bytes of optimizer state for one trained float32 parameter."""
     name = str(getattr(optim, "value", optim))
-    return _STATES.get(name, 2 if "8bit" in name else 8)
+    if name in ("sgd", "adafactor"):
+        return 0 if name == "sgd" else 1  # of a matrix Adafactor keeps sums of rows and columns
+    moments = next((count for part, count in _MOMENTS.items() if part in name), 2)
+    return moments if "8bit" in name else moments // 2 if "4bit" in name else 4 * moments
 
 
 def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Work:
     """Return the documents of the micro-batches of the first epochs that the run comes to, and of an evaluation."""
     most = args.max_steps * args.gradient_accumulation_steps
-    epochs = range(max(1, min(_EPOCHS_LOOKED_AT, int(np.ceil(args.num_train_epochs)))))
     items, lengths = _items(dataset)
     order = DocumentBatches(
         len(items),
@@ -49,7 +52,10 @@ def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Wor
     )
     batches: list[list[tuple[int, int]]] = []
     whole, padded = 1, (1, 1)
-    for epoch in epochs:
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps / np.ceil(len(order) / args.gradient_accumulation_steps)
+    for epoch in range(max(1, min(_EPOCHS_LOOKED_AT, int(np.ceil(epochs))))):
         order.set_epoch(epoch)
         for indices in order:
             chosen = [index for index in indices if index >= 0]
@@ -82,7 +88,8 @@ def memory_there_is(device: Any) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused + torch.cuda.memory_allocated(device)
-    return available_bytes() + resident_bytes()
+    # Each of several processes that torchrun starts on this machine needs as much as the others.
+    return available_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + resident_bytes()
 
 
 def plan_run(trainer: SFTTrainer) -> TrainingPlan:
