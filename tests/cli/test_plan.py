@@ -45,6 +45,20 @@ def test_plan_for_another_machine(run, model_folder, rows_file):
     assert all(moment in shown for moment in ("while the model is loaded", "while a checkpoint is written"))
 
 
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (("--save-steps", 1, "--save-total-limit", "none"), "30 at most, all are kept"),
+        (("--save-steps", 4, "--eval-steps", 6, "--save-total-limit", "none"), "10 at most, all are kept"),
+        (("--save-steps", 4), "3 at most, the newest and the best"),
+        (("--save-steps", 20, "--eval-split", 0, "--save-total-limit", 9), "2 at most, the newest and the best"),
+    ],
+)
+def test_checkpoints_are_counted_by_the_steps_that_write_them(run, model_folder, rows_file, words, most):
+    shown = plan(run, model_folder, rows_file, "--max-steps", 30, *words).out
+    assert most in " ".join(shown.split())
+
+
 @pytest.mark.parametrize("text", ["8", "lots", "-1GiB"])
 def test_memory_that_cannot_be_read(run, model_folder, rows_file, text):
     outcome = plan(run, model_folder, rows_file, f"--memory={text}")

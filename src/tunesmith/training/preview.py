@@ -31,11 +31,12 @@ from tunesmith.models.load import facts_of, stored_bytes
 from tunesmith.models.qat import refuse_other_scheme
 from tunesmith.models.settings import Width
 from tunesmith.training.checkpoint import checkpoint_bytes
-from tunesmith.training.config import config_of
+from tunesmith.training.config import SFTConfig, config_of
 from tunesmith.training.graphs import GraphChoice, graphs_there
 from tunesmith.training.lanes import lanes_there
 from tunesmith.training.loading import source_arguments, source_window
 from tunesmith.training.memory import memory_there_is, probe_run, state_bytes, work_of
+from tunesmith.training.plan import choose_cadence
 from tunesmith.training.settings import RunSettings
 
 __all__ = ["Preview", "converted_bytes", "preview", "probe_settings"]
@@ -114,7 +115,8 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         state_bytes=state_bytes(args.optim),
         lanes=lanes_there(model, args),
     )
-    kept = (settings.save_total_limit or 10) + 1
+    steps = choose_cadence(args, len(dataset), has_eval=evaluated is not None)
+    kept = _checkpoints_kept(args, steps, settings.save_total_limit)
     disk = {
         f"checkpoints ({kept} at most, {'the newest and the best' if settings.save_total_limit else 'all are kept'})":
             kept * checkpoint_bytes(model),
@@ -137,6 +139,13 @@ def preview(settings: RunSettings, *, memory: int | None = None) -> Preview:
         stored=stored,
         graphs=graphs_there(model, args, plan) if device.type == "cuda" else None,
     )
+
+
+def _checkpoints_kept(args: SFTConfig, steps: int, limit: int | None) -> int:
+    """Return the most checkpoints that a run of ``steps`` has at a time: the best one comes on top of ``limit``."""
+    cadences = [args.save_steps, *([args.eval_steps] if args.load_best_model_at_end else [])]
+    written = {steps, *(step for every in cadences for step in range(int(every), steps, int(every)))}
+    return len(written) if limit is None else min(len(written), limit + 1)
 
 
 def converted_bytes(stored: dict[str, int], itemsize: int, kind: str, width: Width | None = None) -> int:
