@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.training import support
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tunesmith.training.callbacks import EarlyStop, InterruptWatch, MetricsFile, loss_plot, overfitting
 from tunesmith.training.checkpoint import checkpoints_in
@@ -190,3 +190,23 @@ def test_a_run_that_was_stopped_early_does_not_go_on() -> None:
     state = SimpleNamespace(log_history=history([1.0, 1.1, 1.2], [0.0] * 3))
     EarlyStop(2).on_train_begin(None, state, control)
     assert control.should_training_stop
+
+
+def test_early_stopping_of_transformers_goes_on_counting(tmp_path: Path) -> None:
+    class Rising(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            metrics["eval_loss"] = float(state.global_step)
+
+    def trainer() -> Any:
+        return support.trainer(
+            tmp_path, rows=40, eval_dataset=tiny.chat_rows(4, seed=2), eval_steps=1, save_steps=1,
+            save_total_limit=None, callbacks=[Rising(), EarlyStoppingCallback(4)],
+        )  # fmt: skip
+
+    trainer().train()
+    assert [path.name for path in checkpoints_in(tmp_path)][-1] == "checkpoint-5"  # the first is the best
+    for step in (4, 5):
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").unlink()
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5

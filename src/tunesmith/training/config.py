@@ -88,6 +88,7 @@ class SFTConfig(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["targets"])
     load_best_model_at_end: bool | None = None
+    restore_callback_states_from_checkpoint: bool = True  # or a patience would begin anew in a run that goes on
 
     max_length: int | None = None
     max_seq_length: int | None = None
