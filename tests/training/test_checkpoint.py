@@ -19,6 +19,7 @@ from tunesmith import SFTConfig
 from tunesmith.core import files
 from tunesmith.core.errors import CheckpointError, OutputError
 from tunesmith.training.checkpoint import _check_same_run, checkpoints_in, find_checkpoint, remove_old_checkpoints
+from tunesmith.training.fingerprint import settings_fingerprint
 
 STEPS = 4
 SETTINGS: dict[str, Any] = {"rows": 16, "save_steps": 1, "save_total_limit": None}
@@ -156,6 +157,14 @@ def test_what_changes_no_weight_may_change(run: Path) -> None:
     trainer = support.trainer(run, **{**SETTINGS, "save_total_limit": 3, "logging_steps": 2})
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == STEPS
+
+
+def test_another_number_of_readers_is_the_same_run(tmp_path: Path) -> None:
+    written, now = (
+        settings_fingerprint(SFTConfig(output_dir="x", use_cpu=True, dataset_num_proc=count), 1) for count in (2, 8)
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"settings": written}), encoding="utf-8")
+    _check_same_run(tmp_path, {"settings": now})
 
 
 def test_a_name_that_another_transformers_has_may_be_missing(tmp_path: Path) -> None:

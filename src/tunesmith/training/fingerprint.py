@@ -19,7 +19,7 @@ FREE = (
     "save_total_limit", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint", "project",
     "dataloader_pin_memory", "local_rank", "ddp_timeout", "hub_token", "max_seq_length", "warmup_ratio", "eval_split",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_model_id", "push_to_hub",
-    "restore_callback_states_from_checkpoint",
+    "restore_callback_states_from_checkpoint", "dataset_num_proc",
     # Named otherwise by another version of transformers, and nothing is computed otherwise with it.
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs",
