@@ -132,6 +132,24 @@ def test_lanes_hold_gradients_in_the_dtype_of_what_trains() -> None:
     assert layer(2, 2**31) - layer(1, 2**31) == 2 * 2**31
 
 
+def test_a_head_that_trains_needs_room_for_the_gradient_of_its_weight() -> None:
+    model = fused()
+    assert not shape_of(model).head_trains
+    model.get_input_embeddings().weight.requires_grad_(True)
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert shape_of(model).head_trains == is_tied
+    model.get_output_embeddings().weight.requires_grad_(True)
+    assert shape_of(model).head_trains
+
+    def step(**changes: Any) -> int:
+        shape = plain_shape(vocabulary=2**16, **changes)
+        return estimate(shape, PartShape((64,), 64), Setting((Policy.FULL,) * 2)).step
+
+    for itemsize in (2, 4):
+        sums = 2**16 * plain_shape().hidden * (4 + itemsize)
+        assert step(head_trains=True, itemsize=itemsize) - step(itemsize=itemsize) == sums
+
+
 def test_leaner_policies_keep_less_and_more_tokens_more() -> None:
     shape = plain_shape()
 

@@ -94,6 +94,7 @@ class MemoryShape:
         gradient_bytes: of all gradients, where weights that train are stored in fewer bits; 0: as ``trained_bytes``.
         compiles: whether torch.compile builds the update of the weights: of those that train in int8.
         codes: bytes of the 4-bit codes that stay on a CPU beside weights that train through them.
+        head_trains: whether the weight of the output head gets a gradient.
     """
 
     hidden: int
@@ -119,6 +120,7 @@ class MemoryShape:
     gradient_bytes: int = 0
     compiles: bool = False
     codes: int = 0
+    head_trains: bool = False
 
     @property
     def wide(self) -> int:
@@ -233,6 +235,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
         float8=float8,
         gradient_bytes=sum(p.numel() * p.itemsize for p in trained),
         compiles=any(hasattr(p, "__tensor_flatten__") for p in trained),
+        head_trains=any(p.requires_grad and p.shape == weight.shape for p in base.get_output_embeddings().parameters()),
         codes=sum(getattr(module, "codes_bytes", 0) for module in model.modules()) if kind == "cpu" else 0,
     )
 
@@ -457,5 +460,8 @@ def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
     if shape.kind == "cpu":
         # Widened in blocks of 16 rows; a softcap keeps its slope too.
         logits += 16 * shape.vocabulary * wide * ((size < wide) + (shape.softcap and gradient))
+    if gradient and shape.head_trains:
+        # The gradient of its weight is summed wide; beside it stands the product of a chunk, then what is handed on.
+        logits += shape.vocabulary * shape.hidden * (wide + size)
     norm = rows * shape.hidden * (2 * wide + 2 * size)
     return logits + norm + (rows * shape.hidden * size if gradient else 0)

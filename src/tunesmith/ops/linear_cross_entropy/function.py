@@ -74,6 +74,19 @@ def _chunks(
         yield _Chunk(part, losses, logits if want_grad else None)
 
 
+def _add_product(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add ``grad`` (N, V) transposed times ``hidden`` (N, D) to ``total`` (V, D), where dtypes allow without a copy."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(grad.t(), hidden)
+    else:
+        total += grad.t() @ hidden
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``x`` times a scalar in ``dtype``, with no copy in that of ``x``."""
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """``apply(hidden (N,D), weight (V,D), bias, targets (N,), divisor, head) -> scalar``."""
 
@@ -102,7 +115,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(chunk.grad, weight, out=grad_hidden[chunk.rows])
             if grad_weight is not None:
-                grad_weight += chunk.grad.t() @ hidden[chunk.rows]
+                _add_product(grad_weight, chunk.grad, hidden[chunk.rows])
             if grad_bias is not None:
                 grad_bias += chunk.grad.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -118,8 +131,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if hidden is None else hidden * incoming,
-            None if weight is None else (weight * incoming).to(weight_dtype),
-            None if bias is None else (bias * incoming).to(bias_dtype),
+            None if weight is None else _scaled(weight, incoming, weight_dtype),
+            None if bias is None else _scaled(bias, incoming, bias_dtype),
             None,
             None,
             None,
@@ -169,7 +182,7 @@ class LinearLogProbs(torch.autograd.Function):
                 assert chunk.grad is not None
                 scaled = chunk.grad * incoming[chunk.rows, None].to(chunk.grad.dtype)
                 if sums is not None:
-                    sums += scaled.t() @ hidden[chunk.rows]
+                    _add_product(sums, scaled, hidden[chunk.rows])
                 if bias_sum is not None:
                     bias_sum += scaled.sum(0, dtype=wide)
             grad_weight = None if sums is None else sums.to(weight.dtype)
