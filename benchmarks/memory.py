@@ -77,6 +77,10 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"model": "llama-1b", "mode": True, "batch": 1, "length": 512, "r": 16, "width": "4bit"},
     {"model": _SMOL, "mode": "unsloth", "batch": 4, "length": 200, "r": 0, "vary": True, "full": True},
     {"model": "qwen3-0.2b", "mode": True, "batch": 2, "length": 256, "r": 0, "full": True},
+    {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 60, "r": 0, "vary": True, "full": True,
+     "dtype": "bfloat16", "steps": 4},
+    {"model": _SMOL, "mode": "unsloth", "batch": 4, "length": 30, "r": 0, "vary": True, "full": True,
+     "dtype": "bfloat16", "width": "4bit", "steps": 4},
     {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 180, "r": 16, "vary": True, "trained": 0.1,
      "dtype": "bfloat16", "steps": 40},
     {"model": _SMOL, "mode": True, "batch": 8, "length": 180, "r": 16, "vary": True, "trained": 0.1,
@@ -182,8 +186,9 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     mode: Any = Policy(spec["mode"]) if spec["mode"] == "sel_mlp" else spec["mode"]
     asked = "selective" if isinstance(mode, Policy) else mode
     dtype = spec.get("dtype", "float32")
-    width = spec.get("width")
-    empty, source = empty_source(spec["folder"], dtype=dtype, width=width)
+    width, full = spec.get("width"), spec.get("full", False)
+    stored = None if full else width  # weights that all train are stored whole, and computed with in 4 bits
+    empty, source = empty_source(spec["folder"], dtype=dtype, width=stored)
     ledger, kept = Ledger(), []
     for index, (ids, trained) in enumerate(_rows(spec, empty.config.vocab_size)):
         kept.append(KeptRow((Document(ids, trained, f"row {index}"),), f"row {index}"))
@@ -195,13 +200,12 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
         )  # fmt: skip
         # What `tunesmith plan` knows: the shapes of the model, the rows, and this process with its libraries.
-        full = spec.get("full", False)
         if full:
-            train_all_weights(empty, asked)
+            train_all_weights(empty, asked, width=width)
         else:
             empty = inject_adapter(empty, AdapterSettings(r=spec["r"], use_gradient_checkpointing=asked))
         size = facts_of(empty).dtype.dtype.itemsize
-        shape = shape_of(empty, kind="cpu", load_bytes=converted_bytes(stored_bytes(source), size, "cpu", width))
+        shape = shape_of(empty, kind="cpu", load_bytes=converted_bytes(stored_bytes(source), size, "cpu", stored))
         multiple = 1 if shape.itemsize > 2 else 64
         before_loading = plan_training(
             shape,
