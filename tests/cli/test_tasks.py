@@ -123,6 +123,17 @@ def test_commands_that_write_text_refuse_other_models(run, tmp_path, bases, file
     assert outcome.code == 2 and "limit is 0. Use 1 or more" in outcome.err
 
 
+def test_what_is_shown_of_rows_and_memory_is_of_models_that_write(run, tmp_path, bases, files):
+    rows = files["SEQ_CLS"]
+    words = ("--model", bases["bert"], "--data", rows, "--output-dir", tmp_path / "run", *SHORT)
+    assert run("train", "--task", "SEQ_CLS", *words).code == 0
+    for command in (("inspect", rows), ("plan", "--data", rows)):
+        outcome = run(*command, "--model", tmp_path / "run")
+        assert outcome.code == 2 and "was trained for SEQ_CLS: rows and memory are shown" in outcome.err
+        outcome = run(*command, "--model", bases["bert"])
+        assert outcome.code == 2 and "is an encoder (bert) and writes no text" in outcome.err
+
+
 def test_an_encoder_without_a_task_is_refused_with_those_it_takes(run, tmp_path, bases, rows_file):
     outcome = run("train", "--model", bases["bert"], "--data", rows_file, "--output-dir", tmp_path / "run")
     assert outcome.code == 2 and not (tmp_path / "run").exists()

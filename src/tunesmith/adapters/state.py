@@ -197,8 +197,19 @@ def load_source_tokenizer(
     with_processor: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedTokenizerBase, int]:
-    """Return the tokenizer and the window that :func:`load_source` would give ``name``, without loading weights."""
+    """Return the tokenizer and the window that :func:`load_source` would give ``name``, without loading weights.
+
+    Raises:
+        AdapterError: it was trained for another task than ``CAUSAL_LM``.
+        ModelError: it cannot be read, or writes no text.
+    """
     base, folder = _parts(name, None)
+    task = CAUSAL_LM if folder is None else read_config(Path(folder.path)).get("task_type") or CAUSAL_LM
+    if task != CAUSAL_LM:
+        raise AdapterError(
+            f"adapter {name} was trained for {task}: rows and memory are shown for models that write. `tunesmith train "
+            f"--task {task}` shows what becomes of its rows."
+        )
     sees = with_processor and source_sees(base, **hub)
     has_own = _has_processor if sees else _has_tokenizer
     owner = folder if folder is not None and has_own(folder) else base

@@ -381,9 +381,12 @@ def load_window(
     """Return the window that :func:`load_model` would use the model with, from its config alone.
 
     Raises:
-        ModelError: config.json is missing or corrupt, or ``asked`` is above what the window can be stretched to.
+        ModelError: config.json is missing or corrupt, ``asked`` is above what the window can be stretched to, or the
+            model writes no text.
     """
-    return _window(_stretched_config(source, hub, stretched, asked)[0], asked)
+    config = _stretched_config(source, hub, stretched, asked)[0]
+    refuse_encoder(source, config)
+    return _window(config, asked)
 
 
 def _config(source: ModelSource, hub: dict[str, Any]) -> Any:
