@@ -46,7 +46,7 @@ def trainer(folder: Path | str, *, rows: Any = 24, model: Any = None, **settings
 
     of_trainer = (
         "eval_dataset", "callbacks", "formatting_func", "optimizers", "data_collator", "dataset_num_proc",
-        "peft_config", "compute_metrics",
+        "peft_config", "compute_metrics", "mapping",
     )  # fmt: skip
     own = {name: settings.pop(name) for name in of_trainer if name in settings}
     args = SFTConfig(

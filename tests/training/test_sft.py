@@ -315,6 +315,10 @@ def test_formatting_func_makes_the_text(tmp_path: Path) -> None:
         "the cat sat<|im_end|>", "the dog saw<|im_end|>"
     ]  # fmt: skip
     assert len(support.trainer(tmp_path, rows=rows, formatting_func=several).train_data.documents) == 4
+    named = support.trainer(tmp_path, rows=rows, formatting_func=one, dataset_text_field="body")
+    assert named.train_data.fingerprint() == first.train_data.fingerprint()
+    with pytest.raises(SettingsError, match="formatting_func makes the text of a row, mapping names its columns"):
+        support.trainer(tmp_path, rows=rows, formatting_func=one, mapping={"q": "user", "a": "assistant"})
 
 
 def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:

@@ -138,7 +138,11 @@ class SFTTrainer(RunTrainer):
         args.max_length = length_limit(args.max_length, facts_of(model).window)
         if args.dataset_text_field and mapping:
             raise SettingsError("dataset_text_field and mapping both say what the columns hold. Give one of them.")
-        self._mapping = {args.dataset_text_field: "text"} if args.dataset_text_field else mapping
+        if formatting_func is not None and mapping:
+            raise SettingsError("formatting_func makes the text of a row, mapping names its columns. Give one of them.")
+        columns = {args.dataset_text_field: "text"} if args.dataset_text_field else mapping
+        # What a function makes is text, whatever the field of the rows is called.
+        self._mapping = columns if formatting_func is None else None
         self._formatting_func = formatting_func
         if train_dataset is None:
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
