@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tests import tiny
 from tests.training import support
 from transformers import (
@@ -250,6 +250,10 @@ def test_a_stream_is_read_as_far_as_the_run_goes(tmp_path: Path, caplog: pytest.
     rows = IterableDataset.from_generator(endless)
     trainer = support.trainer(tmp_path, rows=rows, max_steps=4, eval_split=0.2)
     assert trainer.ledger.rows_in == 20 and "the first 20 are read, as many as max_steps=4 uses" in caplog.text
+    splits = IterableDatasetDict({"train": rows})
+    assert support.trainer(tmp_path, rows=splits, max_steps=4).ledger.rows_in == 16
+    support.trainer(tmp_path, rows=rows.take(4))
+    assert "the streamed rows are read to their end before training begins" in caplog.text
     packed = support.trainer(tmp_path, rows=rows, max_steps=4, packing=True, max_length=128)
     assert len(packed.train_dataset) >= 4 * 4, "no bin is trained on twice"
     assert "streamed rows of 2,048 tokens are read, as many as max_steps=4 uses" in caplog.text

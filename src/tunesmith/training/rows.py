@@ -30,7 +30,12 @@ def begun_stream(rows: Any, args: SFTConfig) -> tuple[Any, int | None]:
     How many rows fill the bins of ``packing`` is not known before they are read: the second value are the tokens to
     read then. Rows are counted, split and planned before the first step: a stream without an end would never get there.
     """
-    if type(rows).__name__ != "IterableDataset" or args.max_steps < 1:
+    if type(rows).__name__ == "IterableDatasetDict" and "train" in rows:
+        rows = rows["train"]
+    if type(rows).__name__ != "IterableDataset":
+        return rows, None
+    if args.max_steps < 1:
+        _log.warning("the streamed rows are read to their end before training begins; max_steps reads what it uses")
         return rows, None
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     count = math.ceil(args.max_steps * a_step / (1 - args.eval_split))
