@@ -379,3 +379,10 @@ def test_a_stream_is_read_as_far_as_the_run_goes(bases: dict[str, Path], tmp_pat
 
     rows = IterableDataset.from_generator(endless)
     assert trainer(tmp_path, *load(bases, "SEQ_CLS"), "SEQ_CLS", rows=rows, max_steps=2).ledger.rows_in == 8
+
+
+def test_rows_that_are_held_out_are_said(
+    bases: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, *load(bases, "SEQ_CLS"), "SEQ_CLS", rows=40, eval_split=0.1)
+    assert "rows are held out to evaluate on; eval_split=0 trains on all" in caplog.text

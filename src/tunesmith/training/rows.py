@@ -12,7 +12,7 @@ from tunesmith.data.prepare import PreparedData
 from tunesmith.data.tasks import TaskLedger
 from tunesmith.training.config import SFTConfig
 
-__all__ = ["begun_stream", "refuse_foreign_ids", "say_losses"]
+__all__ = ["begun_stream", "refuse_foreign_ids", "say_held_out", "say_losses"]
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +22,12 @@ def say_losses(ledger: Ledger | TaskLedger, args: SFTConfig) -> None:
     said = losses(ledger)
     if said is not None and args.process_index == 0:
         _log.warning("%s", said)
+
+
+def say_held_out(held_out: int, count: int, args: SFTConfig) -> None:
+    """Say how many of ``count`` rows are not trained on, though nobody asked for that."""
+    if args.process_index == 0:
+        _log.warning("%d of %d rows are held out to evaluate on; eval_split=0 trains on all", held_out, count)
 
 
 def begun_stream(rows: Any, args: SFTConfig) -> tuple[Any, int | None]:

@@ -60,7 +60,7 @@ from tunesmith.training.plan import (
     try_out,
 )
 from tunesmith.training.processes import gather_objects, sum_over_processes
-from tunesmith.training.rows import begun_stream, refuse_foreign_ids, say_losses
+from tunesmith.training.rows import begun_stream, refuse_foreign_ids, say_held_out, say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.vision import collator_for, encoder_for, head_for
 
@@ -193,9 +193,8 @@ class SFTTrainer(RunTrainer):
         if held_out is None:
             return train_data, None
         held_out.ledger.check()
-        if args.process_index == 0 and not isinstance(train_rows, PreparedData):
-            counts = (len(held_out.rows), len(train_data.rows))
-            _log.warning("%d of %d rows are held out to evaluate on; eval_split=0 trains on all", *counts)
+        if not isinstance(train_rows, PreparedData):
+            say_held_out(len(held_out.rows), len(train_data.rows), args)
         # The ledger of the whole source goes on: only it knows what was dropped before the split.
         return PreparedData(side.rows, train_data.ledger), held_out
 

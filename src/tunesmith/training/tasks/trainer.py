@@ -40,7 +40,7 @@ from tunesmith.training.plan import (
     one_tokenizer,
     try_out,
 )
-from tunesmith.training.rows import begun_stream, say_losses
+from tunesmith.training.rows import begun_stream, say_held_out, say_losses
 from tunesmith.training.settings import FULL_RATE, LORA_RATE
 from tunesmith.training.tasks.recipes import Recipe, recipe_for
 
@@ -102,7 +102,10 @@ class TaskTrainer(RunTrainer):
         train_data.ledger.check()
         eval_data = None if eval_dataset is None else self._prepare(eval_dataset, args)
         if eval_data is None and args.eval_split:
+            whole = len(train_data)
             train_data, eval_data = split_task_rows(train_data, fraction=args.eval_split, seed=args.seed)
+            if eval_data is not None and not isinstance(train_dataset, TaskData):
+                say_held_out(len(eval_data), whole, args)
         if eval_data is not None:
             eval_data.ledger.check()
         self.train_data, self.eval_data, self.ledger = train_data, eval_data, train_data.ledger
