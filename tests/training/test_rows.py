@@ -56,6 +56,14 @@ def test_the_last_answers_of_conversations(tmp_path: Path) -> None:
     assert masked.ledger.answer_documents == 1 and not masked.ledger.untrained_ends
 
 
+def test_rows_that_are_evaluated_later_are_masked_too(tmp_path: Path) -> None:
+    rows = texts(4)
+    trainer = support.trainer(tmp_path, rows=rows, eval_dataset=rows, dataset_text_field="body")
+    train_on_responses_only(trainer)
+    own, given = trainer.evaluate(), trainer.evaluate(rows)
+    assert own["eval_tokens"] == given["eval_tokens"] and own["eval_loss"] == pytest.approx(given["eval_loss"])
+
+
 def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [*texts(6), {"body": "no markers at all"}]
     trainer = train_on_responses_only(support.trainer(tmp_path, rows=rows, dataset_text_field="body"))

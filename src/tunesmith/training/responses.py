@@ -50,13 +50,18 @@ def train_on_responses_only(
     if asked is not own and asked.get_vocab() != own.get_vocab():
         raise SettingsError("tokenizer has other tokens than the trainer's, which made the rows. Leave it out.")
     markers = resolve_markers(asked, instruction_part, response_part)
-    train = _masked(trainer.train_data, own, markers, last_response_only)
-    held_out = None if trainer.eval_data is None else _masked(trainer.eval_data, own, markers, last_response_only)
+
+    def remask(data: PreparedData) -> PreparedData:
+        return _masked(data, own, markers, last_response_only)
+
+    train = remask(trainer.train_data)
+    held_out = None if trainer.eval_data is None else remask(trainer.eval_data)
     if held_out is not None and trainer.ledger.splits:
         _count_both_sides(train, held_out)
     if train.ledger.dropped != trainer.ledger.dropped:
         say_losses(train.ledger, trainer.args)
     trainer.replace_train_data(train)
+    trainer.remask = remask
     if held_out is not None:
         trainer.replace_eval_data(held_out)
     return trainer

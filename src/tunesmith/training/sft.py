@@ -88,6 +88,7 @@ class SFTTrainer(RunTrainer):
         ledger: what happened to every row; raises already on rows that would train nothing.
         plan: what the layers keep, the tokens computed together, and the predicted peak.
         graph_choice: which parts are computed from CUDA graphs.
+        remask: what ``train_on_responses_only`` also does to rows that are given to ``evaluate`` later.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class SFTTrainer(RunTrainer):
         # What a function makes is text, whatever the field of the rows is called.
         self._mapping = columns if formatting_func is None else None
         self._formatting_func = formatting_func
+        self.remask: Callable[[PreparedData], PreparedData] | None = None
         if train_dataset is None:
             raise SettingsError("train_dataset is missing: give rows, a path or a datasets object.")
         train_data, eval_data = self._prepare_sides(train_dataset, eval_dataset, args)
@@ -335,7 +337,8 @@ class SFTTrainer(RunTrainer):
         """Return and log loss per trained token and perplexity over the evaluation rows."""
         began = time.perf_counter()
         if eval_dataset is not None and not isinstance(eval_dataset, (DocumentDataset, PackedDataset)):
-            eval_dataset = DocumentDataset(self._prepare(eval_dataset, args=self.args).documents)
+            prepared = self._prepare(eval_dataset, args=self.args)
+            eval_dataset = DocumentDataset((self.remask(prepared) if self.remask else prepared).documents)
         if eval_dataset is None and self.eval_dataset is None:
             raise SettingsError("there are no evaluation rows: give eval_dataset, or an eval_split above 0.")
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
