@@ -226,6 +226,21 @@ def test_scores_lie_in_their_intervals_and_do_not_depend_on_row_order(pairs):
         assert score.value == pytest.approx(again.value)
 
 
+@given(st.lists(st.tuples(st.floats(0, 40), st.integers(1, 5)), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_a_perplexity_and_its_interval_are_one_or_more(rows):
+    score = perplexity_score([loss for loss, _ in rows], [tokens for _, tokens in rows])
+    assert 1 <= score.low <= score.value <= score.high
+
+
+@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 3), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_a_difference_of_two_f1_and_its_interval_are_at_most_one(rows):
+    base, tuned, truths = zip(*rows, strict=True)
+    found = compare(score_answers("label_f1", base, truths), score_answers("label_f1", tuned, truths))
+    assert -1 <= found.low <= found.value <= found.high <= 1
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -181,6 +181,7 @@ def perplexity_score(losses: Sequence[float], tokens: Sequence[int], *, seed: in
         )
     value, low, high = bootstrap(_perplexity, evidence, seed=seed)
     per_row = tuple((evidence[:, 0] / evidence[:, 1]).tolist())
+    low = max(low, 1.0)  # no model is less surprised than by what it is sure of
     details = {"loss": math.log(value), "tokens": float(evidence[:, 1].sum())}
     return Score("perplexity", value, low, high, len(per_row), per_row, evidence, details)
 
@@ -204,6 +205,8 @@ def compare(base: Score, tuned: Score, *, seed: int = 0) -> Difference:
         value, (low, high) = (wins - losses) / base.count, paired_proportions(wins, losses, base.count)
     else:
         value, low, high = _bootstrap_difference(metric.statistic, base.evidence, tuned.evidence, seed=seed)
+        if metric.needs_answers:  # a difference of two shares
+            low, high = max(low, -1.0), min(high, 1.0)
     return Difference(base.metric, value, low, high, wins, losses, base.count)
 
 
