@@ -52,6 +52,15 @@ def test_token_ids_are_taken_as_they_are(model, tokenizer):
     assert by_ids == by_text
 
 
+def test_token_ids_of_numpy_and_torch_are_ids_too(model, tokenizer):
+    import numpy
+    import torch
+
+    ids = encode_prompt(tokenizer, "one")
+    for kind in (numpy.array, torch.tensor):
+        assert encode_prompt(tokenizer, kind(ids)) == ids
+
+
 def test_a_peft_model_answers_with_its_adapter(adapted, tokenizer):
     adapted.eval()
     expected = [plain_greedy(adapted, tokenizer, encode_prompt(tokenizer, prompt), 10) for prompt in PROMPTS]
@@ -212,6 +221,21 @@ def test_a_prompt_that_leaves_no_room_is_refused(model, tokenizer):
 def test_an_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(EvaluationError, match="prompt 2 is empty"):
         generate_answers(model, tokenizer, ["a", ""])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("Hi", "prompts is a text; give a list"),
+        (chat("Hi"), "prompts is one conversation; give a list"),
+        (["a", [5, 10**6]], "prompt 2 has a token that is not there: the model knows 0 to"),
+        ([[-1]], "prompt 1 has a token that is not there"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_prompts_is_refused(model, tokenizer, prompts, message):
+    with pytest.raises(EvaluationError, match=message):
+        generate_answers(model, tokenizer, prompts, max_new_tokens=2)
 
 
 def test_a_prompt_that_the_template_refuses(model, tokenizer, monkeypatch):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import EvaluationError
 from tunesmith.engine.host import compute_device
 from tunesmith.engine.modes import evaluation_mode
-from tunesmith.models.prompts import Prompt, require_prompt, stop_token_ids
+from tunesmith.models.prompts import Prompt, refuse_one_prompt, require_prompt, stop_token_ids
 from tunesmith.models.rope import native_window
 from tunesmith.models.sampling import Sampling
 
@@ -60,9 +60,11 @@ def generate_answers(
         streamer: a streamer of transformers that is given the tokens as they come; for one prompt only.
 
     Raises:
-        EvaluationError: a sampling setting outside its range, an empty prompt or one that the chat template refuses or
-            that leaves no room for an answer, or a streamer for several prompts.
+        EvaluationError: a sampling setting outside its range, one prompt in the place of a list, an empty prompt or one
+            that the chat template refuses, that has an unknown token or leaves no room for an answer, or a streamer for
+            several prompts.
     """
+    refuse_one_prompt(prompts)
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     _check(sampling, max_new_tokens, batch_size, native_window(model.config))
     stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -74,7 +76,10 @@ def generate_answers(
         )
     config = _generation_config(model, tokenizer, sampling, max_new_tokens)
     encoded = [require_prompt(tokenizer, prompt, row) for row, prompt in enumerate(prompts, 1)]
+    known = model.get_input_embeddings().weight.shape[0]
     for row, ids in enumerate(encoded, 1):
+        if not 0 <= min(ids) <= max(ids) < known:
+            raise EvaluationError(f"prompt {row} has a token that is not there: the model knows 0 to {known - 1}.")
         fault = no_room(model, len(ids), max_new_tokens)
         if fault is not None:
             raise EvaluationError(f"prompt {row} {fault}. Shorten it, or ask for fewer new tokens.")

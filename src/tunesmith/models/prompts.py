@@ -12,7 +12,7 @@ from tunesmith.data.types import RowRefusedError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "encode_prompt", "is_chat", "require_prompt", "stop_token_ids"]
+__all__ = ["Prompt", "encode_prompt", "is_chat", "refuse_one_prompt", "require_prompt", "stop_token_ids"]
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Plain text, chat messages up to the turn to be answered, or token ids."""
@@ -42,7 +42,16 @@ def encode_prompt(
 
 def is_chat(prompt: Prompt) -> bool:
     """Say whether ``prompt`` is messages, so that the answer is a turn of its own and not the text going on."""
-    return not isinstance(prompt, str) and not all(isinstance(part, int) for part in prompt)
+    # Ids may be numbers of numpy or torch too.
+    return not isinstance(prompt, str) and not all(hasattr(part, "__index__") for part in prompt)
+
+
+def refuse_one_prompt(prompts: Any) -> None:
+    """Raise EvaluationError where ``prompts`` is one text or one conversation, whose parts would each be answered."""
+    if isinstance(prompts, str):
+        raise EvaluationError("prompts is a text; give a list of prompts, of one text too: [text].")
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise EvaluationError("prompts is one conversation; give a list of conversations, of one too: [messages].")
 
 
 def require_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: int = 1) -> list[int]:

@@ -25,7 +25,7 @@ import torch
 
 from tunesmith.core.errors import EvaluationError, ModelError, ServingError, TunesmithError
 from tunesmith.engine.install import engine_of, install
-from tunesmith.models.prompts import Prompt, is_chat, require_prompt, stop_token_ids
+from tunesmith.models.prompts import Prompt, is_chat, refuse_one_prompt, require_prompt, stop_token_ids
 from tunesmith.models.sampling import Sampling
 from tunesmith.serving import attention, lora
 from tunesmith.serving.adapters import AdapterShelf
@@ -227,8 +227,7 @@ class Engine:
             stop: texts that end an answer and are no part of it, or one such text.
         Raises: see :meth:`submit`; ServingError also where an answer failed.
         """
-        if isinstance(prompts, str):
-            raise EvaluationError("prompts is a text; give a list of prompts, of one text too: [text].")
+        refuse_one_prompt(prompts)
         names = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else list(adapters)
         results: list[queue.SimpleQueue[Delta]] = [queue.SimpleQueue() for _ in prompts]
         tickets: list[Ticket] = []
