@@ -185,6 +185,24 @@ def test_an_adapter_beside_another_has_to_fit(base: Path, adapter: Path, tmp_pat
         assert torch.equal(logits(model), before)
 
 
+def test_tokens_that_train_do_not_stand_beside_an_adapted_embedding(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    configs = {
+        "first": LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+        "second": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]),
+    }
+    for name, config in configs.items():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / name)
+    model, _ = load_source(str(tmp_path / "first"), dtype="float32", trainable=False)
+    before = logits(model)
+    with pytest.raises(
+        AdapterError, match=r"second does not fit its base .*: trainable_token_indices cannot be applied"
+    ):
+        load_beside(model, "x", tmp_path / "second")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+
+
 def test_nothing_stands_beside_an_adapter_that_changed_its_base(base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "pissa", init_lora_weights="pissa")
     save_adapter(base, tmp_path / "plain")

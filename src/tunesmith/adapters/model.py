@@ -318,7 +318,7 @@ class AdapterModel(PeftModel):
             starts.refuse_shared_base(model_id, [*own, given])
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        except RuntimeError:  # other shapes: what was read of it must not be left to be chosen
+        except (RuntimeError, TypeError):  # other shapes or kinds: what was read of it must not be left to be chosen
             if is_new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise

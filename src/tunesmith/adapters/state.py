@@ -397,7 +397,7 @@ def load_beside(model: PeftModel, name: str, adapter: Path) -> None:
     refuse_other_base(name, adapter, model)
     try:
         model.load_adapter(str(adapter), name, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"adapter {adapter} does not fit its base {facts_of(model).name}: {error}") from error
