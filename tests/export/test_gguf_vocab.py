@@ -53,6 +53,12 @@ def test_the_end_of_a_turn_is_told_beside_the_end_of_a_text() -> None:
     assert (found.special["eot"], found.special["eos"], found.stops) == (turn, text, (turn, text))
 
 
+def test_an_end_that_the_tokenizer_does_not_have_is_none() -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert read_vocabulary(tokenizer, 331, [end, 330, 7]).stops == (end, 7)
+
+
 @pytest.mark.parametrize(
     ("parts", "ignores", "name"),
     [

@@ -198,7 +198,7 @@ def bad_tokenizer(folder: Path) -> None:
         (bad_config, "config"),
         (unknown_architecture, "lamma"),
         (no_causal_lm, "cannot be loaded"),
-        (no_tokenizer, "cannot be loaded"),
+        (no_tokenizer, r"has no tokenizer that can be read. Save one beside it: tokenizer.save_pretrained"),
         (bad_tokenizer, "model .*"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

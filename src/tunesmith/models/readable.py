@@ -42,6 +42,11 @@ def readable_errors(source: ModelSource) -> Iterator[None]:
                 f"model {source.name} comes with Python code of its own, which is not run unasked. Read it, and give "
                 "trust_remote_code=True if you trust it."
             ) from error
+        if "backend tokenizer" in str(error):  # its first line ends where the reasons begin
+            raise ModelError(
+                f"model {source.name} has no tokenizer that can be read. Save one beside it: "
+                "tokenizer.save_pretrained(folder)."
+            ) from error
         raise ModelError(f"model {source.name} cannot be loaded: {_first_sentence(error)}") from error
 
 

@@ -252,6 +252,8 @@ def _special(tokenizer: Any, stops: Any) -> tuple[dict[str, int], tuple[int, ...
         if index is not None
     }
     ends = [stops] if isinstance(stops, int) else list(stops or [])
+    # An end beyond the tokenizer has no text that a program could look for.
+    ends = [index for index in ends if tokenizer.convert_ids_to_tokens(index) is not None]
     turn = _end_of_turn(tokenizer)
     if turn is not None and turn != found.get("eos"):
         found["eot"] = turn
