@@ -59,6 +59,7 @@ _OTHERS: Idle = {
     "whisper_language": ((None,), "models of audio are not trained here"),
     "whisper_task": ((None,), "models of audio are not trained here"),
     "target_parameters": ((None,), "it is an argument of get_peft_model"),
+    "device_map_planner_kwargs": ((None,), "weights go where device_map says"),
 }
 
 
@@ -161,6 +162,8 @@ class FastLanguageModel:
              "load_in_fp8": load_in_fp8, "trust_remote_code": trust_remote_code,
              "resize_model_vocab": resize_model_vocab, "rope_scaling": rope_scaling, "auto_model": auto_model},
         )  # fmt: skip
+        if device_map == "unsloth":
+            raise SettingsError("device_map='unsloth': leave it out for one device, or give 'auto' for several.")
         if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
             raise SettingsError(f"auto_model={auto_model!r} is no model class of transformers.")
         if torch_dtype is not None:

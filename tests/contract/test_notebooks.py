@@ -209,11 +209,38 @@ def test_arguments_of_train_on_responses_only(tmp_path: Path) -> None:
         ({"return_logits": True}, "returns logits as in transformers"),
         ({"text_only": True}, "FastLanguageModel gives its tokenizer alone"),
         ({"disable_log_stats": False}, "vLLM's statistics are not shown"),
+        ({"device_map": "unsloth"}, "leave it out for one device, or give 'auto' for several"),
+        ({"device_map_planner_kwargs": {"retained_rows": 8}}, "weights go where device_map says"),
     ],
 )
 def test_arguments_of_loading_that_nothing_follows(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         FastLanguageModel.from_pretrained("nowhere", **arguments)
+
+
+@pytest.mark.parametrize("template", [None, 3, Path("nowhere.jinja")])
+def test_a_template_of_another_type_is_refused(template: Any) -> None:
+    with pytest.raises(SettingsError, match=f"chat_template='{template}' is neither a built-in template nor a file"):
+        get_chat_template(copy.deepcopy(tiny.tiny_tokenizer()), chat_template=template)
+
+
+def test_the_best_step_can_be_asked_for(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(40)
+    made = support.trainer(tmp_path, rows=rows, eval_split=0.5, load_best_model_at_end=True, max_steps=1)
+    assert made.args.load_best_model_at_end and made.args.eval_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"packing": "perhaps"}, "SFTTrainer: packing = 'perhaps'"),
+        ({"max_seq_length": 0}, "SFTTrainer: max_length = 0"),
+    ],
+)
+def test_values_of_the_older_style_are_checked(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    args = SFTConfig(output_dir=str(tmp_path))
+    with pytest.raises(SettingsError, match=message):
+        SFTTrainer(tiny.tiny_model("llama"), args, [{"text": "a"}], tokenizer=tiny.tiny_tokenizer(), **arguments)
 
 
 def test_a_trainer_of_another_library_is_not_masked() -> None:

@@ -224,7 +224,7 @@ def test_what_follows_evaluations_needs_rows_and_nothing_more(needy: dict[str, A
 
 
 def test_the_best_step_needs_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="load_best_model_at_end needs checkpoints"):
+    with pytest.raises(SettingsError, match="load_best_model_at_end=True needs checkpoints"):
         support.trainer(tmp_path, eval_dataset=tiny.chat_rows(4), load_best_model_at_end=True, save_strategy="no")
 
 
@@ -358,6 +358,21 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path) -> None:
         ({"optim": "galore_adamw"}, SettingsError, "optim=galore_adamw cannot be used here"),
         ({"optim": "paged_ademamix_32bit"}, SettingsError, "its pages need a GPU. Take ademamix, which has none"),
         ({"max_length": 64, "max_seq_length": 32}, SettingsError, "max_length and max_seq_length are the same setting"),
+        (
+            {"eval_strategy": "steps", "eval_split": 0},
+            SettingsError,
+            "eval_strategy needs an evaluation, and no row is",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_split": 0},
+            SettingsError,
+            "load_best_model_at_end needs an evaluation",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no", "eval_split": 0.5},
+            SettingsError,
+            "needs checkpoints",
+        ),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, SettingsError, "warmup_ratio and warmup_steps both set the warmup"),
         ({"warmup_ratio": 1.5}, SettingsError, "warmup_ratio = 1.5: input should be less than 1"),
     ],

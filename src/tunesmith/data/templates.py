@@ -87,7 +87,7 @@ _FAMILIES: dict[str, tuple[str, str | None]] = {
 }
 
 
-def family_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+def family_template(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> str | None:
     """Return the template to put on ``tokenizer`` where another library's ``name`` is asked for; None: keep its own.
 
     An instruct model's own template is kept where it is of that family: it is what the model was trained with.
@@ -95,6 +95,7 @@ def family_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None
     Raises:
         SettingsError: it is not, and no built-in template is of that family.
     """
+    name = str(name)
     family = _FAMILIES.get(re.sub(r"[-_. ]", "", name.lower()))
     if family is None or name in _BUILT_IN:
         return name

@@ -135,6 +135,7 @@ class SFTConfig(TrainingArguments):
         self.eval_steps_asked, self.save_steps_asked = self.eval_steps, self.save_steps
         # Left out, it follows from whether there are rows; "no" also holds none back.
         self.evaluates = self.eval_strategy != "no"
+        self.evaluation_asked = self.eval_strategy == "steps"
         self.eval_split = self.eval_split if self.evaluates else 0.0
         self.eval_strategy = self.eval_strategy or ("steps" if needs_evaluation(self) else "no")
         self.save_steps = self.save_steps or 500
@@ -148,6 +149,7 @@ def needs_evaluation(config: SFTConfig) -> str | None:
     """Return the setting that means nothing without an evaluation, or None."""
     save, schedule = _word(config.save_strategy), _word(config.lr_scheduler_type)
     asked = {
+        "eval_strategy": config.evaluation_asked,
         "early_stopping_patience": config.early_stopping_patience is not None,
         "load_best_model_at_end": config.load_best_model_at_end is True,
         f"save_strategy={save}": save == "best",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from tunesmith.core.errors import ModelError, SettingsError
+from tunesmith.core.settings import Settings, validate
 from tunesmith.export.weights import check_mergeable
 from tunesmith.models.load import facts_of
 from tunesmith.training.config import DEFAULT_WARMUP, SFTConfig, needs_evaluation
@@ -32,8 +34,15 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
+class _OlderStyle(Settings):
+    max_length: Annotated[int | None, Field(ge=2)] = None
+    packing: bool | None = None
+
+
 def apply_older_style(args: SFTConfig, field: str | None, length: int | None, packing: bool | None) -> None:
     """Write the arguments of the older call style into ``args``; refuse two values for one setting."""
+    read = validate(_OlderStyle, {"max_length": length, "packing": packing}, source="SFTTrainer")
+    length, packing = read.max_length, read.packing
     for name, value in (("dataset_text_field", field), ("max_length", length), ("packing", packing)):
         current = getattr(args, name)
         if value is None:
@@ -179,7 +188,7 @@ def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
         )
     saves = args.save_strategy != "no"
     if args.load_best_model_at_end and not saves:
-        raise SettingsError("load_best_model_at_end needs checkpoints, and save_strategy='no' writes none.")
+        raise SettingsError("load_best_model_at_end=True needs checkpoints: leave save_strategy='no' out.")
     together = args.per_device_train_batch_size * args.world_size
     updates = math.ceil(math.ceil(items / together) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
