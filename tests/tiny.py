@@ -24,6 +24,9 @@ FAMILIES = (
 )
 """Families whose documents can be joined on one token axis."""
 
+OWN_ATTENTION = ("falcon", "bloom")
+"""Families whose attention goes by masks of its own alone: their documents run one at a time."""
+
 HYBRIDS = ("lfm2", "mamba")
 """Families with a recurrence or a convolution over tokens: joined documents would leak into each other."""
 
@@ -66,6 +69,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                                      "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
                                      **_MIXED_LAYERS}),
     "phimoe": ("PhimoeConfig", {"sliding_window": 64, **_EXPERTS}),
+    "falcon": ("FalconConfig", {"hidden_dropout": 0.0}),
+    "bloom": ("BloomConfig", {"hidden_dropout": 0.0}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
     "mamba": ("MambaConfig", {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}),
 }  # fmt: skip

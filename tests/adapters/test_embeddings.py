@@ -120,6 +120,36 @@ def test_what_would_part_them_in_silence(
         adapt(folders[name], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modules_to_save": ["embeddings"]}, "training one copy would part them. Leave it out, or name both"),
+        ({"modules_to_save": ["lm_head"]}, "training one copy would part them. Leave it out, or name both"),
+        ({"modules_to_save": ["embeddings"], "ensure_weight_tying": True}, "called embed_tokens, and here it is embed"),
+        ({"target_modules": ["in_proj", "embeddings"]}, "an adapter on it cannot be merged. Leave it out"),
+    ],
+)
+def test_tied_ends_of_another_name_are_not_parted_in_silence(arguments: dict[str, Any], message: str) -> None:
+    model = tiny.tiny_model("mamba", tie_word_embeddings=True)
+    with pytest.raises(AdapterError, match=message):
+        FastLanguageModel.get_peft_model(model, **{"target_modules": ["in_proj"], **arguments})
+    both = {"target_modules": ["in_proj"], "modules_to_save": ["embeddings", "lm_head"]}
+    adapted = FastLanguageModel.get_peft_model(model, **both)
+    assert sum("modules_to_save" in name for name, p in adapted.named_parameters() if p.requires_grad) == 2
+
+
+def test_an_embedding_without_a_head_is_tied_to_nothing() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    adapted = FastLanguageModel.get_peft_model(
+        model, modules_to_save=["word_embeddings"], use_gradient_checkpointing=False
+    )
+    assert any("word_embeddings.modules_to_save" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
 def test_the_same_call_again_returns_the_model(folders: dict[str, Path]) -> None:
     asked = {"r": 4, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     model = FastLanguageModel.get_peft_model(load(folders["tied"]), **asked)

@@ -58,7 +58,7 @@ def assert_close(ours: torch.Tensor, exact: torch.Tensor, relative: float, what:
 
 
 @pytest.mark.parametrize("answers_only", [False, True], ids=["all tokens", "answers only"])
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.HYBRIDS])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.HYBRIDS, *tiny.OWN_ATTENTION])
 def test_loss_and_gradients_equal_transformers_own(family: str, answers_only: bool) -> None:
     model = adapted(family, target_modules=TARGETS.get(family, "all-linear"))
     twin = copy.deepcopy(model)
@@ -105,7 +105,7 @@ def test_packed_equals_one_document_at_a_time(family: str) -> None:
         assert_close(packed[name], gradient, 1e-4, name)
 
 
-@pytest.mark.parametrize("family", tiny.HYBRIDS)
+@pytest.mark.parametrize("family", [*tiny.HYBRIDS, *tiny.OWN_ATTENTION])
 def test_a_model_that_would_leak_is_not_joined(family: str) -> None:
     head = probed(adapted(family, target_modules=TARGETS.get(family, "all-linear")))
     assert not head.joins_documents

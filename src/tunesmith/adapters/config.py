@@ -179,18 +179,30 @@ def _check_tying(model: Any, settings: AdapterSettings, targets: list[str]) -> N
 
     ``targets`` are the modules that get an adapter.
     """
-    is_tied = bool(model.config.tie_word_embeddings)
-    ends = {"embed_tokens", "lm_head"}
+    own = (model.get_input_embeddings(), model.get_output_embeddings())
+    is_tied = bool(model.config.tie_word_embeddings) and own[1] is not None
+    names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is end for end in own)]
+    ends = {"embed_tokens", "lm_head", *names}
     whole, adapted = ends & set(settings.modules_to_save or ()), ends & {name.rsplit(".", 1)[-1] for name in targets}
+    keeps = "embed_tokens" in names  # PEFT knows no other name
+    keep = "Give ensure_weight_tying=True to keep them one, or " if keeps else "Leave it out, or "
+    way = (
+        "Train it whole: modules_to_save=['embed_tokens'] with ensure_weight_tying=True." if keeps else "Leave it out."
+    )
+    if settings.ensure_weight_tying and is_tied and not keeps:
+        raise AdapterError(
+            "ensure_weight_tying=True is kept only where the embedding is called embed_tokens, and here it is "
+            f"{names[0]}. Name {' and '.join(names)} in modules_to_save to let them part, or leave them out."
+        )
     if is_tied and adapted:
         raise AdapterError(
             f"target_modules {sorted(adapted)}: embedding and output head of this model are one tensor, and an adapter "
-            "on it cannot be merged. Train it whole: modules_to_save=['embed_tokens'] with ensure_weight_tying=True."
+            f"on it cannot be merged. {way}"
         )
     if is_tied and len(whole) == 1 and not settings.ensure_weight_tying:
         raise AdapterError(
             f"modules_to_save {sorted(whole)}: embedding and output head of this model are one tensor, and training "
-            "one copy would part them. Give ensure_weight_tying=True to keep them one, or name both to let them part."
+            f"one copy would part them. {keep}name both to let them part."
         )
     if (settings.takes_from_base or settings.rounds_base or settings.needs_rows) and adapted:
         raise AdapterError(

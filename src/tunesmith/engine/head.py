@@ -160,7 +160,7 @@ class LossHead:
         decoder = self.model.get_decoder()
         bounds = bounds_kwargs(cu_seqlens, max_length)
         engine = engine_of(self.model)
-        if engine is not None and not engine.plan.unknown:
+        if engine is not None and engine.plan.known and not engine.plan.unknown:
             # transformers compares positions, and waits for the device, only where there is no mask.
             bounds["attention_mask"] = position_ids[0]
         inputs: dict[str, torch.Tensor] = {"input_ids": input_ids}
