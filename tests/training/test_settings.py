@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,26 @@ def test_no_clipping_may_be_none(tmp_path: Path) -> None:
         trainer.train()
     first, second = (support.trainable(trainer.model) for trainer in ended)
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_what_is_set_on_the_arguments_later_counts(tmp_path: Path) -> None:
+    def trained(args: SFTConfig) -> SFTConfig:
+        rows = {"train_dataset": tiny.chat_rows(40), "processing_class": tiny.tiny_tokenizer()}
+        return SFTTrainer(support.adapted(), args, **rows).args
+
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    args.save_steps, args.eval_steps, args.warmup_steps, args.max_seq_length = 2, 3, 1, 256
+    made = trained(args)
+    assert (made.save_steps, made.eval_steps, made.warmup_steps, made.max_length) == (2, 3, 1, 256)
+    made = trained(args.set_evaluate(strategy="no"))
+    assert (made.eval_strategy, made.load_best_model_at_end) == ("no", False)
+    with pytest.raises(NotSupportedYetError, match="eval_strategy"):
+        trained(args.set_evaluate(strategy="epoch"))
+
+
+@pytest.mark.parametrize("given", [{}, {"warmup_ratio": 0.1}, {"eval_strategy": "no"}, {"eval_steps": 5}])
+def test_a_copy_with_another_value_means_the_same(given: dict[str, Any]) -> None:
+    args = SFTConfig(output_dir="runs/x", use_cpu=True, **given)
+    other = replace(replace(args, seed=1), seed=args.seed)
+    assert other.to_dict() == args.to_dict()
+    assert (other.evaluates, other.warmup_asked) == (args.evaluates, args.warmup_asked)

@@ -461,7 +461,7 @@ def test_python_and_command_line_have_the_same_defaults() -> None:
                 if name in ("max_steps", "eval_steps", "save_steps", "warmup_steps"):
                     continue  # transformers writes "not given" differently; the next lines check what it means.
                 assert getattr(own, "value", own) == entry.default, name
-    assert (config.max_steps, config.eval_steps_asked, config.save_steps_asked) == (-1, None, 0)
+    assert (config.max_steps, config.eval_steps, config.save_steps) == (-1, None, 0)
     assert config.get_warmup_steps(100) == 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from tunesmith.core.device import choose_device
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_WARMUP", "SFTConfig", "config_of", "dated_folder", "needs_evaluation"]
 
-DEFAULT_WARMUP = 0.05
+
+class _DefaultWarmup(float):
+    """A warmup that nobody asked for: it gives way to none in a run of few steps."""
+
+
+DEFAULT_WARMUP: float = _DefaultWarmup(0.05)
 """Share of the steps over which the learning rate rises when nothing is said."""
 
 
@@ -42,6 +49,9 @@ _WITHOUT_EFFECT = (
     "save_only_model", "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy",
     "use_liger_kernel",
 )  # fmt: skip
+
+
+_OF_THE_ROWS = ("eval_strategy", "eval_steps", "save_steps")
 
 
 @dataclass
@@ -116,14 +126,11 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Resolve aliases and defaults that depend on each other, then let transformers check the rest."""
         _refuse_without_effect(self)
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0  # no clipping either, in scripts for older versions
         _check_values(self)
         _read_trl(self)
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
             raise SettingsError("max_length and max_seq_length are the same setting. Give one of them.")
         self.max_length = self.max_length or self.max_seq_length
-        self.warmup_asked = self.warmup_ratio is not None or self.warmup_steps is not None
         self.warmup_steps = _warmup(self)
         # The library casts visibly and never by autocast: bf16 and fp16 only repeat what the weights already are.
         self.asked_for_optim = type(self.optim) is not _DefaultOptim
@@ -132,24 +139,49 @@ class SFTConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or choose_device().type == "cpu"
         self.output_dir = self.output_dir or str(dated_folder())
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
-        self.eval_steps_asked, self.save_steps_asked = self.eval_steps, self.save_steps
-        # Left out, it follows from whether there are rows; "no" also holds none back.
-        self.evaluates = self.eval_strategy != "no"
-        self.evaluation_asked = self.eval_strategy == "steps"
-        self.eval_split = self.eval_split if self.evaluates else 0.0
+        # What is left out follows from the rows (choose_cadence); transformers wants something in its place for now.
+        left_out = {name: getattr(self, name) for name in _OF_THE_ROWS if not getattr(self, name)}
         self.eval_strategy = self.eval_strategy or ("steps" if needs_evaluation(self) else "no")
         self.save_steps = self.save_steps or 500
-        # Whether there are rows to find the best step with is known later (choose_cadence).
         best, self.load_best_model_at_end = self.load_best_model_at_end, None
         super().__post_init__()
-        self.load_best_model_at_end = best
+        for name, value in {**left_out, "load_best_model_at_end": best}.items():
+            setattr(self, name, value)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a run evaluates where there are rows; "no" also holds none back."""
+        return _word(self.eval_strategy) != "no"
+
+    @property
+    def warmup_asked(self) -> bool:
+        """Whether somebody said how long the rate rises."""
+        return type(self.warmup_steps) is not _DefaultWarmup
+
+    def for_a_run(self) -> SFTConfig:
+        """Return a copy for one trainer to write its choices into.
+
+        What was set on this object since it was made (``args.save_steps = 50``, ``args.set_evaluate(...)``) counts.
+
+        Raises:
+            SettingsError, NotSupportedYetError: as at the beginning.
+        """
+        made = copy.copy(self)
+        _refuse_without_effect(made)
+        _check_values(made)
+        if type(made.optim) is str:
+            made.optim, made.asked_for_optim = OptimizerNames(made.optim), True
+        made.warmup_steps = _warmup(made)
+        made.max_length = made.max_length or made.max_seq_length
+        made.eval_split = made.eval_split if made.evaluates else 0.0
+        return made
 
 
 def needs_evaluation(config: SFTConfig) -> str | None:
     """Return the setting that means nothing without an evaluation, or None."""
     save, schedule = _word(config.save_strategy), _word(config.lr_scheduler_type)
     asked = {
-        "eval_strategy": config.evaluation_asked,
+        "eval_strategy": _word(config.eval_strategy) == "steps",
         "early_stopping_patience": config.early_stopping_patience is not None,
         "load_best_model_at_end": config.load_best_model_at_end is True,
         f"save_strategy={save}": save == "best",
@@ -200,17 +232,24 @@ _AS_SETTINGS = (
 
 def _check_values(config: SFTConfig) -> None:
     """Refuse values of another type or out of range, all at once; a text that is a number becomes one."""
+    if config.max_grad_norm is None:
+        config.max_grad_norm = 0.0  # no clipping either, in scripts for older versions
     defaults = {entry.name: entry.default for entry in fields(config)}
     given = {name: getattr(config, name) for name in (*_AS_SETTINGS, *_Steps.model_fields)}
-    given = {name: getattr(value, "value", value) for name, value in given.items() if value is not defaults[name]}
+    given = {
+        name: getattr(value, "value", value)
+        for name, value in given.items()
+        if value is not defaults[name] and type(value) is not _DefaultWarmup
+    }
     problems: list[str] = []
     for kind in (TrainingSettings, DataSettings, _Steps):
         own = _Steps.model_fields if kind is _Steps else set(kind.model_fields) - set(_Steps.model_fields)
         values = {name: value for name, value in given.items() if name in own}
         read, wrong = check(kind, {**values, "data": ""} if kind is DataSettings else values)
         problems += wrong
-        for name in values if read is not None else ():
-            setattr(config, name, getattr(read, name))
+        for name, value in values.items() if read is not None else ():
+            if (type(value), value) != (type(new := getattr(read, name)), new):
+                setattr(config, name, new)
     if problems:
         raise complaint("SFTConfig", problems)
     config.lr_scheduler_type = SCHEDULERS.get(config.lr_scheduler_type, config.lr_scheduler_type)
@@ -249,7 +288,8 @@ def _read_trl(config: SFTConfig) -> None:
 def _warmup(config: SFTConfig) -> float:
     """Return ``warmup_steps`` as transformers wants it: a number of steps, or a share below 1."""
     ratio, steps = config.warmup_ratio, config.warmup_steps
-    if ratio is not None and steps is not None:
+    steps = None if type(steps) is _DefaultWarmup else steps
+    if ratio is not None and steps not in (None, ratio):
         raise SettingsError("warmup_ratio and warmup_steps both set the warmup. Give one of them.")
     if ratio is not None and not 0 <= ratio < 1:
         raise SettingsError(f"warmup_ratio={ratio} must be in [0, 1).")

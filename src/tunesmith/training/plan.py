@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from transformers.trainer_utils import IntervalStrategy
 
 from tunesmith.core.errors import ModelError, SettingsError
 from tunesmith.core.settings import Settings, validate
@@ -201,9 +202,9 @@ def choose_cadence(args: SFTConfig, items: int, *, has_eval: bool) -> int:
             "the warmup of %g steps is not shorter than the run of %d: the rate never reaches learning_rate=%g",
             args.warmup_steps, total, args.learning_rate,
         )  # fmt: skip
-    args.eval_strategy = type(args.eval_strategy)("steps" if has_eval else "no")
-    args.eval_steps = args.eval_steps_asked or tenth
-    args.save_steps = args.save_steps_asked or (args.eval_steps if has_eval else tenth)
+    args.eval_strategy = IntervalStrategy("steps" if has_eval else "no")  # type: ignore[assignment]
+    args.eval_steps = args.eval_steps or tenth
+    args.save_steps = args.save_steps or (args.eval_steps if has_eval else tenth)
     args.load_best_model_at_end = has_eval and saves and args.load_best_model_at_end is not False
     args.metric_for_best_model, args.greater_is_better = ("loss", False) if has_eval else (None, None)
     if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:

@@ -15,7 +15,6 @@ all-reduce of the adapter's gradients at the end of the step costs less than hoo
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -112,11 +111,11 @@ class SFTTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        # What is decided for this run must not decide for the next one with the same arguments.
-        args = SFTConfig() if args is None else copy.copy(args)
+        args = SFTConfig() if args is None else args
         refuse_elsewhere(peft_config, compute_metrics, eval_dataset)
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        args = args.for_a_run()
         task = facts_of(model).task
         if task != CAUSAL_LM:
             raise ModelError(

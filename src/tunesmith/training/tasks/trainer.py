@@ -9,7 +9,6 @@ One process trains. Layers are transformers' own.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -82,10 +81,10 @@ class TaskTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        # What is decided for this run must not decide for the next one with the same arguments.
-        args = SFTConfig() if args is None else copy.copy(args)
+        args = SFTConfig() if args is None else args
         if not isinstance(args, SFTConfig):
             raise SettingsError(f"args is a {type(args).__name__}; an SFTConfig of tunesmith is needed.")
+        args = args.for_a_run()
         self._tokenizer = one_tokenizer(processing_class, tokenizer)
         give_padding(model, self._tokenizer)
         self.recipe = recipe_for(model, self._tokenizer)
