@@ -116,12 +116,23 @@ def test_ctrl_c_asks_for_a_clean_stop_once_and_is_given_back(tmp_path: Path) -> 
     watch.release()
 
 
-def test_ctrl_c_saves_a_step_that_is_not_the_best(tmp_path: Path) -> None:
-    class Press(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
+class Press(TrainerCallback):
+    """Ctrl-C in step 3."""
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(3, True), (4, False)])
+def test_ctrl_c_in_the_last_step_ends_nothing_early(steps: int, ends: bool, tmp_path: Path) -> None:
+    trainer = support.trainer(tmp_path, max_steps=steps, callbacks=[Press()])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.interrupted != ends
+
+
+def test_ctrl_c_saves_a_step_that_is_not_the_best(tmp_path: Path) -> None:
     trainer = support.trainer(
         tmp_path, rows=20, eval_dataset=tiny.chat_rows(4, seed=2), eval_steps=1, save_strategy="best",
         learning_rate=0.0, callbacks=[Press()],

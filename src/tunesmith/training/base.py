@@ -279,7 +279,7 @@ class RunTrainer(Trainer):
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended the last ``train()`` before its last step."""
-        return self._interrupts.interrupted
+        return self._interrupts.interrupted and self.state.global_step < self.state.max_steps
 
     # ---- checkpoints ----
 
