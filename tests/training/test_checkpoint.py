@@ -199,6 +199,13 @@ def test_a_checkpoint_goes_on_in_a_folder_of_its_own(run: Path, tmp_path: Path) 
         support.trainer(tmp_path / "new", **SETTINGS).train(resume_from_checkpoint=str(run / "checkpoint-3"))
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(run: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"run is the folder of a run. Name one of its checkpoints \(checkpoint-1, "
+    ):
+        support.trainer(run, **SETTINGS).train(resume_from_checkpoint=str(run))
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

@@ -71,6 +71,12 @@ def checkpoint_at(path: Path, run: dict[str, Any]) -> Path:
     if not path.is_dir():
         there = ", ".join(found.name for found in checkpoints_in(path.parent)) or "none"
         raise CheckpointError(f"there is no checkpoint {path}; in that folder: {there}.")
+    inside = ", ".join(found.name for found in checkpoints_in(path))
+    if inside:
+        raise CheckpointError(
+            f"{path} is the folder of a run. Name one of its checkpoints ({inside}), or resume_from_checkpoint=True to "
+            "take the newest whole one of output_dir."
+        )
     broken = damage(path)
     if broken is not None:
         raise CheckpointError(
