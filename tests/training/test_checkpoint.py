@@ -206,6 +206,16 @@ def test_the_folder_of_a_run_is_no_checkpoint(run: Path) -> None:
         support.trainer(run, **SETTINGS).train(resume_from_checkpoint=str(run))
 
 
+def test_a_run_that_goes_on_has_started_before(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "eval_dataset": tiny.chat_rows(4, seed=2), "eval_steps": 2, "eval_on_start": True}
+    support.trainer(tmp_path, **settings).train()
+    straight = support.metrics(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    support.trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert [line["step"] for line in straight if "eval_loss" in line] == [0, 2, 4]
+    assert support.metrics(tmp_path)[:-1] == straight[:-1]
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

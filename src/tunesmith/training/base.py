@@ -140,6 +140,12 @@ class RunTrainer(Trainer):
         """As Trainer's, whose answer decides with save_strategy="best" what is saved: also a run that Ctrl-C ends."""
         return super()._determine_best_metric(*args, **kwargs) or self._interrupts.is_stopping
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As Trainer's, which with eval_on_start (it skips the schedule there alone) evaluates at each resume too."""
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)  # type: ignore[no-any-return]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, which takes a step before it looks whether a checkpoint has one left to take."""
         if not self.control.should_training_stop:
