@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tests import tiny, tiny_tasks
 
 from tunesmith.core.errors import DataError
-from tunesmith.data.task_rows import collect_labels, label_number, read_records
+from tunesmith.data.task_rows import collect_labels, label_number, read_records, refuse_other_numbers
 from tunesmith.data.tasks import IGNORED, TaskData, prepare_records, split_task_rows
 from tunesmith.training.tasks.recipes import recipe_for
 
@@ -338,3 +339,15 @@ def test_a_mapped_column_that_a_row_lacks_is_not_replaced_by_a_usual_one() -> No
 
 def test_a_limit_is_the_number_of_rows_read() -> None:
     assert len(list(read_records(tiny_tasks.colour_rows(5), "SEQ_CLS", limit=3))) == 3
+
+
+def test_classes_of_a_data_set_in_another_order_than_the_labels_of_the_model() -> None:
+    classes = datasets.ClassLabel(names=["warm", "cold"])
+    one = datasets.Dataset.from_list([{"label": 0}]).cast_column("label", classes)
+    several = datasets.Dataset.from_list([{"tags": [0]}]).cast_column("tags", datasets.Sequence(classes))
+    for source in (one, several, datasets.DatasetDict({"train": one})):
+        refuse_other_numbers(source, ["warm", "cold"])
+        refuse_other_numbers(source, ["LABEL_0", "LABEL_1"])
+        with pytest.raises(DataError, match=r"label 0 would be trained as 'cold'.*id2label=\{0: 'warm', 1: 'cold'\}"):
+            refuse_other_numbers(source, ["cold", "warm"])
+    refuse_other_numbers([{"label": 0}], ["cold", "warm"])

@@ -17,7 +17,16 @@ from tunesmith.data.files import Source, read_rows
 from tunesmith.data.readers import kind_of
 from tunesmith.data.types import SourceRow
 
-__all__ = ["ROLES", "Record", "answers_of", "collect_labels", "label_name", "label_number", "read_records"]
+__all__ = [
+    "ROLES",
+    "Record",
+    "answers_of",
+    "collect_labels",
+    "label_name",
+    "label_number",
+    "read_records",
+    "refuse_other_numbers",
+]
 
 # Task -> what its rows hold -> usual names of the column; a question mark: may be missing.
 ROLES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -113,6 +122,23 @@ def label_number(value: object, labels: Sequence[str], where: str) -> int:
         f"{where}: label {value!r} is none of the model's labels ({known}).{did_you_mean(name, labels)} Load the model "
         "with id2label, or mend the row."
     )
+
+
+def refuse_other_numbers(source: Any, labels: Sequence[str]) -> None:
+    """Refuse a ``datasets`` object whose column of classes gives the model's labels other numbers than the model does.
+
+    Raises:
+        DataError: naming both orders.
+    """
+    part = next(iter(source.values()), None) if isinstance(source, dict) else source
+    for feature in (getattr(part, "features", None) or {}).values():
+        names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list of tags, or of a label
+        if names and set(names) == set(labels) and list(names) != list(labels):
+            own = dict(enumerate(names))
+            raise DataError(
+                f"the data set numbers its labels {', '.join(names)} and the model {', '.join(labels)}: label 0 would "
+                f"be trained as {labels[0]!r}. Load the model with id2label={own}."
+            )
 
 
 def answers_of(record: Record) -> list[tuple[str, int | None]]:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from tunesmith.core.errors import NotSupportedYetError, SettingsError
 from tunesmith.core.files import make_folder
-from tunesmith.data.task_rows import read_records
+from tunesmith.data.task_rows import read_records, refuse_other_numbers
 from tunesmith.data.tasks import TaskData, TaskRow, prepare_records, split_task_rows
 from tunesmith.engine.modes import evaluation_mode
 from tunesmith.models.heads import give_padding
@@ -137,6 +137,7 @@ class TaskTrainer(RunTrainer):
     def _prepare(self, rows: Any, args: SFTConfig) -> TaskData:
         if isinstance(rows, TaskData):
             return rows
+        refuse_other_numbers(rows, self.recipe.labels)
         records = read_records(rows, self._task, mapping=self._mapping)
         common: dict[str, Any] = {"max_length": args.max_length, "on_too_long": args.on_too_long}
         data = prepare_records(records, self._task, self._tokenizer, labels=self.recipe.labels, **common)
