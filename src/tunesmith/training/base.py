@@ -140,6 +140,12 @@ class RunTrainer(Trainer):
         """As Trainer's, whose answer decides with save_strategy="best" what is saved: also a run that Ctrl-C ends."""
         return super()._determine_best_metric(*args, **kwargs) or self._interrupts.is_stopping
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which takes from a checkpoint how often is logged, whatever is asked for now."""
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """As Trainer's, which with eval_on_start (it skips the schedule there alone) evaluates at each resume too."""
         if skip_scheduler and self.state.global_step > 0:
