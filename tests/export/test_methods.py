@@ -73,6 +73,9 @@ def test_arguments_of_the_wrong_kind_are_refused_before_anything_is_written(
     for write in (model.save_pretrained_merged, model.save_pretrained_gguf):
         with pytest.raises(SettingsError, match=message):
             write(tmp_path / "out", **{"tokenizer": tokenizer, **given})
+    if "adapters" not in given:
+        with pytest.raises(SettingsError, match=message):
+            model.save_pretrained_torchao(tmp_path / "out", **{"tokenizer": tokenizer, **given})
     assert not list(tmp_path.iterdir())
 
 

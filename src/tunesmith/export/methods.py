@@ -343,6 +343,7 @@ def save_quantized(
     if token and not push_to_hub:
         raise SettingsError("token is for uploads: give push_to_hub=True too, or leave it out.")
     _refuse_other_tasks(model)
+    _check_given(model, tokenizer, None, prompts)
     push = checked(Push(_repository(save_directory), token=token or None)) if push_to_hub else None
     folder = Path(save_directory).expanduser()
     report = export_torchao(model, folder, tokenizer, torchao_config, prompts=prompts)
