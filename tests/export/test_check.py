@@ -79,6 +79,16 @@ def test_what_servers_do_not_take_is_said(arguments: dict[str, Any], message: st
     assert not problems(tmp_path / "adapter")
 
 
+def test_that_servers_do_not_take_trained_tokens_is_said(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    tiny.save_model(tmp_path / "model")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[3])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).save_pretrained(tmp_path / "it")
+    assert any("tokens that were trained: servers" in finding.text for finding in check_adapter(tmp_path / "it"))
+
+
 def test_a_folder_that_is_cut_short(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

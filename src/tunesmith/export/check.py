@@ -94,6 +94,7 @@ def _servers(config: Any, stored: dict[str, torch.Tensor]) -> Iterator[Finding]:
     for name, what in (
         ("use_dora", "DoRA"),
         ("modules_to_save", "modules that train whole"),
+        ("trainable_token_indices", "tokens that were trained"),
         ("lora_bias", "lora_bias"),
     ):
         if getattr(config, name, None):
