@@ -138,6 +138,25 @@ def test_other_kinds_than_lora_are_refused(base: Path, tmp_path: Path) -> None:
             load_source(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("left", "message"), [("adapter_model.bin", "holds adapter_model.bin, a pickle"), (None, "is missing")]
+)
+def test_an_adapter_without_safetensors_is_refused_wherever_it_is_named(
+    left: str | None, message: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    save_adapter(base, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.rename(tmp_path / left) if left else weights.unlink()
+    beside: Any = load_source(str(adapter), trainable=False)[0]
+    for load in (
+        lambda: load_source(str(tmp_path)),
+        lambda: load_source(str(base), adapter=str(tmp_path)),
+        lambda: load_beside(beside, "x", tmp_path),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            load()
+
+
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 def test_an_adapter_writes_text_whether_it_names_its_task_or_not(task: str | None, base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "first", task_type=task)

@@ -52,7 +52,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def load_source(
@@ -289,18 +289,18 @@ def _parts(name: str, adapter: str | None) -> tuple[ModelSource, ModelSource | N
     if adapter is None:
         if source.kind != "adapter":
             return source, None
-        _refuse_other_kind(source)
+        _refuse_unreadable(source)
         return base_of(Path(source.path)), source
     beside = find_model(adapter)
     if beside.kind != "adapter":
         raise AdapterError(f"adapter {adapter} is no adapter: it holds no {_CONFIG}. Give a run's folder.")
-    _refuse_other_kind(beside)
+    _refuse_unreadable(beside)
     if source.kind == "adapter":
         raise AdapterError(f"model {name} already is an adapter on its base. Leave the adapter out, or name the base.")
     return source, beside
 
 
-def _refuse_other_kind(adapter: ModelSource) -> None:
+def _refuse_unreadable(adapter: ModelSource) -> None:
     """PEFT has other kinds (IA3, LoHa, prompts ...), whose layers nothing here reads."""
     kind = read_config(Path(adapter.path)).get("peft_type", "LORA")
     if kind != "LORA":
@@ -308,6 +308,18 @@ def _refuse_other_kind(adapter: ModelSource) -> None:
             f"adapter {adapter.name} is of the kind {kind}; only LORA is loaded. Merge it with PEFT "
             "(merge_and_unload) where its kind allows that, and load the merged model."
         )
+    _require_weights(Path(adapter.path))
+
+
+def _require_weights(adapter: Path) -> None:
+    if (adapter / _WEIGHTS).is_file():
+        return
+    if (adapter / _PICKLE).is_file():
+        raise AdapterError(
+            f"{adapter} holds {_PICKLE}, a pickle, which can run code when it is read: only {_WEIGHTS} is read. Load "
+            "it with PEFT where you trust it, and save it again with save_pretrained."
+        )
+    raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
 
 
 def _has_tokenizer(adapter: ModelSource) -> bool:
@@ -327,8 +339,7 @@ def base_of(adapter: Path) -> ModelSource:
         ModelError: the base is not found where the adapter says it is.
     """
     config = read_config(adapter)
-    if not (adapter / _WEIGHTS).is_file():
-        raise AdapterError(f"{adapter}: {_WEIGHTS} is missing. Copy the adapter again.")
+    _require_weights(adapter)
     own = base_beside(adapter)
     if own is not None:
         return ModelSource("folder", str(own), str(own))
@@ -394,6 +405,7 @@ def load_beside(model: PeftModel, name: str, adapter: Path) -> None:
     Raises:
         AdapterError: it does not fit the base, or one of the two changed the base for itself.
     """
+    _require_weights(adapter)
     refuse_other_base(name, adapter, model)
     try:
         model.load_adapter(str(adapter), name, is_trainable=False)
