@@ -27,6 +27,12 @@ def test_what_a_folder_holds(files: tuple[str, ...], kind: str, tmp_path: Path) 
     assert source.path == str(tmp_path / "m" / "m.gguf" if kind == "gguf" else tmp_path / "m")
 
 
+def test_a_model_saved_over_an_adapter_is_not_taken_for_either(tmp_path: Path) -> None:
+    make(tmp_path / "m", "adapter_config.json", "config.json", "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match=r"holds a model and an adapter \(config.json and adapter_config.json\)"):
+        find_model(str(tmp_path / "m"))
+
+
 def test_files_and_hub_ids(tmp_path: Path) -> None:
     file = make(tmp_path, "m.GGUF") / "m.GGUF"
     assert (find_model(str(file)).kind, find_model(str(file)).path) == ("gguf", str(file))

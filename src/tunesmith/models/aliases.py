@@ -104,6 +104,11 @@ def _runs_in(folder: Path) -> list[str]:
 
 def _in_folder(path: Path, name: str) -> ModelSource:
     if (path / "adapter_config.json").is_file():
+        if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+            raise ModelError(
+                f"model {name}: the folder holds a model and an adapter (config.json and adapter_config.json), one "
+                "saved over the other. Move the files of one of them to a folder of their own."
+            )
         return ModelSource("adapter", str(path), name)
     if (path / "config.json").is_file():
         return ModelSource("folder", str(path), name)
