@@ -191,3 +191,12 @@ def test_the_process_knows_its_memory() -> None:
         assert resident_bytes() >= before + 60 * 2**20
         assert peak_bytes() >= resident_bytes() - 2**22
     assert available_bytes() > 0
+
+
+def test_a_width_that_the_config_leaves_open_is_four_times_the_hidden_one() -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(vocab_size=99, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
+    model = FastLanguageModel.get_peft_model(GPTNeoForCausalLM(config), use_gradient_checkpointing=False)
+    assert config.intermediate_size is None
+    assert shape_of(model).ffn == 128

@@ -34,6 +34,14 @@ _EQUIVALENTS = (
 _QUERIES = {"q_proj", "qkv_proj", "query_key_value", "query"}
 
 
+# Kind of model -> layers whose weights it reads past their forward: PEFT refuses an adapter there, or none is seen.
+_READ_PAST = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("dt_proj", "out_proj")),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
+    "jamba": ("dt_proj",),
+}
+
+
 def linear_layers(model: nn.Module) -> list[str]:
     """Return the names of all linear layers except output heads, in model order.
 
@@ -100,7 +108,9 @@ def resolve_targets(
     if asked is None:
         # A repeated layer has a number in its name.
         repeated = [name for name in linear_layers(model) if re.search(r"\.\d+\.", name)]
-        return usual_names(name.rpartition(".")[2] for name in repeated) or existing
+        names = usual_names(name.rpartition(".")[2] for name in repeated) or existing
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        return [name for name in names if name not in _READ_PAST.get(kind, ())]
     if asked == "all-linear":
         return existing
     if not asked:

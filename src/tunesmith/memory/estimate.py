@@ -214,7 +214,9 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
     heads = getattr(config, "num_attention_heads", None) or 1
     return MemoryShape(
         hidden=config.hidden_size,
-        ffn=_ffn(decoder[0], layers[0]) if layers else getattr(config, "intermediate_size", 4 * config.hidden_size),
+        ffn=_ffn(decoder[0], layers[0])
+        if layers
+        else getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=weight.shape[0],
         layers=layers,
         count=count,
