@@ -110,6 +110,12 @@ def test_labels_that_do_not_fit_each_other(arguments: dict[str, Any], message: s
         read_labels(**arguments)
 
 
+@pytest.mark.parametrize("seed", [None, "7", 7.0, -1])
+def test_a_seed_that_is_no_number_is_refused(bert: Path, seed: Any) -> None:
+    with pytest.raises(SettingsError, match=f"random_state={seed!r}: a whole number of at least 0 is needed"):
+        load(bert, task_type="SEQ_CLS", random_state=seed)
+
+
 def test_a_number_alone_names_the_labels_as_transformers_does() -> None:
     assert read_labels(2) == ("LABEL_0", "LABEL_1")
     assert read_labels() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from tunesmith.core.errors import SettingsError
 
@@ -12,13 +13,14 @@ __all__ = ["seeded"]
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None]:
+def seeded(seed: Any) -> Generator[None]:
     """Seed torch, numpy and random for the block and give them back their states."""
     import numpy as np
     import torch
 
-    if isinstance(seed, bool) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise SettingsError(f"random_state={seed!r}: a whole number of at least 0 is needed.")
+    seed = int(seed)
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
