@@ -133,6 +133,16 @@ def test_the_saved_base_is_what_so_many_bits_hold(bits: int, base: Path, tmp_pat
     assert near < 0.1 * far
 
 
+@pytest.mark.parametrize("modules", [None, ["embed_tokens", "lm_head"]], ids=["frozen", "trained"])
+def test_a_grown_base_is_found_with_its_rows(modules: Any, base: Path, tmp_path: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(str(base), dtype="float32", resize_model_vocab=340)
+    model = FastLanguageModel.get_peft_model(model, r=4, init_lora_weights="loftq", modules_to_save=modules)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load(tmp_path / "adapter")
+    assert again.get_input_embeddings().weight.shape[0] == 340
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_switched_off_it_answers_as_the_saved_base(base: Path, tmp_path: Path) -> None:
     model = adapt(base, modules_to_save=["lm_head"])
     model.get_base_model().lm_head.modules_to_save["default"].weight.data.add_(0.1)

@@ -236,7 +236,7 @@ class AdapterModel(PeftModel):
             save_directory,
             safe_serialization=safe_serialization,
             selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
+            save_embedding_layers=starts.embeddings_to_save(save_embedding_layers, self, has_base=keeps),
             is_main_process=is_main_process,
             path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
             **kwargs,

@@ -9,7 +9,14 @@ from typing import Any
 
 from tunesmith.core.errors import AdapterError
 
-__all__ = ["changes_base", "read_config", "refuse_lost_base", "refuse_shared_base", "repeats_on_base"]
+__all__ = [
+    "changes_base",
+    "embeddings_to_save",
+    "read_config",
+    "refuse_lost_base",
+    "refuse_shared_base",
+    "repeats_on_base",
+]
 
 _CONFIG = "adapter_config.json"
 _CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -37,6 +44,14 @@ def changes_base(start: Any) -> bool:
 def repeats_on_base(start: Any) -> bool:
     """Return whether PEFT repeats at every load what such a start took out of the base."""
     return isinstance(start, str) and start.startswith(("pissa", "olora"))
+
+
+def embeddings_to_save(asked: str | bool, model: Any, *, has_base: bool) -> str | bool:
+    """Return PEFT's ``save_embedding_layers``: "auto" saves a grown embedding, which a base saved beside holds too."""
+    if asked != "auto" or not has_base:
+        return asked
+    targets = model.peft_config["default"].target_modules or ()
+    return "auto" if any(end in targets for end in ("embed_tokens", "lm_head")) else False
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
