@@ -135,7 +135,7 @@ def test_ctrl_c_in_the_last_step_ends_nothing_early(steps: int, ends: bool, tmp_
 def test_ctrl_c_saves_a_step_that_is_not_the_best(tmp_path: Path) -> None:
     trainer = support.trainer(
         tmp_path, rows=20, eval_dataset=tiny.chat_rows(4, seed=2), eval_steps=1, save_strategy="best",
-        learning_rate=0.0, callbacks=[Press()],
+        learning_rate=1e-30, callbacks=[Press()],
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_global_step == 1

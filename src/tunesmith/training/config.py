@@ -235,11 +235,12 @@ def _check_values(config: SFTConfig) -> None:
     if config.max_grad_norm is None:
         config.max_grad_norm = 0.0  # no clipping either, in scripts for older versions
     defaults = {entry.name: entry.default for entry in fields(config)}
+    left_out = (type(LORA_RATE), _DefaultWarmup, _DefaultOptim)  # a copy of a default is none by identity
     given = {name: getattr(config, name) for name in (*_AS_SETTINGS, *_Steps.model_fields)}
     given = {
         name: getattr(value, "value", value)
         for name, value in given.items()
-        if value is not defaults[name] and type(value) is not _DefaultWarmup
+        if value is not defaults[name] and not isinstance(value, left_out)
     }
     problems: list[str] = []
     for kind in (TrainingSettings, DataSettings, _Steps):
