@@ -25,7 +25,7 @@ from tunesmith.engine.float8 import why_no_products
 from tunesmith.engine.host import compute_device, is_on_host
 from tunesmith.engine.policies import Policy, kept_names, kept_values
 from tunesmith.engine.read import is_quantized, quantized_bytes
-from tunesmith.ops.attention_varlen.cpu import groups_of, most_scores, sizes_for
+from tunesmith.ops.attention_varlen.cpu import groups_of, sizes_for
 
 __all__ = [
     "LIBRARIES_BYTES",
@@ -444,12 +444,10 @@ def _layer_bytes(shape: MemoryShape, part: PartShape, lanes: int = 1) -> int:
     for group in groups_of(tuple(part.lengths), shape.heads, step, positions):
         # Lanes share the documents of a part.
         together, length = -(-len(group.lengths) // lanes), group.length
-        # q, k, v and the gradients of output and q; those of k and v in sums.
+        block = shape.heads * min(length, positions) * length
+        # q, k, v and the gradients of output and q; those of k and v in sums. Two products, weights, their slope.
         grids = together * length * ((3 * query + 3 * keys) * size + 2 * keys * wide)
-        # Weights and their gradient; where they are widened both in both widths, and the slope of a softcap.
-        rows = min(length, positions) * shape.heads // max(1, shape.key_heads)
-        block = most_scores(together * shape.key_heads, rows * length)
-        scores = block * (2 * size + (2 * (size + wide) if size < 4 else 0) + (2 * wide if shape.softcap else 0))
+        scores = together * block * (2 * size + 2 * wide + (2 * (size + wide) if size < 4 else 0))
         most = max(most, grids + scores)
     return own + most * min(lanes, len(part.lengths))
 

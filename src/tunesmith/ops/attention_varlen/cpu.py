@@ -32,17 +32,10 @@ from tunesmith.ops.attention_varlen.documents import Lengths, host_lengths
 from tunesmith.ops.rows import wide_dtype
 from tunesmith.ops.scripted import scripted
 
-__all__ = ["Group", "backward", "forward", "groups_of", "most_scores", "sizes_for"]
+__all__ = ["Group", "backward", "forward", "groups_of", "sizes_for"]
 
 _MOST_SCORES = 4 * 2**20
 """Scores of one product at most: 16 MB in float32, so that a batch of documents stays near the cache."""
-
-_MOST_SCORES_OF_A_HEAD = 2**18
-"""Scores of one head in one block up to which heads are one batched product.
-
-Longer ones are computed a head at a time: scores stay in the cache, and keys are matrices without gaps, of which the
-matrix library makes no copies.
-"""
 
 _STEP = 32
 # Rows of one block of queries: positions times heads that share a key head.
@@ -188,27 +181,6 @@ def _hidden(rows: int, keys: int, window: int | None, like: torch.Tensor) -> tor
     return torch.zeros((rows, keys), dtype=like.dtype).masked_fill_(hidden, -math.inf).to(like.device)
 
 
-def _heads_at_once(heads: int, scores: int, most: int = _MOST_SCORES_OF_A_HEAD) -> int:
-    """Return how many of ``heads``, with ``scores`` each in a block, are computed together."""
-    return 1 if scores > most else heads
-
-
-def most_scores(heads: int, scores: int, most: int = _MOST_SCORES_OF_A_HEAD) -> int:
-    """Return the most scores that are held at a time where a head has up to ``scores`` in a block."""
-    return max(scores, heads * min(scores, most))
-
-
-def _some(x: torch.Tensor, head: int, many: int, first: int, end: int) -> torch.Tensor:
-    """Return rows from ``first`` to ``end`` of ``many`` heads of ``x``; of one head a matrix, which has no gaps."""
-    return x[head, first:end] if many == 1 else x[head : head + many, first:end]
-
-
-def _in(buffer: torch.Tensor, many: int, rows: int, columns: int) -> torch.Tensor:
-    """Return the start of ``buffer`` in the form of :func:`_some`."""
-    flat = buffer[: many * rows * columns]
-    return flat.view(rows, columns) if many == 1 else flat.view(many, rows, columns)
-
-
 def _weights(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -218,14 +190,13 @@ def _weights(
     window: int | None,
     softcap: float | None,
     wide: torch.dtype,
-    scores: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return P (heads, positions * sharing, keys) and, with a softcap, the slope of the cap.
 
-    P is in 16 bits, and lies in ``scores``, where S, as the product rounds it, is all there is to know. ``square`` is
-    what a whole block hides of its own keys.
+    P is in 16 bits where S, as the product rounds it, is all there is to know. ``square`` is what a whole block hides
+    of its own keys.
     """
-    torch.matmul(queries, keys.transpose(-2, -1), out=scores)
+    scores = torch.bmm(queries, keys.transpose(1, 2))
     if softcap is not None or scale != 1.0:
         scores = scores.to(wide)
     if scale != 1.0:
@@ -235,13 +206,13 @@ def _weights(
         scores.div_(softcap).tanh_()
         slope = 1 - scores * scores
         scores.mul_(softcap)
-    rows, count = queries.size(-2) // sharing, keys.size(-2)
-    grid = scores.unflatten(-2, (rows, sharing))
+    rows, count = queries.size(1) // sharing, keys.size(1)
+    grid = scores.unflatten(1, (rows, sharing))
     if window is None:
-        grid.narrow(-1, count - rows, rows).add_(square[:rows, :rows].unsqueeze(1))
+        grid[:, :, :, count - rows :].add_(square[:rows, :rows].unsqueeze(1))
     else:
         grid.add_(_hidden(rows, count, window, scores).unsqueeze(1))
-    return torch.softmax(scores, -1, out=scores), slope
+    return torch.softmax(scores, -1), slope
 
 
 @scripted
@@ -269,17 +240,13 @@ def _forward(
         q.mul_(before)
     found = q.new_empty((q.size(0), q.size(1), v.size(2)))
     square = _hidden(block, block, None, q)
-    room = q.new_empty(most_scores(q.size(0), min(block, length) * sharing * length))
     for first in range(0, length, block):
         documents, begin, end = _reach(first, block, length, window, lengths)
-        count, top, bottom = documents * key_heads, first * sharing, end * sharing
-        many = _heads_at_once(count, (bottom - top) * (end - begin))
-        for head in range(0, count, many):
-            scores = _in(room, many, bottom - top, end - begin)
-            weights, _ = _weights(_some(q, head, many, top, bottom), _some(k, head, many, begin, end), square, sharing,
-                                  behind, window, softcap, wide, scores)  # fmt: skip
-            rows = _some(found, head, many, top, bottom)
-            torch.matmul(weights.to(v.dtype), _some(v, head, many, begin, end), out=rows)
+        count = documents * key_heads
+        queries = q[:count, first * sharing : end * sharing]
+        weights, _ = _weights(queries, k[:count, begin:end], square, sharing, behind, window, softcap, wide)
+        rows = found[:count, first * sharing : end * sharing]
+        torch.bmm(weights.to(v.dtype), v[:count, begin:end], out=rows)
     _scatter(found, out, sharing, starts, lengths)
 
 
@@ -313,31 +280,23 @@ def _backward(
     # In float32 at least: in 16 bits late blocks would be rounded away.
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     square = _hidden(block, block, None, q)
-    room = q.new_empty(most_scores(q.size(0), min(block, length) * sharing * length))
-    d_room = torch.empty_like(room)
     for first in range(0, length, block):
         documents, begin, end = _reach(first, block, length, window, lengths)
-        count, top, bottom = documents * key_heads, first * sharing, end * sharing
-        many = _heads_at_once(count, (bottom - top) * (end - begin))
-        for head in range(0, count, many):
-            queries, keys = _some(q, head, many, top, bottom), _some(k, head, many, begin, end)
-            values, d_part = _some(v, head, many, begin, end), _some(d_found, head, many, top, bottom)
-            scores = _in(room, many, bottom - top, end - begin)
-            weights, slope = _weights(queries, keys, square, sharing, behind, window, softcap, wide, scores)
-            _some(dv, head, many, begin, end).add_(torch.matmul(weights.to(v.dtype).transpose(-2, -1), d_part))
-            d_weights = _in(d_room, many, bottom - top, end - begin)
-            torch.matmul(d_part, values.transpose(-2, -1), out=d_weights)
-            d_weights = d_weights.to(weights.dtype)
-            d_scores = torch.ops.aten._softmax_backward_data(
-                d_weights, weights, -1, weights.dtype, grad_input=d_weights
-            )
-            if slope is not None:
-                d_scores.mul_(slope)
-            if behind != 1.0:
-                d_scores.mul_(behind)
-            d_scores = d_scores.to(q.dtype)
-            torch.matmul(d_scores, keys, out=_some(dq, head, many, top, bottom))
-            _some(dk, head, many, begin, end).add_(torch.matmul(d_scores.transpose(-2, -1), queries))
+        count = documents * key_heads
+        queries = q[:count, first * sharing : end * sharing]
+        keys, d_part = k[:count, begin:end], d_found[:count, first * sharing : end * sharing]
+        weights, slope = _weights(queries, keys, square, sharing, behind, window, softcap, wide)
+        dv[:count, begin:end].add_(torch.bmm(weights.to(v.dtype).transpose(1, 2), d_part))
+        d_weights = torch.bmm(d_part, v[:count, begin:end].transpose(1, 2)).to(weights.dtype)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        if slope is not None:
+            d_scores.mul_(slope)
+        if behind != 1.0:
+            d_scores.mul_(behind)
+        d_scores = d_scores.to(q.dtype)
+        rows = dq[:count, first * sharing : end * sharing]
+        torch.bmm(d_scores, keys, out=rows)
+        dk[:count, begin:end].add_(torch.bmm(d_scores.transpose(1, 2), queries))
     if before != 1.0:
         dq.mul_(before)
     _scatter(dq, dquery, sharing, starts, lengths)
