@@ -244,7 +244,7 @@ def shape_of(model: Any, *, kind: str | None = None, itemsize: int | None = None
 
 def present_when_loaded(shape: MemoryShape, here: int) -> int:
     """Return what a process that holds ``here`` bytes, libraries and data, will hold with the model there."""
-    left = _LOADING + (_QUANTIZING if shape.written_out else 0)
+    left = _LOADING + (_QUANTIZING if shape.written_out or shape.codes else 0)
     return shape.base_bytes + shape.trained_bytes + ((here + left) if shape.kind == "cpu" else 0)
 
 

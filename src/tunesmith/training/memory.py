@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.core.memory import available_bytes, peak_bytes, resident_bytes
+from tunesmith.core.memory import available_bytes, peak_bytes, resident_bytes, trim_heap
 from tunesmith.data.parts import split_batch
 from tunesmith.engine.install import engine_of
 from tunesmith.engine.policies import Policy
@@ -101,6 +101,7 @@ def plan_run(trainer: SFTTrainer) -> TrainingPlan:
         mode = facts_of(model).checkpointing
         return unpredicted_plan(mode, "what images need is not predicted yet")
     on_gpu = args.device.type == "cuda"
+    trim_heap()  # what loading freed is no part of what the run needs
     work = work_of(trainer.train_dataset, trainer.eval_dataset, args, multiple=trainer.axis_multiple)
     return plan_training(
         shape_of(model, kind=args.device.type),
