@@ -58,8 +58,10 @@ def work_of(dataset: Any, eval_dataset: Any, args: Any, *, multiple: int) -> Wor
     for epoch in range(max(1, min(_EPOCHS_LOOKED_AT, int(np.ceil(epochs))))):
         order.set_epoch(epoch)
         for indices in order:
+            if 0 < most <= len(batches):
+                break
             chosen = [index for index in indices if index >= 0]
-            if not chosen or 0 < most <= len(batches):
+            if not chosen:
                 continue
             batches.append([document for index in chosen for document in items[index]])
             sizes = [length for index in chosen for length in lengths[index]]
