@@ -1,11 +1,12 @@
 """Predicted and measured peak memory of training runs, each in a process of its own.
 
-    python -m benchmarks.memory [--record] [--only TEXT]
+    python -m benchmarks.memory [--device cuda] [--record] [--only TEXT]
 
 A run loads a model, trains a few steps with a checkpoint, and reports two predictions beside the peak resident set of
-its process: ``planned``, from shapes alone before anything is loaded, and ``predicted``, the trainer's own with the
-model there. ``--record`` appends a JSON line a configuration to ``results/memory.jsonl``, with the ratio of
-prediction and measurement. Random models are made once under ``.cache/benchmarks/memory``.
+its process (on a GPU: beside the most that torch allocated there): ``planned``, from shapes alone before anything is
+loaded, and ``predicted``, the trainer's own with the model there. ``--record`` appends a JSON line a configuration to
+``results/memory.jsonl``, with the ratio of prediction and measurement. Random models are made once under
+``.cache/benchmarks/memory``.
 
 The arm ``transformers`` is what ``use_gradient_checkpointing="unsloth"`` is compared with: transformers and PEFT alone,
 gradient checkpointing on, the documents of the micro-batch padded to one length, AdamW.
@@ -95,6 +96,24 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
 are as long as a run has to be before its memory stands still: new numbers of tokens leave new kernels and new holes."""
 
 
+_LLAMA = {"model": "llama-1b", "dtype": "bfloat16", "steps": 3}
+ON_A_GPU: tuple[dict[str, Any], ...] = (
+    *({**_LLAMA, "mode": mode, "batch": 8, "length": 1024, "r": 16}
+      for mode in (False, "selective", True, "offload", "unsloth")),
+    {**_LLAMA, "mode": False, "batch": 16, "length": 400, "r": 64, "vary": True, "trained": 0.2},
+    {**_LLAMA, "mode": "selective", "batch": 4, "length": 2048, "r": 16, "width": "4bit"},
+    {**_LLAMA, "mode": "unsloth", "batch": 4, "length": 1024, "r": 16, "width": "8bit"},
+    {**_LLAMA, "mode": "unsloth", "batch": 4, "length": 1024, "r": 16, "width": "fp8"},
+    {**_LLAMA, "mode": True, "batch": 4, "length": 1024, "r": 0, "full": True},
+    {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 180, "r": 16, "vary": True,
+     "dtype": "bfloat16", "steps": 12},
+    {"model": _SMOL, "mode": False, "batch": 8, "length": 180, "r": 16, "vary": True, "width": "4bit",
+     "dtype": "bfloat16", "steps": 12},
+    {"model": _SMOL, "mode": "unsloth", "batch": 8, "length": 180, "r": 0, "vary": True, "full": True,
+     "dtype": "bfloat16"},
+)  # fmt: skip
+
+
 def name_of(spec: dict[str, Any]) -> str:
     """Return a configuration in one line."""
     extra = [
@@ -120,8 +139,8 @@ def measure(spec: dict[str, Any], *, timeout: float = 3000) -> dict[str, Any]:
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(spec)],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
-        # It is main memory that is measured, also where a GPU is there.
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        # It is main memory that is measured, also where a GPU is there, unless the GPU is asked for.
+        env={**os.environ, **({} if spec.get("device") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})},
     )  # fmt: skip
     if ended.returncode:
         raise RuntimeError(f"{name_of(spec)} failed: {ended.stderr[-2000:]}")
@@ -166,6 +185,8 @@ def _rows(spec: dict[str, Any], vocabulary: int) -> list[tuple[Any, Any]]:
 def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import warnings
 
+    import torch
+
     warnings.simplefilter("ignore")
     from tunesmith import FastLanguageModel, SFTConfig, SFTTrainer
     from tunesmith.adapters.inject import inject_adapter, train_all_weights
@@ -186,7 +207,8 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     mode: Any = Policy(spec["mode"]) if spec["mode"] == "sel_mlp" else spec["mode"]
     asked = "selective" if isinstance(mode, Policy) else mode
     dtype = spec.get("dtype", "float32")
-    width, full = spec.get("width"), spec.get("full", False)
+    width, full, on_gpu = spec.get("width"), spec.get("full", False), spec.get("device") == "cuda"
+    kind = "cuda" if on_gpu else "cpu"
     stored = None if full else width  # weights that all train are stored whole, and computed with in 4 bits
     empty, source = empty_source(spec["folder"], dtype=dtype, width=stored)
     ledger, kept = Ledger(), []
@@ -197,7 +219,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder, per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
-            eval_split=0, disable_tqdm=True, use_cpu=True, save_strategy=spec.get("save", "steps"),
+            eval_split=0, disable_tqdm=True, use_cpu=not on_gpu, save_strategy=spec.get("save", "steps"),
         )  # fmt: skip
         # What `tunesmith plan` knows: the shapes of the model, the rows, and this process with its libraries.
         if full:
@@ -205,7 +227,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
         else:
             empty = inject_adapter(empty, AdapterSettings(r=spec["r"], use_gradient_checkpointing=asked))
         size = facts_of(empty).dtype.dtype.itemsize
-        shape = shape_of(empty, kind="cpu", load_bytes=converted_bytes(stored_bytes(source), size, "cpu", stored))
+        shape = shape_of(empty, kind=kind, load_bytes=converted_bytes(stored_bytes(source), size, kind, stored))
         multiple = 1 if shape.itemsize > 2 else 64
         before_loading = plan_training(
             shape,
@@ -232,13 +254,13 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
             train_dataset=PreparedData(kept, ledger),
             args=args,
         )
-        before = peak_bytes()
+        before = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()
         trainer.train()
     plan = trainer.plan
     return {
         "planned": before_loading.peak,
         "predicted": plan.peak,
-        "measured": peak_bytes(),
+        "measured": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "before": before,
         "policies": plan.describe(),
         "part_tokens": plan.part_tokens,
@@ -285,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--record", action="store_true", help="append to results/memory.jsonl")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -293,10 +316,15 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(f"{'configuration':<74}{'planned':>11}{'predicted':>11}{'measured':>11} ratios")
-    for spec in CONFIGURATIONS:
+    for spec in ON_A_GPU if arguments.device == "cuda" else CONFIGURATIONS:
         if arguments.only not in name_of(spec):
             continue
-        found = measure(spec)
+        spec = {**spec, "device": "cuda"} if arguments.device == "cuda" else spec
+        try:
+            found = measure(spec)
+        except RuntimeError as error:
+            print(error, flush=True)
+            continue
         ratio, early = (found[key] / found["measured"] for key in ("predicted", "planned"))
         if arguments.record:
             append_record("memory", {**spec, **found, "ratio": round(ratio, 4), "planned_ratio": round(early, 4)})

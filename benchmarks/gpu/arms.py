@@ -3,8 +3,9 @@
 ``hf``: gradient checkpointing, bfloat16 autocast as Trainer's ``bf16=True`` has it, SDPA, full logits; documents of
 unlike length are padded, eight a micro-batch. ``hf-nockpt``: the same without checkpointing. ``ours-<policy>``: the
 engine's layers and the chunked loss, documents joined on one token axis. ``ours-none-graphs``: the same from CUDA
-graphs; ``ours-none-fp8``: on the same base stored in float8. ``hf`` runs first and, once the engine has been taken out
-again, last: no difference smaller than theirs means anything.
+graphs; ``ours-none-fp8``: on the same base stored in float8. ``-nf4``: on the base in 4 bits of bitsandbytes, which are
+missing where that package is. ``hf`` runs first and, once the engine has been
+taken out again, last: no difference smaller than theirs means anything.
 
 All start from the same adapter and see the same documents, so that their losses can be compared.
 """
@@ -12,6 +13,7 @@ All start from the same adapter and see the same documents, so that their losses
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,9 +37,11 @@ _CYCLE = 4
 _Plan = tuple[tuple[Work, int, int, tuple[str, ...]], ...]
 _EVERY = ("hf", "hf-nockpt", *(f"ours-{policy}" for policy in _POLICIES), "hf")
 _SOME = ("hf", "ours-none", "ours-sel_min", "ours-full")
+_FOUR_BITS = ("hf-nf4", "ours-none-nf4", "ours-sel_min-nf4")
 _PLANS: dict[str, _Plan] = {
     "8b": (
-        (Work("dense", 8192), 2, 4, (*_EVERY, "ours-none-fp8")),
+        (Work("dense", 8192), 2, 4, (*_SOME[:3], "hf", "ours-none-fp8", *_FOUR_BITS)),
+        (Work("dense", 8192), 1, 2, ("hf-nockpt", "ours-sel_mlp", "ours-full", "ours-offload")),
         (Work("packed", 8192), 1, 2, _SOME),
         (Work("dense", 2048, 4), 1, 3, _SOME),
         (Work("dense", 32768), 1, 2, (*_SOME, "ours-sel_mlp", "ours-offload")),
@@ -54,7 +58,7 @@ _PLANS: dict[str, _Plan] = {
         (Work("packed", 8192), 2 * _CYCLE, 8, ("ours-none", "ours-none-graphs")),
     ),
     "toy-graphs": ((Work("packed", 96, mean=20, longest=40), 2, 6, ("hf", "ours-none", "ours-none-graphs")),),
-    "toy-llama": ((Work("dense", 16, 2), 1, 2, (*_EVERY, "ours-none-fp8")),),
+    "toy-llama": ((Work("dense", 16, 2), 1, 2, (*_EVERY, "ours-none-fp8", *_FOUR_BITS)),),
     "toy-qwen3": ((Work("dense", 24), 1, 1, _SOME),),
     "toy-small": ((Work("packed", 96, mean=20, longest=40), 0, 2, (*_SOME, "hf")),),
 }
@@ -69,9 +73,12 @@ def headline(stage: Stage, shape: str, *, plan: str | None = None, cycle: int | 
     for work, warmup, steps, arms in _PLANS[plan or shape]:
         for index, arm in enumerate(arms):
             facts: dict[str, Any] = {"model": shape, "work": work.name, "arm": arm, "repeats": arm in arms[:index]}
-            in_float8 = arm.endswith("-fp8")
-            if session.in_float8 != in_float8:
-                session = _again(session, in_float8)
+            stored = next((width for width in ("fp8", "nf4") if arm.endswith(f"-{width}")), None)
+            if stored == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+                stage.record(**facts, missing="the package bitsandbytes is not installed")
+                continue
+            if session.stored != stored:
+                session = _again(session, stored)
             # The slowest arm came first: another one takes no longer.
             if stage.seconds_left < 2 * session.longest:
                 stage.record(**facts, missing="no time was left")
@@ -79,10 +86,10 @@ def headline(stage: Stage, shape: str, *, plan: str | None = None, cycle: int | 
             stage.record(**facts, **session.arm(arm, work, warmup, steps, cycle=cycle))
 
 
-def _again(session: _Session, in_float8: bool) -> _Session:
-    """Return a session with the same numbers, its base stored in float8 or not; the model of the old one goes first."""
+def _again(session: _Session, stored: str | None) -> _Session:
+    """Return a session with the same numbers, its base ``stored`` otherwise; the model of the old one goes first."""
     session.free()
-    made = _Session(session.stage, session.shape, in_float8=in_float8)
+    made = _Session(session.stage, session.shape, stored=stored)
     made.longest = session.longest
     return made
 
@@ -124,16 +131,24 @@ def curve(stage: Stage, shape: str, work: Work, steps: int) -> None:
 
 
 class _Session:
-    """One model with its adapter, on which arms run one after another."""
+    """One model with its adapter, on which arms run one after another.
 
-    def __init__(self, stage: Stage, shape: str, *, in_float8: bool = False) -> None:
-        self.stage, self.shape, self.in_float8 = stage, shape, in_float8
+    ``stored``: "fp8" or "nf4" for the base's linear layers; None leaves them as they are.
+    """
+
+    def __init__(self, stage: Stage, shape: str, *, stored: str | None = None) -> None:
+        self.stage, self.shape, self.stored = stage, shape, stored
         self.dtype = torch.float32 if stage.is_dry else torch.bfloat16
         base = models.build(shape, stage.device, self.dtype)
-        if in_float8:
+        if stored == "fp8":
             from tunesmith.models.quantize import to_float8
 
             to_float8(base, "fp8")
+        elif stored == "nf4":
+            from tunesmith.models.quantize import protect_gradients
+
+            models.to_nf4(base, self.dtype)
+            protect_gradients(base)  # on a CPU bitsandbytes packs them as it likes otherwise
         self.model = models.adapted(base)
         self.base = self.model.get_base_model()
         self.vocabulary = self.base.config.vocab_size
@@ -198,7 +213,7 @@ class _Session:
             "ops": [explain(op, x) for op in ops],
             "kept_bytes_expected": self._kept_bytes(),
             **({} if self._graphs is None else {"graphs": self._graphs.counts()}),
-            **({"float8": self._in_what()} if self.in_float8 else {}),
+            **({"float8": self._in_what()} if self.stored == "fp8" else {}),
         }
 
     def _in_what(self) -> str:

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["RANK", "SHAPES", "TARGETS", "Work", "adapted", "build", "documents", "flops_per_token", "seed_adapter"]
+__all__ = [
+    "RANK",
+    "SHAPES",
+    "TARGETS",
+    "Work",
+    "adapted",
+    "build",
+    "documents",
+    "flops_per_token",
+    "seed_adapter",
+    "to_nf4",
+]
 
 RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -117,6 +128,22 @@ def build(shape: str, device: str, dtype: torch.dtype) -> Any:
     if not 0.015 < deviation < 0.025:
         raise RuntimeError(f"the weights have a deviation of {deviation}, not 0.02: the model was not initialized")
     return model
+
+
+def to_nf4(model: Any, dtype: torch.dtype) -> None:
+    """Store the linear layers of the decoder as transformers does with ``load_in_4bit`` and double quantization."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is not torch.nn.Linear:
+                continue
+            quantized = Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+            )
+            quantized.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(parent, name, quantized.to(layer.weight.device))  # which quantizes
+    model.is_loaded_in_4bit = True  # PEFT asks
 
 
 def adapted(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 The model is made and saved by another process: Unsloth has to be imported before transformers. ``unsloth``: its
 default, ``use_gradient_checkpointing="unsloth"``; ``unsloth-max``: also ``checkpoint_skip_layers="max"``, its fastest
-setting.
+setting; ``-nf4``: with ``load_in_4bit``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from benchmarks.gpu.stage import Stage
 
 __all__ = ["run", "save"]
 
-_VARIANTS: dict[str, dict[str, Any]] = {"unsloth": {}, "unsloth-max": {"checkpoint_skip_layers": "max"}}
+_MAX = {"checkpoint_skip_layers": "max"}
+_VARIANTS: dict[str, dict[str, Any]] = {"unsloth-max": _MAX, "unsloth": {}, "unsloth-max-nf4": _MAX, "unsloth-nf4": {}}
 
 
 def run(stage: Stage, shape: str) -> None:
@@ -37,8 +38,9 @@ def run(stage: Stage, shape: str) -> None:
 
         for arm, options in _VARIANTS.items():
             stage.record(
-                model=shape, work=work.name, arm=arm, **_arm(stage, shape, work, folder, FastLanguageModel, options)
-            )
+                model=shape, work=work.name, arm=arm,
+                **_arm(stage, shape, work, folder, FastLanguageModel, options, arm.endswith("-nf4")),
+            )  # fmt: skip
 
 
 def save(shape: str, device: str, folder: str) -> None:
@@ -60,7 +62,9 @@ def save(shape: str, device: str, folder: str) -> None:
     ).save_pretrained(folder)
 
 
-def _arm(stage: Stage, shape: str, work: Work, folder: str, library: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _arm(
+    stage: Stage, shape: str, work: Work, folder: str, library: Any, options: dict[str, Any], in_4bit: bool
+) -> dict[str, Any]:
     import torch
 
     from benchmarks.gpu.arms import step_of_transformers, timed
@@ -71,8 +75,9 @@ def _arm(stage: Stage, shape: str, work: Work, folder: str, library: Any, option
     model = None
     try:
         model, _ = library.from_pretrained(
-            folder, max_seq_length=work.length, dtype=dtype, load_in_4bit=False, use_gradient_checkpointing="unsloth"
-        )
+            folder, max_seq_length=work.length, dtype=dtype, load_in_4bit=in_4bit,
+            use_gradient_checkpointing="unsloth",
+        )  # fmt: skip
         model = library.get_peft_model(
             model, r=RANK, lora_alpha=RANK, target_modules=list(TARGETS), lora_dropout=0, bias="none",
             use_gradient_checkpointing="unsloth", **options,

@@ -54,6 +54,11 @@ def test_every_stage_runs_dry(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     arms.remove(in_float8)
     assert in_float8["float8"] == "stored, and not multiplied: cpu does not multiply float8"
     assert in_float8["losses"] == pytest.approx(arms[0]["losses"], rel=1e-2) and not in_float8["notes"]
+    in_4bit = [record for record in arms if record["arm"].endswith("-nf4")]
+    arms = [record for record in arms if record not in in_4bit]
+    assert [record["arm"] for record in in_4bit] == ["hf-nf4", "ours-none-nf4", "ours-sel_min-nf4"]
+    assert all(record["losses"] == pytest.approx(in_4bit[0]["losses"], rel=1e-4) for record in in_4bit)
+    assert in_4bit[0]["losses"] == pytest.approx(arms[0]["losses"], rel=1e-2) != pytest.approx(arms[0]["losses"])
     policies = {record["arm"] for record in arms if record["model"] == "toy-llama"}
     assert policies == {"hf", "hf-nockpt", *(f"ours-{p}" for p in ("none", "sel_mlp", "sel_min", "full", "offload"))}
     for model in ("toy-llama", "toy-qwen3", "toy-small"):
@@ -71,7 +76,7 @@ def test_every_stage_runs_dry(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     (curve,) = (record for record in records if record["stage"] == "curve")
     assert curve["largest_difference"] < 1e-4 and curve["adapter_cosine"] > 0.999
     missing = [record for record in records if record["stage"] == "unsloth"]
-    assert [record["arm"] for record in missing] == ["unsloth", "unsloth-max"]
+    assert [record["arm"] for record in missing] == ["unsloth-max", "unsloth", "unsloth-max-nf4", "unsloth-nf4"]
     for text in ("kernels against float64", "ceilings and kernels", "toy-qwen3, dense 1 x 24", "4 steps of toy-llama"):
         assert text in printed
     for record in missing:

@@ -25,20 +25,23 @@ def test_windows_are_scored_trained_on_and_not_measured_twice(tmp_path: Path, mo
     monkeypatch.setattr(rope, "SCORED", 16)
     text = "the cat sat on a mat and saw the dog run to the red house while rain fell over every green hill "
     monkeypatch.setattr(rope, "tokens_of_text", lambda tokenizer: tokenizer(text * 400)["input_ids"])
-    assert not rope.measure([1, 2, 4], 1, ["unscaled", "yarn", "llama3"], 2, minutes=0), "no time is left"
+    schemes = ["unscaled", "yarn", "llama3"]
+    assert not rope.measure([1, 2, 4], 1, schemes, 2, minutes=0, dtype="float32"), "no time is left"
     for _ in range(2):
-        assert rope.measure([1, 2, 4], 1, ["unscaled", "yarn", "llama3"], 2, minutes=5)
+        assert rope.measure([1, 2, 4], 1, schemes, 2, minutes=5, dtype="float32")
     lines = [json.loads(line) for line in (tmp_path / "rope.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = [(line["scheme"], line["reach"], line["steps"]) for line in lines]
-    untrained = [("unscaled", 1, 0), *((s, reach, 0) for reach in (2, 4) for s in ("unscaled", "yarn", "llama3"))]
+    untrained = [("unscaled", 1, 0), *((s, reach, 0) for reach in (2, 4) for s in schemes)]
     assert measured[:7] == untrained and sorted(measured[7:]) == [("llama3", 4, 2), ("yarn", 4, 2)]
     assert all(line["perplexity"] > 1 for line in lines)
-    own = platform.python_version()
+    own = platform.python_version(), "float32"
     assert rope.table(own).splitlines()[0] == "| scheme | 1x | 2x | 4x | 4x, 2 steps at 2x |"
-    # What was measured on another text is neither taken over nor mixed in.
+    # What was measured on another text or in another dtype is neither taken over nor mixed in.
+    assert rope.measure([1], 1, ["yarn"], 0, minutes=5, dtype="bfloat16")
+    assert len(rope.scores((own[0], "bfloat16"))) == 1
     monkeypatch.setattr("platform.python_version", lambda: "4.0.0")
-    assert rope.measure([1], 1, ["yarn"], 0, minutes=5)
-    assert rope.table("4.0.0").splitlines()[0] == "| scheme | 1x |" and len(rope.scores(own)) == 9
+    assert rope.measure([1], 1, ["yarn"], 0, minutes=5, dtype="float32")
+    assert rope.table(("4.0.0", "float32")).splitlines()[0] == "| scheme | 1x |" and len(rope.scores(own)) == 9
 
 
 def test_training_ends_in_time_and_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
