@@ -140,7 +140,7 @@ def measure(spec: dict[str, Any], *, timeout: float = 3000) -> dict[str, Any]:
         [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(spec)],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
         # It is main memory that is measured, also where a GPU is there, unless the GPU is asked for.
-        env={**os.environ, **({} if spec.get("device") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})},
+        env={**os.environ, **({} if spec.get("on") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})},
     )  # fmt: skip
     if ended.returncode:
         raise RuntimeError(f"{name_of(spec)} failed: {ended.stderr[-2000:]}")
@@ -207,7 +207,7 @@ def _train_ours(spec: dict[str, Any]) -> dict[str, Any]:
     mode: Any = Policy(spec["mode"]) if spec["mode"] == "sel_mlp" else spec["mode"]
     asked = "selective" if isinstance(mode, Policy) else mode
     dtype = spec.get("dtype", "float32")
-    width, full, on_gpu = spec.get("width"), spec.get("full", False), spec.get("device") == "cuda"
+    width, full, on_gpu = spec.get("width"), spec.get("full", False), spec.get("on") == "cuda"
     kind = "cuda" if on_gpu else "cpu"
     stored = None if full else width  # weights that all train are stored whole, and computed with in 4 bits
     empty, source = empty_source(spec["folder"], dtype=dtype, width=stored)
@@ -319,7 +319,7 @@ def main() -> None:
     for spec in ON_A_GPU if arguments.device == "cuda" else CONFIGURATIONS:
         if arguments.only not in name_of(spec):
             continue
-        spec = {**spec, "device": "cuda"} if arguments.device == "cuda" else spec
+        spec = {**spec, "on": "cuda"} if arguments.device == "cuda" else spec
         try:
             found = measure(spec)
         except RuntimeError as error:

@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -57,8 +58,9 @@ def tokens_of_text(tokenizer: Any) -> list[int]:
     from pydoc_data.topics import topics
 
     sections = dict.fromkeys(topics[name] for name in sorted(topics))
-    # A page ends with the path of its file on this machine.
+    # A page ends with the path of its file on this machine, and shows where objects lie in memory.
     pages = [pydoc.render_doc(name, renderer=pydoc.plaintext).partition("\nFILE\n")[0] for name in PAGES]
+    pages = [re.sub(r" at 0x[0-9a-f]+", "", page) for page in pages]
     return tokenizer("\n\n".join([*sections, *pages]), add_special_tokens=False)["input_ids"]
 
 

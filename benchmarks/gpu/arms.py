@@ -141,14 +141,9 @@ class _Session:
         self.dtype = torch.float32 if stage.is_dry else torch.bfloat16
         base = models.build(shape, stage.device, self.dtype)
         if stored == "fp8":
-            from tunesmith.models.quantize import to_float8
-
-            to_float8(base, "fp8")
+            models.to_float8(base)
         elif stored == "nf4":
-            from tunesmith.models.quantize import protect_gradients
-
             models.to_nf4(base, self.dtype)
-            protect_gradients(base)  # on a CPU bitsandbytes packs them as it likes otherwise
         self.model = models.adapted(base)
         self.base = self.model.get_base_model()
         self.vocabulary = self.base.config.vocab_size

@@ -10,17 +10,9 @@ import numpy as np
 import torch
 
 __all__ = [
-    "RANK",
-    "SHAPES",
-    "TARGETS",
-    "Work",
-    "adapted",
-    "build",
-    "documents",
-    "flops_per_token",
-    "seed_adapter",
-    "to_nf4",
-]
+    "RANK", "SHAPES", "TARGETS", "Work", "adapted", "build", "documents", "flops_per_token", "seed_adapter",
+    "to_float8", "to_nf4",
+]  # fmt: skip
 
 RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -130,20 +122,33 @@ def build(shape: str, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def to_float8(model: Any) -> None:
+    """Store the linear layers of the decoder as ``load_in_fp8`` does."""
+    # models/quantize.py would ask for pydantic, which a machine need not have for this check.
+    from tunesmith.engine.float8 import store_in_float8
+
+    for _, _, layer in _linears(model):
+        store_in_float8(layer, by_block=False, device=None)
+
+
 def to_nf4(model: Any, dtype: torch.dtype) -> None:
     """Store the linear layers of the decoder as transformers does with ``load_in_4bit`` and double quantization."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for parent in list(model.model.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is not torch.nn.Linear:
-                continue
-            quantized = Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-            )
-            quantized.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            setattr(parent, name, quantized.to(layer.weight.device))  # which quantizes
+    for parent, name, layer in _linears(model):
+        quantized = Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        )
+        quantized.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        quantized.support_avx512bf16_for_cpu = False  # there it would pack the weight at its first evaluation
+        setattr(parent, name, quantized.to(layer.weight.device))  # which quantizes
     model.is_loaded_in_4bit = True  # PEFT asks
+
+
+def _linears(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return parent, name and module of every linear layer of the decoder."""
+    found = [(parent, *child) for parent in model.model.modules() for child in parent.named_children()]
+    return [(parent, name, layer) for parent, name, layer in found if type(layer) is torch.nn.Linear]
 
 
 def adapted(model: Any) -> Any:

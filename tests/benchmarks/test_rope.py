@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,17 @@ def test_training_ends_in_time_and_goes_on_from_its_checkpoint(tmp_path: Path, m
     for _ in range(2):
         parts = adapter_of(rope.trained_model("yarn", tokens, 3, tmp_path / "parts", never))
         assert whole and all(torch.equal(parts[name], part) for name, part in whole.items())
+
+
+def test_text_is_the_same_in_every_process() -> None:
+    code = "from benchmarks import rope; print(rope.tokens_of_text(lambda text, **_: {'input_ids': text}))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1 and len(found.pop()) > 1e6
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:

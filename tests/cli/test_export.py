@@ -93,7 +93,7 @@ def test_an_export_is_uploaded_and_kept_nowhere(run_folder: Path, run: Any, monk
         (("--output", "new", "--method", "q8_0,lora"), "only methods of GGUF can be several"),
         (("--output", "new", "--method", "iq1_s"), "needs an importance matrix"),
         (("--output", "new", "--method", "lora", "--imatrix", "a"), "--imatrix has no meaning for --method lora"),
-        (("--output", "."), "is there already and is not overwritten"),
+        (("--output", "src"), "src is there already. Choose another folder"),
         (("--output", "new", "--adapter", "nowhere"), "nowhere"),
         ((), "--output FOLDER is missing. Give it, or --push-to OWNER/NAME to upload only."),
         (("--output", "new", "--private"), "--private is for --push-to OWNER/NAME"),

@@ -18,6 +18,7 @@ from tunesmith.core.files import (
     free_bytes,
     lasting_path,
     lock,
+    require_new,
     require_space,
     sha256,
     whole_folder,
@@ -166,6 +167,19 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         fill(tmp_path / "file" / "f", "x")
     with pytest.raises(OutputError, match=r"cannot write .*file/f: part of the path is a file"):
         write_text(tmp_path / "file" / "f", "x")
+
+
+def test_a_new_folder_may_be_there_as_long_as_it_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("none", "empty"):
+        require_new(tmp_path / name)
+        with whole_folder(tmp_path / name) as temporary:
+            (temporary / "a").write_text("a")
+    for name in ("none", "empty", "file", "link"):
+        with pytest.raises(OutputError, match=f"{name} is there already. Choose another folder, or remove it first"):
+            require_new(tmp_path / name)
 
 
 def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

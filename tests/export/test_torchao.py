@@ -51,6 +51,24 @@ def test_a_config_of_torchao_is_a_scheme_too(model: tuple[Any, Any], tmp_path: P
     assert report.method == "torchao-Int8WeightOnlyConfig" and 0 < report.comparison.kl < 0.01
 
 
+def test_it_is_quantized_and_compared_where_the_model_is(
+    model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a device transformers loads to the CPU, where a GPU's scheme cannot run and others round differently."""
+    import transformers
+
+    places: list[Any] = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        places.append(kwargs.get("device_map"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", recorded)
+    model[0].save_pretrained_torchao(tmp_path / "out", model[1], "int8")
+    assert places[:2] == [{"": str(model[0].device)}] * 2
+
+
 def test_what_this_machine_cannot_convert_is_said_before_anything_is_written(
     model: tuple[Any, Any], tmp_path: Path
 ) -> None:

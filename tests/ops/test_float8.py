@@ -73,6 +73,8 @@ def test_torch_takes_the_operands_as_they_lie() -> None:
     """torch multiplies float8 on a CPU too, with the same demands on dtypes, strides and shapes of scales."""
     stored = quantize_float8(torch.randn(48, 32))
     x, dy = torch.randn(10, 32), torch.randn(10, 48)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        pytest.skip(f"torch {torch.__version__} multiplies float8 on a CPU with one scale a tensor alone")
     for result, wanted in (
         (Float8Product(stored, Scratch()).forward(x, out=torch.empty(10, 48, dtype=torch.bfloat16)),
          x @ dequantize(stored).t()),

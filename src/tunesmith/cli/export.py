@@ -12,6 +12,7 @@ import typer
 from tunesmith.cli.console import print_lines, silence_libraries
 from tunesmith.cli.flags import given_settings, settings_flags
 from tunesmith.core.errors import OutputError, SettingsError
+from tunesmith.core.files import require_new
 from tunesmith.core.names import did_you_mean
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def command(
     """Write what transformers, PEFT or llama.cpp loads, load it in another process and compare it with the run."""
     if output is None and push_to is None:
         raise OutputError("--output FOLDER is missing. Give it, or --push-to OWNER/NAME to upload only.")
-    if output is not None and output.exists():
-        raise OutputError(f"--output {output} is there already and is not overwritten. Give another folder.")
+    if output is not None:
+        require_new(output)
     if private and push_to is None:
         raise SettingsError("--private is for --push-to OWNER/NAME. Leave it out.")
     mix = [_share(text) for text in adapter or ()]

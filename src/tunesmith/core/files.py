@@ -30,6 +30,7 @@ __all__ = [
     "lasting_path",
     "lock",
     "make_folder",
+    "require_new",
     "require_space",
     "require_writable",
     "sha256",
@@ -53,6 +54,12 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def require_new(folder: Path) -> None:
+    """Raise :class:`OutputError` when ``folder`` is there already and holds something, or is no folder."""
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

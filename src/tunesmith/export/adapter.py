@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.adapters.model import base_bytes_beside
-from tunesmith.core.errors import AdapterError, OutputError
-from tunesmith.core.files import whole_folder
+from tunesmith.core.errors import AdapterError
+from tunesmith.core.files import require_new, whole_folder
 from tunesmith.export.card import About
 from tunesmith.export.report import ExportReport, write_report
 from tunesmith.export.verify import compare, reference_of
@@ -48,8 +48,7 @@ def export_adapter(
             f"save_method='lora' saves one adapter, and {len(active)} are active on this model. Choose one with "
             "set_adapter, or merge them."
         )
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     start, facts = time.perf_counter(), facts_of(model)
     is_plain = facts.width is None and facts.stretch is None and facts.vocabulary is None
     runtime = "peft" if is_plain and not base_bytes_beside(model) else "tunesmith"

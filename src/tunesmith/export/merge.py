@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.core.errors import AdapterError, ModelError, OutputError
-from tunesmith.core.files import require_space, whole_folder
+from tunesmith.core.errors import AdapterError, ModelError
+from tunesmith.core.files import require_new, require_space, whole_folder
 from tunesmith.export.card import About
 from tunesmith.export.form import MERGE_METHODS, Form, form_of
 from tunesmith.export.report import ExportReport, write_report
@@ -69,8 +69,7 @@ def merge_model(
         OutputError: the folder is there already, cannot be written, or the disk has no room.
         ExportError: the export differs from the live model; it is kept as ``<folder>-failed``.
     """
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     trained_in = facts_of(model).trained_in
     if trained_in is not None:
         raise AdapterError(

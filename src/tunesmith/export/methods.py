@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.arguments import Idle, refuse_others
-from tunesmith.core.errors import ModelError, OutputError, SettingsError
+from tunesmith.core.errors import ModelError, SettingsError
+from tunesmith.core.files import require_new
 from tunesmith.core.names import did_you_mean
 from tunesmith.core.tasks import CAUSAL_LM
 from tunesmith.export.adapter import export_adapter
@@ -261,8 +262,7 @@ def save_merged(
         return None
     name = check_method(save_method)
     folder = Path(save_directory).expanduser()
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     push = checked(_push(repo_id or _repository(save_directory), hub)) if push_to_hub else None
     return export_or_push(model, folder, tokenizer, push=push, method=name, adapters=adapters, prompts=prompts,
                           max_shard_size=max_shard_size, about=_about(tags, datasets, run))  # fmt: skip

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import ExportError, ModelError, OutputError, SettingsError
-from tunesmith.core.files import require_space, whole_folder
+from tunesmith.core.errors import ExportError, ModelError, SettingsError
+from tunesmith.core.files import require_new, require_space, whole_folder
 from tunesmith.engine.attention import ATTENTION, use_document_attention
 from tunesmith.engine.lora import merged_weight
 from tunesmith.engine.modes import evaluation_mode
@@ -80,8 +80,7 @@ def export_torchao(
         OutputError: the folder is there already.
         ExportError: the export differs too much from the live model; it is kept as ``<folder>-failed``.
     """
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     start, scheme = time.perf_counter(), _chosen(model, torchao_config)
     _require_machine(model, scheme)
     reference = reference_of(model, tokenizer, prompts)
@@ -116,11 +115,13 @@ def _write(model: Any, temporary: Path, tokenizer: Any, scheme: Scheme) -> float
     plain = temporary / ".plain"
     base.save_pretrained(plain, state_dict=weights)
     del weights
-    _quantize(plain, temporary, scheme)
+    # Both on the device that trained: some schemes run on a GPU alone, and another device rounds in other places.
+    device = next(layer.weight.device for _, layer in decoder_linears(base))
+    _quantize(plain, temporary, scheme, device)
     shutil.rmtree(plain)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
-    stored = _load(temporary, base.config._attn_implementation)
+    stored = _load(temporary, base.config._attn_implementation, device)
     live_loss, stored_loss = _loss(base), _loss(stored)
     if facts_of(model).qat is not None:
         _refuse_difference(base, stored, live_loss, stored_loss)
@@ -155,19 +156,21 @@ def _chosen(model: Any, asked: Any) -> Scheme:
     return scheme
 
 
-def _quantize(source: Path, target: Path, scheme: Scheme) -> None:
-    """Load the plain model in ``source`` through torchao and save it to ``target``."""
+def _quantize(source: Path, target: Path, scheme: Scheme, device: torch.device) -> None:
+    """Load the plain model in ``source`` through torchao on ``device`` and save it to ``target``."""
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=TorchAoConfig(scheme.config))
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=TorchAoConfig(scheme.config), device_map={"": str(device)}
+    )
     model.save_pretrained(target)
 
 
-def _load(folder: Path, attention: str) -> Any:
-    """Return the saved model; with the live one's ``attention``, lest it add in another order."""
+def _load(folder: Path, attention: str, device: torch.device) -> Any:
+    """Return the saved model on ``device``; with the live one's ``attention``, lest it add in another order."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": str(device)})
     if attention == ATTENTION:
         use_document_attention(model)
     return model

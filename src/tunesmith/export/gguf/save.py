@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import ExportError, OutputError, SettingsError
-from tunesmith.core.files import lasting_path, require_space, whole_folder
+from tunesmith.core.errors import ExportError, SettingsError
+from tunesmith.core.files import lasting_path, require_new, require_space, whole_folder
 from tunesmith.export.gguf.check import Reread, reread
 from tunesmith.export.gguf.methods import METHODS, Method, gguf_methods
 from tunesmith.export.gguf.quantize import check_imatrix, quantize_file
@@ -112,8 +112,7 @@ def save_gguf(
         ExportError: llama.cpp cannot hold this model, is missing for a method, or a file differs from the live model;
             then it is kept as ``<folder>-failed``.
     """
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     start = time.perf_counter()
     wanted = gguf_methods(methods, dtype=_dtype_name(model), imatrix=imatrix is not None)
     base = _first(first, wanted, imatrix, _dtype_name(model))

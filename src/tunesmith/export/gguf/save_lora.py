@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import OutputError, SettingsError
-from tunesmith.core.files import lasting_path, require_space, whole_folder
+from tunesmith.core.errors import SettingsError
+from tunesmith.core.files import lasting_path, require_new, require_space, whole_folder
 from tunesmith.export.gguf.check import reread_lora
 from tunesmith.export.gguf.families import family_of, model_values, tensors_of
 from tunesmith.export.gguf.lora import adapter_of, alpha_of, lora_header, lora_tensors, lora_weights
@@ -47,8 +47,7 @@ def save_lora_gguf(
         ExportError: llama.cpp cannot hold the model, or the file differs from the adapter; it is kept as
             ``<folder>-failed``.
     """
-    if folder.exists():
-        raise OutputError(f"{folder} is there already. Choose another folder, or remove it first.")
+    require_new(folder)
     if method is not None and method.lower() not in _METHODS:
         raise SettingsError(f"quantization_method={method!r}: a LoRA is stored as {', '.join(_METHODS)}.")
     start, how = time.perf_counter(), METHODS[(method or "f32").lower()]
