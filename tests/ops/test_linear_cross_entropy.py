@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from tunesmith.core.errors import ShapeError
-from tunesmith.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs, reference
+from tunesmith.ops.linear_cross_entropy import function, linear_cross_entropy, linear_log_probs, reference
 
 from ..numerics import assert_equal_in_float64, assert_no_worse
 
@@ -65,10 +66,29 @@ def test_as_accurate_as_plain_torch(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [15, 16, 17, 32, 50])
 def test_chunks_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk holds at least 16 rows; here exactly 16."""
-    from tunesmith.ops.linear_cross_entropy import function
-
     monkeypatch.setattr(function, "_CHUNK_BYTES", 1)
     assert_equal_in_float64(linear_cross_entropy, reference.linear_cross_entropy, loss_inputs(rows, bias=True))
+
+
+@pytest.mark.parametrize("call", [linear_cross_entropy, linear_log_probs])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_logits_of_one_chunk_are_there_at_a_time(call: Any, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(function, "_CHUNK_BYTES", 0)  # 16 rows a chunk
+    linear, before = torch.nn.functional.linear, []
+
+    def watched(*args: Any) -> torch.Tensor:
+        assert not any(logits() is not None for logits in before)
+        made = linear(*args)
+        before.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    inputs = loss_inputs(50, bias=True)
+    with torch.set_grad_enabled(trains):
+        found = call(**inputs)
+    if trains:
+        found.sum().backward()
+    assert len(before) >= 4
 
 
 def test_a_vocabulary_whose_chunks_are_small() -> None:
@@ -170,8 +190,6 @@ LOG_PROBS = {
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("hidden", "weight", "bias")], ids=str)
 def test_log_probs_equal_the_reference(name: str, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row with a gradient of its own, over several chunks."""
-    from tunesmith.ops.linear_cross_entropy import function
-
     monkeypatch.setattr(function, "_CHUNK_BYTES", 1)
     given = {
         name: value.detach().requires_grad_(name in trained)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FAMILIES", "LayerShape", "describe"]
+__all__ = ["FAMILIES", "LayerShape", "blocks_of", "describe", "eps_of"]
 
 _PLAIN = ("input_layernorm", None, "post_attention_layernorm", None)
 _SANDWICH = (
@@ -81,11 +81,12 @@ def blocks_of(layer: Any, shape: LayerShape) -> tuple[Any, ...]:
     return (
         type(attention), type(mlp), type(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
         attention.scaling, attention.head_dim, getattr(attention, "sliding_window", None),
-        *(type(norm) for norm in norms), *(_eps(norm) for norm in norms),
+        *(type(norm) for norm in norms), *(eps_of(norm) for norm in norms),
     )  # fmt: skip
 
 
-def _eps(norm: Any) -> float:
+def eps_of(norm: Any) -> float:
+    """Return what a norm of transformers adds to the mean square."""
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
@@ -116,7 +117,7 @@ def describe(layer: Any) -> LayerShape | str:
         norms=norms,
         head_norms=("self_attn.q_norm", "self_attn.k_norm") if has_head_norms else None,
         offset=offset,
-        eps=_eps(first_norm),
+        eps=eps_of(first_norm),
         groups=(
             ("self_attn.qkv_proj",) if fused_qkv else tuple(f"self_attn.{x}_proj" for x in "qkv"),
             ("self_attn.o_proj",),

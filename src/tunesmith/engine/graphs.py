@@ -13,7 +13,7 @@ A bucket is run as it is when it is first seen, which compiles and allocates wha
 when it is seen again. A :class:`Recorder` does both: that for CUDA, or :class:`PlainRecorder`, which runs the work
 again and is the truth that a recording is compared with.
 
-Not yet run on a GPU.
+On an H200 and an H100 recordings gave the losses of launched steps (``make gpu-check``, stage ``graphs``).
 """
 
 from __future__ import annotations

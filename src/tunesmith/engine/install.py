@@ -31,6 +31,7 @@ from tunesmith.engine.attention import ATTENTION, document_lengths
 from tunesmith.engine.dense import DenseWeights
 from tunesmith.engine.families import LayerShape, blocks_of, describe
 from tunesmith.engine.layer import FusedLayer, Group, LayerCall
+from tunesmith.engine.norm import fuse_norm, revert_norm
 from tunesmith.engine.offload import HostStore
 from tunesmith.engine.policies import Policy
 from tunesmith.engine.read import read_blocks, read_norm, read_projection, unreadable
@@ -138,6 +139,7 @@ class Engine:
             # Flags that were set on the fused layer meanwhile; children, parameters and hooks are shared.
             original.__dict__.update({key: value for key, value in fused.__dict__.items() if key not in _OWN})
             layers[index] = original
+        revert_norm(getattr(self.model.get_decoder(), "norm", None))
         self._originals.clear()
         self.scratch.clear()
         self.dense.clear()
@@ -242,6 +244,9 @@ def install(model: Any, policy: Policy = Policy.NONE) -> Engine:
         # those that were stacked would count twice.
         forget_pages((place, weight.nbytes) for weight, place in places if weight.data_ptr() != place)
     trim_heap()  # of those that were converted, and lay there before they were stacked
+    if found.known and not found.unknown and hasattr(base.get_decoder(), "norm"):
+        shape = found.known[0]
+        fuse_norm(base.get_decoder().norm, like=layers[0].get_submodule(shape.norms[0] or ""), offset=shape.offset)
     base.tunesmith_engine = engine
     return engine
 

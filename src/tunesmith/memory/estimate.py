@@ -463,5 +463,6 @@ def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
     if gradient and shape.head_trains:
         # The gradient of its weight is summed wide; beside it stands the product of a chunk, then what is handed on.
         logits += shape.vocabulary * shape.hidden * (wide + size)
-    norm = rows * shape.hidden * (2 * wide + 2 * size)
+    # Between its input and the hidden rows a norm that transformers wrote keeps copies in sums' width for its gradient.
+    norm = rows * shape.hidden * (2 * size + (0 if shape.layers and gradient else (6 if gradient else 2) * wide))
     return logits + norm + (rows * shape.hidden * size if gradient else 0)

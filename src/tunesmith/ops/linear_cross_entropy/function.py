@@ -71,7 +71,10 @@ def _chunks(
             has_idle=head.has_idle,
             want_grad=want_grad,
         )
-        yield _Chunk(part, losses, logits if want_grad else None)
+        made = _Chunk(part, losses, logits if want_grad else None)
+        yield made
+        made.grad = None  # who asked still has it: the logits of two chunks would stand side by side
+        del logits
 
 
 def _add_product(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -180,11 +183,11 @@ class LinearLogProbs(torch.autograd.Function):
             bias_sum = torch.zeros(len(weight), dtype=wide, device=weight.device) if ctx.needs_input_grad[2] else None
             for chunk in _chunks(hidden, weight, bias, targets, -1.0, ctx.head, want_grad=True):
                 assert chunk.grad is not None
-                scaled = chunk.grad * incoming[chunk.rows, None].to(chunk.grad.dtype)
+                chunk.grad.mul_(incoming[chunk.rows, None].to(chunk.grad.dtype))
                 if sums is not None:
-                    _add_product(sums, scaled, hidden[chunk.rows])
+                    _add_product(sums, chunk.grad, hidden[chunk.rows])
                 if bias_sum is not None:
-                    bias_sum += scaled.sum(0, dtype=wide)
+                    bias_sum += chunk.grad.sum(0, dtype=wide)
             grad_weight = None if sums is None else sums.to(weight.dtype)
             grad_bias = None if bias_sum is None or bias is None else bias_sum.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None
