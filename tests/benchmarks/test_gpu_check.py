@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.conftest import ROOT
 
 from benchmarks import gpu_check
 
@@ -136,3 +139,17 @@ def test_a_wrong_kernel_is_named_in_the_table() -> None:
     )
     assert "1/3" in lines[2]
     assert "rotate back, bfloat16: {'out'" in lines[3] and "written behind a row" in lines[4]
+
+
+def test_every_arm_runs_without_what_such_a_machine_may_lack(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.modules.update(dict.fromkeys(("pydantic", "typer", "datasets")))
+from benchmarks.gpu import arms
+from benchmarks.gpu.stage import Stage
+arms.headline(Stage("8b", True, time.time() + 200, Path({str(tmp_path / "out")!r})), "toy-llama")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    arms = [record["arm"] for record in read(tmp_path / "out") if "tokens_per_s" in record]
+    assert {"hf", "ours-none", "ours-none-fp8", "ours-none-nf4"} <= set(arms)

@@ -198,6 +198,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(tmp_path: Pat
     with pytest.raises(ExportError, match=r"mixtral models are not written as GGUF. Supported are llama, mis"):
         save_gguf(tiny.tiny_model("mixtral"), tmp_path / "out", tokenizer)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "a").touch()
     with pytest.raises(OutputError, match="is there already"):
         save_gguf(model, tmp_path, tokenizer)
 

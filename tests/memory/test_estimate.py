@@ -78,8 +78,8 @@ def test_kept_bytes_are_what_autograd_saves(policy: Policy) -> None:
     hidden.sum().backward()
     shape = shape_of(model)
     predicted = kept_bytes(shape, PartShape((tokens,), tokens), (policy,) * shape.count)
-    # Rotary tables and the hidden states at both ends are nobody's to save, and are there all the same.
-    others = 2 * tokens * (shape.head_dim + shape.hidden) * 4
+    # Rotary tables and the hidden states at the beginning are nobody's to save, and are there all the same.
+    others = tokens * (2 * shape.head_dim + shape.hidden) * 4
     assert sum(saved.values()) == predicted - others
 
 
