@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunesmith.core.errors import ShapeError
-from tunesmith.ops.rms_norm import cpu, reference, rms_norm
+from tunesmith.ops.rms_norm import cpu, function, reference, rms_norm
 from tunesmith.ops.rows import row_blocks
 
 from ..numerics import assert_equal_in_float64, assert_no_worse
@@ -112,3 +112,25 @@ def test_large_and_zero_values_stay_finite() -> None:
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match=r"x \(2, 5\) and weight \(4,\) do not fit"):
         rms_norm(torch.zeros(2, 5), torch.zeros(4), eps=1e-6)
+
+
+def test_kernels_are_given_columns_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU step from one column to the next by one value; the gradient of a sum does not lie so."""
+    seen: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            def call(*tensors: Any, **options: Any) -> Any:
+                seen.extend(x.stride(-1) for x in tensors)
+                return getattr(cpu, name)(*tensors, **options)
+
+            return call
+
+    monkeypatch.setattr(function, "primitives", lambda name, x: Watched())
+    x, weight = torch.randn(32, 7).t().requires_grad_(), torch.rand(32).requires_grad_()
+    rms_norm(x, weight, eps=1e-6).sum().backward()
+    assert len(seen) > 6 and set(seen) == {1}
+    monkeypatch.undo()
+    again = x.detach().clone().requires_grad_()
+    rms_norm(again, weight, eps=1e-6).sum().backward()
+    assert x.grad is not None and again.grad is not None and torch.equal(x.grad, again.grad)

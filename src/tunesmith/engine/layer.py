@@ -30,6 +30,7 @@ from tunesmith.ops.lora_linear import cpu as lora
 from tunesmith.ops.lora_linear.cpu import Projection, dense_shape, write_out
 from tunesmith.ops.once import differentiable_once
 from tunesmith.ops.quantized.weights import Float8Weight
+from tunesmith.ops.rows import side_by_side
 
 __all__ = ["FusedLayer", "Group", "LayerCall"]
 
@@ -117,7 +118,7 @@ class FusedLayer(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if ctx.ticket is None else ctx.call.offload.get(ctx.ticket)
         run = _Pass(ctx.call, x, dict(zip(ctx.names, saved, strict=True)))
-        dx = run.gradients(grads[0].reshape(-1, x.shape[1]), needs_input=ctx.needs_input_grad[0])
+        dx = run.gradients(side_by_side(grads[0].reshape(-1, x.shape[1])), needs_input=ctx.needs_input_grad[0])
         found = (run.grads.get(id(parameter)) for parameter in ctx.call.parameters)
         return (
             dx,

@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.once import differentiable_once
+from tunesmith.ops.rows import side_by_side
 
 __all__ = ["DocumentAttention"]
 
@@ -44,7 +45,7 @@ class DocumentAttention(torch.autograd.Function):
         results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         dquery, dkey, dvalue = results
         primitives("attention_varlen", query).backward(
-            grads[0],
+            side_by_side(grads[0]),
             query,
             key,
             value,

@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.once import differentiable_once
+from tunesmith.ops.rows import side_by_side
 
 __all__ = ["RMSNorm"]
 
@@ -18,6 +19,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         """Save x, weight and rstd."""
+        x = side_by_side(x)
         h, _, rstd = primitives("rms_norm", x).forward(x, weight, eps=eps, offset=offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
@@ -28,10 +30,10 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x and weight, as far as they are needed."""
         x, weight, rstd = ctx.saved_tensors
-        kernels = primitives("rms_norm", x)
+        kernels, dh = primitives("rms_norm", x), side_by_side(grads[0])
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = kernels.backward(grads[0], x, weight, rstd, offset=ctx.offset)
+            dx = kernels.backward(dh, x, weight, rstd, offset=ctx.offset)
         if ctx.needs_input_grad[1]:
-            dw = kernels.weight_gradient(grads[0], x, rstd).to(weight.dtype)
+            dw = kernels.weight_gradient(dh, x, rstd).to(weight.dtype)
         return dx, dw, None, None

@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.once import differentiable_once
+from tunesmith.ops.rows import side_by_side
 
 __all__ = ["NormRotate", "Rotate"]
 
@@ -59,15 +60,16 @@ class NormRotate(torch.autograd.Function):
         """Return the gradients of heads and weight."""
         heads, weight, rstd, cos, sin = ctx.saved_tensors
         dweight = torch.zeros(weight.shape, dtype=rstd.dtype, device=weight.device)
+        dy = side_by_side(grads[0])
         dx = primitives("rope", heads).norm_rotate_backward(
-            grads[0],
+            dy,
             heads,
             weight,
             rstd,
             cos,
             sin,
             offset=ctx.offset,
-            out=torch.empty_like(grads[0]),
+            out=torch.empty_like(dy),
             dweight=dweight if ctx.needs_input_grad[1] else None,
         )
         return dx, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None

@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.ops.dispatch import primitives
 from tunesmith.ops.once import differentiable_once
+from tunesmith.ops.rows import side_by_side
 
 __all__ = ["SwiGLU"]
 
@@ -27,4 +28,4 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradient of gate and up, in a new tensor."""
         (gate_up,) = ctx.saved_tensors
-        return primitives("swiglu", gate_up).backward(grads[0], gate_up, activation=ctx.activation), None
+        return primitives("swiglu", gate_up).backward(side_by_side(grads[0]), gate_up, activation=ctx.activation), None
