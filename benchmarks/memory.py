@@ -315,6 +315,7 @@ def main() -> None:
         found = _train_transformers(spec) if spec.get("arm") == "transformers" else _train_ours(spec)
         print(json.dumps(found))
         return
+    failed = False
     print(f"{'configuration':<74}{'planned':>11}{'predicted':>11}{'measured':>11} ratios")
     for spec in ON_A_GPU if arguments.device == "cuda" else CONFIGURATIONS:
         if arguments.only not in name_of(spec):
@@ -324,6 +325,7 @@ def main() -> None:
             found = measure(spec)
         except RuntimeError as error:
             print(error, flush=True)
+            failed = True
             continue
         ratio, early = (found[key] / found["measured"] for key in ("predicted", "planned"))
         if arguments.record:
@@ -331,6 +333,7 @@ def main() -> None:
         sizes = "".join(f"{found[key] / 2**20:>7.0f} MiB" for key in ("planned", "predicted", "measured"))
         choice = f"{found['policies']}, {found['part_tokens']} tokens"
         print(f"{name_of(spec):<74}{sizes} {early:.3f} {ratio:.3f}  {choice}", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def table(dtype: str, rate: float) -> str:
         medians = [f"{statistics.median(apart[column]):+.1%}" for column in columns]
         within = [f"{sum(value <= 0.03 for value in apart[column])} of {len(whole)}" for column in columns]
         lines.append(f"| median | {' | '.join([''] * len(FIGURES) + medians)} |")
-        lines.append(f"| within 3 % | {' | '.join([''] * len(FIGURES) + within)} |")
+        lines.append(f"| at most 3 % above | {' | '.join([''] * len(FIGURES) + within)} |")
     return "\n".join(lines)
 
 

@@ -84,9 +84,7 @@ def perplexity(model: Any, tokens: list[int]) -> float:
     return math.exp(losses[0] / counts[0])
 
 
-def trained_model(
-    scheme: str, tokens: list[int], steps: int, folder: Path, end: float, dtype: str = "float32"
-) -> Any | None:
+def trained_model(scheme: str, tokens: list[int], steps: int, folder: Path, end: float, dtype: str) -> Any | None:
     """Return a model stretched to 4x whose adapter was trained ``steps`` steps on windows of 2x of ``tokens``.
 
     None where it was ``end`` (of ``time.monotonic``) before the last step: the next call goes on from ``folder``.

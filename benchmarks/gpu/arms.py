@@ -3,9 +3,8 @@
 ``hf``: gradient checkpointing, bfloat16 autocast as Trainer's ``bf16=True`` has it, SDPA, full logits; documents of
 unlike length are padded, eight a micro-batch. ``hf-nockpt``: the same without checkpointing. ``ours-<policy>``: the
 engine's layers and the chunked loss, documents joined on one token axis. ``ours-none-graphs``: the same from CUDA
-graphs; ``ours-none-fp8``: on the same base stored in float8. ``-nf4``: on the base in 4 bits of bitsandbytes, which are
-missing where that package is. ``hf`` runs first and, once the engine has been
-taken out again, last: no difference smaller than theirs means anything.
+graphs; ``ours-none-fp8``: on the same base stored in float8; ``-nf4``: in 4 bits, where bitsandbytes is installed.
+``hf`` runs first and, once the engine has been taken out again, last: no difference smaller than theirs means anything.
 
 All start from the same adapter and see the same documents, so that their losses can be compared.
 """

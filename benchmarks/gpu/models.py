@@ -128,7 +128,7 @@ def to_float8(model: Any) -> None:
     from tunesmith.engine.float8 import store_in_float8
 
     for _, _, layer in _linears(model):
-        store_in_float8(layer, by_block=False, device=None)
+        store_in_float8(layer, by_block=False)
 
 
 def to_nf4(model: Any, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.conftest import ROOT
 
 from benchmarks import record, rope
 
@@ -53,13 +54,13 @@ def test_training_ends_in_time_and_goes_on_from_its_checkpoint(tmp_path: Path, m
     monkeypatch.setattr(rope, "NATIVE", tiny.WINDOW)
     tokens = list(range(4, 30)) * 200
     never, always = time.monotonic() + 300, 0.0
-    whole = adapter_of(rope.trained_model("yarn", tokens, 3, tmp_path / "whole", never))
+    whole = adapter_of(rope.trained_model("yarn", tokens, 3, tmp_path / "whole", never, "float32"))
     for _ in range(2):
-        assert rope.trained_model("yarn", tokens, 3, tmp_path / "parts", always) is None
+        assert rope.trained_model("yarn", tokens, 3, tmp_path / "parts", always, "float32") is None
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-2"]
     # The last time nothing is left to train.
     for _ in range(2):
-        parts = adapter_of(rope.trained_model("yarn", tokens, 3, tmp_path / "parts", never))
+        parts = adapter_of(rope.trained_model("yarn", tokens, 3, tmp_path / "parts", never, "float32"))
         assert whole and all(torch.equal(parts[name], part) for name, part in whole.items())
 
 
@@ -67,7 +68,11 @@ def test_text_is_the_same_in_every_process() -> None:
     code = "from benchmarks import rope; print(rope.tokens_of_text(lambda text, **_: {'input_ids': text}))"
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     }

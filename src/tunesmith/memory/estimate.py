@@ -463,6 +463,7 @@ def _head_bytes(shape: MemoryShape, rows: int, *, gradient: bool = True) -> int:
     if gradient and shape.head_trains:
         # The gradient of its weight is summed wide; beside it stands the product of a chunk, then what is handed on.
         logits += shape.vocabulary * shape.hidden * (wide + size)
-    # Between its input and the hidden rows a norm that transformers wrote keeps copies in sums' width for its gradient.
-    norm = rows * shape.hidden * (2 * size + (0 if shape.layers and gradient else (6 if gradient else 2) * wide))
+    # A norm that transformers wrote makes wide copies of its input; behind fused layers training does without them.
+    copies = 2 if not gradient else 0 if shape.layers else 6
+    norm = rows * shape.hidden * (2 * size + copies * wide)
     return logits + norm + (rows * shape.hidden * size if gradient else 0)
